@@ -1,0 +1,41 @@
+"""Settings and fixtures for every test: tests/, the examples' own tests and the doctests.
+
+It lies at the root, not in tests/, because pytest hands fixtures downwards only.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before JAX is imported: a machine with an accelerator must give the same numbers.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+# A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for one test; the default stays float32, as users run it."""
+    before = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data files; the test skips without one, and fails where CI requires it."""
+    name = os.environ.get("BILEVEL_FLAX_DATA", "")
+    if name and Path(name).is_dir():
+        return Path(name)
+    if name:
+        reason = f"BILEVEL_FLAX_DATA={name!r} is not a folder"
+    else:
+        reason = "needs real data files: set BILEVEL_FLAX_DATA to the folder that holds them"
+    if os.environ.get("BILEVEL_FLAX_REQUIRE_DATA"):
+        pytest.fail(f"{reason} (BILEVEL_FLAX_REQUIRE_DATA is set, so this is not skipped)")
+    pytest.skip(reason)
