@@ -1,0 +1,44 @@
+"""bilevel_flax: learn hyperparameters while a deep network trains.
+
+A Flax/Optax training-loop plugin for stochastic bilevel optimization,
+min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
+"""
+
+from bilevel_flax import oracles, outer
+from bilevel_flax.base import (
+    Aux,
+    Batch,
+    BilevelSolver,
+    Estimator,
+    Info,
+    Oracles,
+    Problem,
+    Rows,
+    Table,
+    TrainState,
+    Variables,
+)
+from bilevel_flax.losses import masked_mean
+from bilevel_flax.single_loop import single_loop
+from bilevel_flax.solvers import soba
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Aux",
+    "Batch",
+    "BilevelSolver",
+    "Estimator",
+    "Info",
+    "Oracles",
+    "Problem",
+    "Rows",
+    "Table",
+    "TrainState",
+    "Variables",
+    "masked_mean",
+    "oracles",
+    "outer",
+    "single_loop",
+    "soba",
+]

@@ -1,0 +1,318 @@
+"""Estimator + Optax -> BilevelSolver: one shared evaluation, three parallel updates.
+
+An estimator takes the place of `jax.grad`; everything after it is ordinary Optax. All three
+directions are taken at the same, old point.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevel_flax import checks, oracles, rows
+from bilevel_flax.base import (
+    Aux,
+    Batch,
+    BilevelSolver,
+    Estimator,
+    Info,
+    Problem,
+    PyTree,
+    Rows,
+    Table,
+    TrainState,
+    Variables,
+)
+
+
+class RowTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that takes `Rows` leaves as they are (see `outer.lazy`).
+
+    Any other transformation of x is handed dense leaves.
+    """
+
+
+def _weights(name: str, weights: Any) -> jax.Array | None:
+    """N·w_i for each minibatch, or None for equal ones."""
+    if weights is None:
+        return None
+    values = np.asarray(weights, np.float64)
+    if values.ndim != 1 or not len(values) or not (values > 0).all():
+        raise ValueError(
+            f"{name} must be a vector of positive shares, one for each minibatch, "
+            f"got shape {values.shape}: pass FiniteSum.weights"
+        )
+    if abs(values.sum() - 1) > 1e-4:
+        raise ValueError(f"{name} must sum to 1 (shares of the samples), got {values.sum():.6g}")
+    return jnp.asarray(values * len(values))
+
+
+def _scale(tree: PyTree, weights: jax.Array | None, position: jax.Array | None) -> PyTree:
+    """Scales the float leaves by N·w_i, in their own dtypes."""
+    if weights is None:
+        return tree
+
+    def scaled(leaf):
+        if not oracles.is_inexact(leaf):
+            return leaf
+        return leaf * weights[position].astype(leaf.dtype)
+
+    return jax.tree.map(scaled, tree)
+
+
+def learnable(tree: PyTree) -> PyTree:
+    """The tree with None for leaves that are not differentiated: what an optimiser sees."""
+
+    def keep(node):
+        if rows.is_rows(node) or oracles.is_inexact(node):
+            return node
+        return None
+
+    return jax.tree.map(keep, tree, is_leaf=rows.is_rows)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm over the float leaves, in float32 at least; not finite iff a leaf is not.
+
+    A finite direction whose square overflows float32 counts as infinite.
+    """
+    squares = [
+        jnp.sum(jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))))
+        for leaf in jax.tree.leaves(tree)
+        if oracles.is_inexact(leaf)
+    ]
+    return jnp.sqrt(sum(squares))
+
+
+def frozen_unless(alive: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where alive, else `old`; tables are taken as they are (they only hold finite rows)."""
+
+    def select(after, before):
+        if isinstance(after, Table):
+            return after
+        return jnp.where(alive, after, before)
+
+    return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, Table))
+
+
+def muted_unless(alive: jax.Array, direction: PyTree) -> PyTree:
+    """The direction with every `Rows` pointing at no row unless alive, so that no table moves."""
+
+    def mute(node):
+        if not rows.is_rows(node):
+            return node
+        nowhere = jnp.iinfo(node.index.dtype).max
+        return Rows(jnp.where(alive, node.index, nowhere), node.values)
+
+    return jax.tree.map(mute, direction, is_leaf=rows.is_rows)
+
+
+def init_state(
+    problem: Problem,
+    estimator_init,
+    transforms: Variables,
+    inner_params: PyTree,
+    outer_params: PyTree,
+    model_state: PyTree,
+    rng: jax.Array | None,
+) -> TrainState:
+    """A fresh TrainState: v = 0, every leaf a buffer of its own (donation needs that)."""
+    checks.parameters("inner_params", inner_params)
+    checks.parameters("outer_params", outer_params)
+    checks.per_sample(problem, outer_params)
+    if problem.stateful and model_state is None:
+        model_state = {}
+    z, x = checks.copied(inner_params), checks.copied(outer_params)
+    v = jax.tree.map(jnp.zeros_like, z)
+    states = [t.init(learnable(p)) for t, p in zip(transforms, (z, z, x), strict=True)]
+    rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
+    state = TrainState(
+        step=jnp.int32(0),
+        inner_params=z,
+        adjoint=v,
+        outer_params=x,
+        inner_opt_state=checks.copied(states[0]),
+        adjoint_opt_state=checks.copied(states[1]),
+        outer_opt_state=checks.copied(states[2]),
+        estimator_state=checks.copied(estimator_init(Variables(z, v, x))),
+        model_state=checks.copied(model_state),
+        rng=rng,
+    )
+    return state
+
+
+def single_loop(
+    problem: Problem,
+    estimator: Estimator,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint: optax.GradientTransformation | None = None,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+    name: str = "",
+) -> BilevelSolver:
+    """Combines an estimator of the three directions with an Optax optimiser for each variable.
+
+    Args:
+        problem: the bilevel problem.
+        estimator: turns oracle calls into directions.
+        inner: optimiser of z, fed D_z = ∇₁G.
+        outer: optimiser of x, fed D_x. Per-sample leaves reach it as `Rows` if it is row-sparse
+            (`outer.lazy_adam` ...), dense otherwise.
+        adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`. It is called with the
+            extra argument `inner_opt_state`, so that a preconditioner can be shared.
+        inner_weights: float [N], each inner minibatch's share of the samples, summing to 1
+            (`FiniteSum.weights`); None: equal. Needs `batch.inner_id`.
+        outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
+        name: the method's name, for logs.
+
+    Returns:
+        A `BilevelSolver` that takes one inner and one outer minibatch a step. When a direction
+        is not finite the state stays as it was and `info.finite` tells which one.
+
+    Raises:
+        ValueError: weights that are no shares; at trace time ids missing from a batch, an outer
+            leaf that the inner loss never uses, or whatever the oracles refuse.
+    """
+    transforms = Variables(
+        *(optax.with_extra_args_support(t) for t in (inner, adjoint or inner, outer))
+    )
+    sparse_outer = isinstance(outer, RowTransformation)
+    scale_inner = _weights("inner_weights", inner_weights)
+    scale_outer = _weights("outer_weights", outer_weights)
+
+    def init(inner_params, outer_params, *, model_state=None, rng=None):
+        return init_state(
+            problem, estimator.init, transforms, inner_params, outer_params, model_state, rng
+        )
+
+    def require_ids(batch: Batch) -> None:
+        for side, weights in (("inner", scale_inner), ("outer", scale_outer)):
+            missing = getattr(batch, f"{side}_id") is None and getattr(batch, side) is not None
+            if missing and (estimator.needs_ids or weights is not None):
+                raise ValueError(
+                    f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
+                    "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
+                )
+
+    def keys(state: TrainState, batch: Batch):
+        if not problem.stateful:
+            return None, None
+        seeds = (batch.inner_id, batch.outer_id) if estimator.fixed_keys else (state.step,) * 2
+        return tuple(
+            None if seed is None else jax.random.fold_in(jax.random.fold_in(state.rng, side), seed)
+            for side, seed in enumerate(seeds)
+        )
+
+    def oracle_on(state: TrainState, batch: Batch):
+        rngs = keys(state, batch)
+
+        def oracle(variables: Variables) -> oracles.Evaluation:
+            found = oracles.evaluate_all(problem, variables, batch, state.model_state, rngs)
+            grad, hvp, cross, outer_inner, outer_outer = found.oracles
+            grad, hvp, cross = _scale((grad, hvp, cross), scale_inner, batch.inner_id)
+            seen = (outer_inner, outer_outer)
+            outer_inner, outer_outer = _scale(seen, scale_outer, batch.outer_id)
+            scaled = oracles.Oracles(grad, hvp, cross, outer_inner, outer_outer)
+            return found._replace(oracles=scaled)
+
+        return oracle
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+        require_ids(batch)
+        variables = state.variables
+        checks.outer_is_used(problem, variables, batch, state.model_state, keys(state, batch)[0])
+        directions, estimator_state, found = estimator.update(
+            oracle_on(state, batch), variables, batch, state.estimator_state
+        )
+        norms = Variables(*(norm(direction) for direction in directions))
+        finite = Variables(*(jnp.isfinite(value) for value in norms))
+        alive = finite.inner & finite.adjoint & finite.outer
+
+        d_z, d_v, d_x = directions
+        d_x = muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
+        extra = {"inner_opt_state": state.inner_opt_state}
+        points = zip(
+            transforms,
+            (d_z, d_v, d_x),
+            (state.inner_opt_state, state.adjoint_opt_state, state.outer_opt_state),
+            variables,
+            ({}, extra, {}),
+            strict=True,
+        )
+        stepped = [
+            transform.update(learnable(direction), opt_state, learnable(point), **more)
+            for transform, direction, opt_state, point, more in points
+        ]
+        params = [
+            rows.apply_updates(point, step)
+            for point, (step, _) in zip(variables, stepped, strict=True)
+        ]
+        stepped_state = TrainState(
+            step=state.step + 1,
+            inner_params=params[0],
+            adjoint=params[1],
+            outer_params=params[2],
+            inner_opt_state=stepped[0][1],
+            adjoint_opt_state=stepped[1][1],
+            outer_opt_state=stepped[2][1],
+            estimator_state=estimator_state,
+            model_state=found.model_state if problem.stateful else state.model_state,
+            rng=state.rng,
+        )
+        info = Info(
+            inner_loss=found.inner_loss,
+            outer_loss=found.outer_loss,
+            norms=norms,
+            finite=finite,
+            adjoint_residual=residual(found.oracles),
+            oracle_units=jnp.float32(estimator.units),
+            metrics=found.metrics,
+        )
+        return frozen_unless(alive, stepped_state, state), info
+
+    def refresh(state: TrainState, batch: Batch) -> TrainState:
+        require_ids(batch)
+        assert estimator.refresh is not None
+        oracle = oracle_on(state, batch)
+        memory = estimator.refresh(oracle, state.variables, batch, state.estimator_state)
+        return state.replace(estimator_state=memory)
+
+    solver = BilevelSolver(init, update, units=estimator.units, name=name)
+    if estimator.refresh is None:
+        return solver
+    assert estimator.next_refresh is not None and estimator.refresh_cursor is not None
+    next_refresh, refresh_cursor = estimator.next_refresh, estimator.refresh_cursor
+    return solver._replace(
+        refresh=refresh,
+        next_refresh=lambda state: next_refresh(state.estimator_state),
+        refresh_cursor=lambda state: refresh_cursor(state.estimator_state),
+        refresh_units=estimator.refresh_units,
+    )
+
+
+def residual(found: oracles.Oracles) -> jax.Array:
+    """‖Hv + ∇₁F‖ / ‖∇₁F‖ from one pair of minibatches; 1 where ∇₁F = 0 and v = 0."""
+    top = norm(jax.tree.map(jnp.add, found.hvp, found.outer_grad_inner))
+    bottom = norm(found.outer_grad_inner)
+    return jnp.where(
+        bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
+    )
+
+
+__all__ = [
+    "Aux",
+    "RowTransformation",
+    "frozen_unless",
+    "init_state",
+    "learnable",
+    "muted_unless",
+    "norm",
+    "residual",
+    "single_loop",
+]
