@@ -254,8 +254,18 @@ class TensorBoardWriter:
             entries = np.asarray(value, dtype=np.float64).ravel()
             entries = entries[np.isfinite(entries)]
             if entries.size:
-                bins = (num_buckets or {}).get(name, 30)
-                self._writer.add_histogram(name, entries, step, bins=bins)
+                counts, edges = np.histogram(entries, (num_buckets or {}).get(name, 30))
+                self._writer.add_histogram_raw(
+                    name,
+                    min=entries.min(),
+                    max=entries.max(),
+                    num=entries.size,
+                    sum=entries.sum(),
+                    sum_squares=np.square(entries).sum(),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=step,
+                )
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes one text (markdown) per name."""

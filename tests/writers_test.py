@@ -146,6 +146,7 @@ def test_tensorboard_events_hold_what_was_written(tmp_path):
     assert values["loss"].simple_value == 0.25
     assert (values["one"].image.height, values["one"].image.width) == (4, 5)
     assert values["weights"].histo.num == 2
+    assert list(values["weights"].histo.bucket) == [1, 0, 0, 1]
     assert "none" not in values
     assert b"hello" in values["note/text_summary"].tensor.string_val[0]
     assert b"| inner_lr | `0.1` |" in values["hparams/text_summary"].tensor.string_val[0]
