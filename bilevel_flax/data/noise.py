@@ -1,0 +1,135 @@
+"""Label noise with a known answer, and the standardisation of features."""
+
+import difflib
+
+import numpy as np
+
+from bilevel_flax.data import draws
+
+_STREAM = 3
+_KINDS = ("symmetric", "class")
+
+
+def corrupt_labels(
+    labels: np.ndarray, p: float, num_classes: int, seed: int, kind: str = "symmetric"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Makes a share of the labels wrong, and says which.
+
+    `symmetric`: with probability p the label is drawn anew, uniformly over all classes, its own
+    included, so that a share p (1 - 1/num_classes) is wrong: .45 for p = .5 and ten classes.
+    `class`: with probability p label y becomes (y + 1) mod num_classes. Above p = .5 the wrong
+    label is the commonest of its class, and only clean validation data can tell the two apart.
+
+    Args:
+      labels: integers [n] in [0, num_classes).
+      p: the probability of a draw, in [0, 1].
+      num_classes: classes, at least 2.
+      seed: non-negative.
+      kind: "symmetric" or "class".
+
+    Returns:
+      (noisy labels int32 [n], bool [n]: where they differ from `labels`).
+
+    Raises:
+      TypeError: labels are no integers.
+      ValueError: `p`, `kind`, `num_classes` or a label is out of range.
+
+    Example:
+      >>> import numpy as np
+      >>> noisy, wrong = corrupt_labels(np.zeros(1000, np.int32), .5, 10, seed=0)
+      >>> bool(((noisy != 0) == wrong).all()), .4 < float(wrong.mean()) < .5
+      (True, True)
+
+    References:
+      L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and Reverse Gradient-Based
+      Hyperparameter Optimization", ICML 2017 (hypercleaning with resampled labels).
+    """
+    if kind not in _KINDS:
+        near = difflib.get_close_matches(str(kind), _KINDS, 1, 0.3) or _KINDS[:1]
+        raise ValueError(f'kind must be "symmetric" or "class", got {kind!r}: use "{near[0]}"')
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a probability in [0, 1], got {p}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    seed = draws.check_seed(seed)
+    labels = check_labels(labels, num_classes)
+
+    n = len(labels)
+    if kind == "symmetric":
+        drawn = (draws.uniform(n, seed, _STREAM, 1) * num_classes).astype(np.int32)
+    else:
+        drawn = (labels + 1) % num_classes
+    noisy = np.where(draws.uniform(n, seed, _STREAM, 0) < p, drawn, labels).astype(np.int32)
+    return noisy, noisy != labels
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> np.ndarray:
+    """Returns `labels` as int32 [n], or says which one is out of range.
+
+    Args:
+      labels: integers [n].
+      num_classes: labels must lie in [0, num_classes).
+      name: what the error calls them.
+
+    Raises:
+      TypeError: not a vector of integers.
+      ValueError: a label is out of range; names its position and value.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name} must be integers [n], got {labels.dtype} {list(labels.shape)}: "
+            "pass class numbers, not one-hot rows or floats"
+        )
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(
+            f"{name}[{at}] is {labels[at]}, out of range for num_classes={num_classes}: "
+            f"labels must lie in [0, {num_classes})"
+        )
+    return labels.astype(np.int32)
+
+
+def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Shifts and scales every feature by the training set's mean and standard deviation.
+
+    A feature that never varies in training is only shifted. Images are flattened by the caller or
+    not, as it likes: each entry beyond the leading axis is a feature.
+
+    Args:
+      train: numbers [n, ...]; sets the statistics.
+      *others: numbers [m, ...] with the same trailing shape.
+
+    Returns:
+      (train, *others), all float32.
+
+    Raises:
+      ValueError: `train` is empty, or a trailing shape differs.
+
+    Example:
+      >>> import numpy as np
+      >>> standardize(np.array([[0.0], [2.0]]), np.array([[4.0]]))[1].tolist()
+      [[3.0]]
+    """
+    train = np.asarray(train)
+    if train.ndim < 1 or len(train) == 0:
+        raise ValueError("train must hold at least one example: its statistics set the scale")
+    mean = train.mean(axis=0, dtype=np.float64)
+    std = train.std(axis=0, dtype=np.float64)
+    std = np.where(std > 0, std, 1.0)
+    shift, scale = mean.astype(np.float32), (1.0 / std).astype(np.float32)
+
+    def apply(array: np.ndarray) -> np.ndarray:
+        array = np.asarray(array)
+        if array.shape[1:] != train.shape[1:]:
+            raise ValueError(
+                f"features differ: train has {list(train.shape[1:])} an example, "
+                f"another array {list(array.shape[1:])}"
+            )
+        out = array.astype(np.float32)
+        out -= shift
+        out *= scale
+        return out
+
+    return tuple(apply(array) for array in (train, *others))
