@@ -1,0 +1,254 @@
+"""Chunks of updates inside one compiled loop, so that small problems are not bound by Python.
+
+A chunk is a `lax.while_loop` (what `lax.scan` compiles to) whose number of steps is an argument:
+one trace serves every chunk length, and a direction that is not finite ends the chunk at its step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_flax import data
+from bilevel_flax.base import Batch, BilevelSolver, Info, PyTree, TrainState
+
+_CHUNK_BYTES = 64 * 2**20  # of streamed data; two chunks wait while one computes
+
+
+def _minibatch(batches: PyTree, position: jax.Array) -> PyTree:
+    """One minibatch (a contiguous slice), or K of them with a leading [K] (a gather)."""
+    if position.ndim == 0:
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, position, keepdims=False), batches
+        )
+    return jax.tree.map(lambda leaf: leaf[position], batches)
+
+
+class Feed:
+    """The minibatches of one side, on the device at once or streamed in aligned chunks.
+
+    Attributes:
+        batches: what the compiled chunk indexes, leaves [rows, batch, ...].
+    """
+
+    def __init__(self, finite_sum: data.FiniteSum, sampler: data.Sampler, on_device: bool):
+        self._sum, self._sampler, self._on_device = finite_sum, sampler, on_device
+        self.batches: PyTree = None
+        self._chunk = -1
+        self._stream: Any = None
+        per_step = sampler.per_step * finite_sum.nbytes // finite_sum.num_batches
+        self.capacity = max(1, _CHUNK_BYTES // max(1, per_step))
+        if on_device:
+            self.batches = jax.device_put(finite_sum.batches)
+
+    def seek(self, step: int) -> int:
+        """Makes the minibatches of update `step` available; returns the first update without."""
+        if self._on_device:
+            return step + 2**30
+        chunk = step // self.capacity
+        if chunk != self._chunk:
+            if self._stream is None or chunk != self._chunk + 1:
+                self.close()
+                self._stream = data.chunks(self._sum, self._aligned(chunk))
+            self.batches = None  # frees the chunk before
+            self.batches = next(self._stream)
+            self._chunk = chunk
+        return (chunk + 1) * self.capacity
+
+    def _aligned(self, chunk: int) -> Iterator[np.ndarray]:
+        while True:
+            yield self._sampler.ids(chunk * self.capacity, (chunk + 1) * self.capacity)
+            chunk += 1
+
+    def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of `batches`, ids in the partition) of the updates start .. stop - 1."""
+        ids = self._sampler.ids(start, stop)
+        if self._on_device:
+            return ids, ids
+        first = start - self._chunk * self.capacity
+        return np.arange(first, first + stop - start, dtype=np.int32), ids
+
+    def close(self) -> None:
+        """Ends the background thread, if there is one."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class Loop:
+    """Runs a solver over two finite sums, chunk by chunk.
+
+    Args:
+        solver: any `BilevelSolver`.
+        inner: the inner data's minibatches.
+        outer: the outer data's.
+        seed: of the order in which minibatches come; a pure function of (seed, step).
+        on_device: keep all data on the device (True), stream it (False), or decide by size (None).
+        capacity: the most steps in a chunk.
+        target_seconds: how long a chunk should take, so that signals and logs are served.
+
+    Attributes:
+        samplers: (inner, outer), whose `state()` belongs into a checkpoint.
+        on_device: what was decided.
+        compile_seconds: spent in compilation so far.
+        seconds: wall time in updates and refreshes, compilation and data transfers at the start
+            apart.
+        cpu_seconds: CPU time of the same.
+    """
+
+    def __init__(
+        self,
+        solver: BilevelSolver,
+        inner: data.FiniteSum,
+        outer: data.FiniteSum,
+        *,
+        seed: int = 0,
+        on_device: bool | None = None,
+        capacity: int = 1000,
+        target_seconds: float = 0.5,
+    ):
+        if on_device is None:
+            on_device = data.fits_on_device(inner.nbytes + outer.nbytes)
+        sums, seeds = (inner, outer), (2 * seed, 2 * seed + 1)
+        self.samplers = tuple(
+            data.Sampler(finite_sum.num_batches, side_seed, per_step)
+            for finite_sum, side_seed, per_step in zip(sums, seeds, solver.batches, strict=True)
+        )
+        self.on_device = on_device
+        self.compile_seconds = self.seconds = self.cpu_seconds = 0.0
+        self._solver, self._sums = solver, sums
+        self._feeds = tuple(
+            Feed(finite_sum, sampler, on_device)
+            for finite_sum, sampler in zip(sums, self.samplers, strict=True)
+        )
+        self._capacity = capacity
+        self._target_seconds = target_seconds
+        self._count = 1  # the next chunk's length, adapted to the measured speed
+        self._chunk: Any = None
+        self._passes: dict[str, Any] = {}
+
+    def run(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, Info]:
+        """Updates from `state.step == start`, at most up to `stop`: one chunk.
+
+        Args:
+            state: donated; use the returned one.
+            start: `int(state.step)`, known to the caller without asking the device.
+            stop: the chunk ends there at the latest.
+
+        Returns:
+            The new state and the chunk's Info, NumPy leaves [steps taken]. If the last entry of
+            `info.finite` has a False, the state is that before the failed step.
+        """
+        stop = min([stop, start + self._count, *(feed.seek(start) for feed in self._feeds)])
+        rows_and_ids = [feed.positions(start, stop) for feed in self._feeds]
+        padded = [self._padded(values) for pair in rows_and_ids for values in pair]
+        args = (*(feed.batches for feed in self._feeds), *padded, np.int32(stop - start))
+        if self._chunk is None:
+            self._chunk = self._compiled(self._make_chunk(), state, *args)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        state, infos, done = self._chunk(state, *args)
+        done = int(done)
+        taken = time.perf_counter() - began
+        self.seconds += taken
+        self.cpu_seconds += time.process_time() - cpu_began
+        pace = max(taken / done, 1e-9)
+        self._count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
+        return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
+
+    def refresh(self, state: TrainState) -> tuple[TrainState, float]:
+        """One chunk of the full pass that is due.
+
+        Returns:
+            The new state and the gradient units spent.
+        """
+        cursor = int(self._solver.refresh_cursor(state))
+        inner_batches = self._sums[0].num_batches
+        side = 0 if cursor < inner_batches else 1
+        first = cursor - side * inner_batches
+        count = min(self._sums[side].num_batches - first, self._capacity)
+        ids = self._padded(np.arange(first, first + count, dtype=np.int32))
+        if self.on_device:
+            batches, rows = self._feeds[side].batches, ids
+        else:
+            count = min(count, self._feeds[side].capacity)
+            chosen = np.minimum(first + np.arange(self._feeds[side].capacity), len(self._sums[side].weights) - 1)
+            batches = jax.device_put(data.gather(self._sums[side], chosen))
+            rows = self._padded(np.arange(count, dtype=np.int32))
+        args = (batches, rows, ids, np.int32(count))
+        name = ("inner", "outer")[side]
+        if name not in self._passes:
+            self._passes[name] = self._compiled(self._make_pass(name), state, *args)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        state = jax.block_until_ready(self._passes[name](state, *args))
+        self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - cpu_began
+        return state, count * self._solver.refresh_units[side]
+
+    def close(self) -> None:
+        """Ends the background threads of streamed data."""
+        for feed in self._feeds:
+            feed.close()
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        out = np.zeros((self._capacity, *values.shape[1:]), np.int32)
+        out[: len(values)] = values
+        return out
+
+    def _compiled(self, function, *args):
+        # Compiled ahead of time: the seconds are known, and a second trace is an error, not a
+        # slow run.
+        began = time.perf_counter()
+        compiled = jax.jit(function, donate_argnums=0).lower(*args).compile()
+        self.compile_seconds += time.perf_counter() - began
+        return compiled
+
+    def _make_chunk(self):
+        solver, capacity = self._solver, self._capacity
+
+        def chunk(state, inner, outer, inner_rows, inner_ids, outer_rows, outer_ids, count):
+            def update(i, state):
+                batch = Batch(
+                    _minibatch(inner, inner_rows[i]),
+                    _minibatch(outer, outer_rows[i]),
+                    inner_ids[i],
+                    outer_ids[i],
+                )
+                return solver.update(state, batch)
+
+            _, one = jax.eval_shape(update, 0, state)
+            infos = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
+
+            def unfinished(carry):
+                i, _, _, alive = carry
+                return (i < count) & alive
+
+            def body(carry):
+                i, state, infos, _ = carry
+                state, info = update(i, state)
+                infos = jax.tree.map(lambda buffer, leaf: buffer.at[i].set(leaf), infos, info)
+                alive = info.finite.inner & info.finite.adjoint & info.finite.outer
+                return i + 1, state, infos, alive
+
+            done, state, infos, _ = jax.lax.while_loop(
+                unfinished, body, (jnp.int32(0), state, infos, jnp.bool_(True))
+            )
+            return state, infos, done
+
+        return chunk
+
+    def _make_pass(self, side: str):
+        solver = self._solver
+
+        def full_pass(state, batches, rows, ids, count):
+            def body(i, state):
+                minibatch = _minibatch(batches, rows[i])
+                return solver.refresh(state, Batch(**{side: minibatch, f"{side}_id": ids[i]}))
+
+            return jax.lax.fori_loop(0, count, body, state)
+
+        return full_pass
