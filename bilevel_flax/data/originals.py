@@ -69,6 +69,7 @@ def prepare(
         raise ValueError(f'data set "{name}" has no configuration "{config}": use "{name}"')
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    folder = data_dir / name / (config or "") / str(cls.VERSION)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         builder = cls(data_dir=str(data_dir), config=config, file_format="array_record")
@@ -82,11 +83,18 @@ def prepare(
     except tfds.download.DownloadError as error:  # wrong checksums are one of these
         raise ValueError(f'data set "{name}": {" ".join(str(error).split())}') from error
     except OSError as error:
+        if (folder / "dataset_info.json").is_file():  # another process was quicker
+            return folder
+        fix = (
+            "pass the original files with --config.data.manual_dir=DIR"
+            if error.errno is None  # the network's errors, which are OSErrors without a number
+            else "choose a writable folder with --config.data.data_dir=DIR"
+        )
         raise ValueError(
-            f'data set "{name}" could not be prepared in data_dir={data_dir} ({error}): '
-            "choose a writable folder with --config.data.data_dir=DIR"
+            f'data set "{name}" could not be prepared in data_dir={data_dir} '
+            f"({' '.join(str(error).split())[:200]}): {fix}"
         ) from error
-    return pathlib.Path(builder.data_path)
+    return folder
 
 
 def builder_class(name: str) -> Any:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from bilevel_flax.data import decoded
+
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _AT_ONCE = 2048  # examples a read: one call a record costs ten times as much
 
@@ -75,17 +77,36 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
       ValueError: it has no `image` and `label` features, its images differ in size or are not
         8-bit, or a file is damaged.
     """
+    kept = decoded.load(folder)
+    if kept is None:
+        parts, names = _read_records(folder)
+        arrays = {
+            f"{part}_{field}": array
+            for part, fields in parts.items()
+            for field, array in fields._asdict().items()
+        }
+        decoded.save(folder, {**arrays, "class_names": np.array(names, dtype=np.str_)})
+        return parts, names
+    parts = {
+        part: Part(kept[f"{part}_images"], kept[f"{part}_labels"])
+        for part in ("train", "test")
+        if f"{part}_images" in kept
+    }
+    return parts, kept["class_names"].tolist()
+
+
+def _read_records(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(folder))
-    features: Any = builder.info.features
-    image: Any = features["image"] if "image" in features else None
-    label: Any = features["label"] if "label" in features else None
-    if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
+    builder: Any = tfds.builder_from_directory(str(folder))
+    features: dict[str, Any] = dict(builder.info.features.items())
+    wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    if not all(isinstance(features.get(key), kind) for key, kind in wanted.items()):
         raise ValueError(
             f"{folder} is no image classification set: it needs the features `image` and `label`, "
             f"and has {', '.join(features)}"
         )
+    image, label = features["image"], features["label"]
     shape, dtype = tuple(image.shape), np.dtype(image.np_dtype)
     if None in shape or dtype != np.uint8 or shape[-1] not in (1, 3):
         raise ValueError(
