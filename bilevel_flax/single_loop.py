@@ -36,8 +36,12 @@ class RowTransformation(optax.GradientTransformationExtraArgs):
     """
 
 
-def _weights(name: str, weights: Any) -> jax.Array | None:
-    """N·w_i for each minibatch, or None for equal ones."""
+def share_factors(name: str, weights: Any) -> jax.Array | None:
+    """N·w_i for each minibatch, or None for equal ones.
+
+    Raises:
+        ValueError: `weights` are no shares that sum to 1.
+    """
     if weights is None:
         return None
     values = np.asarray(weights, np.float64)
@@ -51,17 +55,29 @@ def _weights(name: str, weights: Any) -> jax.Array | None:
     return jnp.asarray(values * len(values))
 
 
-def _scale(tree: PyTree, weights: jax.Array | None, position: jax.Array | None) -> PyTree:
-    """Scales the float leaves by N·w_i, in their own dtypes."""
-    if weights is None:
+def scaled(tree: PyTree, factor: jax.Array | None) -> PyTree:
+    """The float leaves times a scalar, in their own dtypes; None: as they are."""
+    if factor is None:
         return tree
 
-    def scaled(leaf):
-        if not oracles.is_inexact(leaf):
-            return leaf
-        return leaf * weights[position].astype(leaf.dtype)
+    def times(leaf):
+        return leaf * factor.astype(leaf.dtype) if oracles.is_inexact(leaf) else leaf
 
-    return jax.tree.map(scaled, tree)
+    return jax.tree.map(times, tree)
+
+
+def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
+    """Raises where `needed[side]` and the side has data but no id.
+
+    Raises:
+        ValueError: names the missing one.
+    """
+    for side, needs in needed.items():
+        if needs and getattr(batch, f"{side}_id") is None and getattr(batch, side) is not None:
+            raise ValueError(
+                f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
+                "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
+            )
 
 
 def learnable(tree: PyTree) -> PyTree:
@@ -183,22 +199,18 @@ def single_loop(
         *(optax.with_extra_args_support(t) for t in (inner, adjoint or inner, outer))
     )
     sparse_outer = isinstance(outer, RowTransformation)
-    scale_inner = _weights("inner_weights", inner_weights)
-    scale_outer = _weights("outer_weights", outer_weights)
+    scale_inner = share_factors("inner_weights", inner_weights)
+    scale_outer = share_factors("outer_weights", outer_weights)
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(
             problem, estimator.init, transforms, inner_params, outer_params, model_state, rng
         )
 
-    def require_ids(batch: Batch) -> None:
-        for side, weights in (("inner", scale_inner), ("outer", scale_outer)):
-            missing = getattr(batch, f"{side}_id") is None and getattr(batch, side) is not None
-            if missing and (estimator.needs_ids or weights is not None):
-                raise ValueError(
-                    f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
-                    "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
-                )
+    needed = {
+        "inner": estimator.needs_ids or scale_inner is not None,
+        "outer": estimator.needs_ids or scale_outer is not None,
+    }
 
     def keys(state: TrainState, batch: Batch):
         if not problem.stateful:
@@ -215,16 +227,19 @@ def single_loop(
         def oracle(variables: Variables) -> oracles.Evaluation:
             found = oracles.evaluate_all(problem, variables, batch, state.model_state, rngs)
             grad, hvp, cross, outer_inner, outer_outer = found.oracles
-            grad, hvp, cross = _scale((grad, hvp, cross), scale_inner, batch.inner_id)
-            seen = (outer_inner, outer_outer)
-            outer_inner, outer_outer = _scale(seen, scale_outer, batch.outer_id)
-            scaled = oracles.Oracles(grad, hvp, cross, outer_inner, outer_outer)
-            return found._replace(oracles=scaled)
+            if scale_inner is not None and batch.inner is not None:
+                factor = scale_inner[batch.inner_id]
+                grad, hvp, cross = scaled((grad, hvp, cross), factor)
+            if scale_outer is not None and batch.outer is not None:
+                factor = scale_outer[batch.outer_id]
+                outer_inner, outer_outer = scaled((outer_inner, outer_outer), factor)
+            together = oracles.Oracles(grad, hvp, cross, outer_inner, outer_outer)
+            return found._replace(oracles=together)
 
         return oracle
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
-        require_ids(batch)
+        require_ids(batch, name, needed)
         variables = state.variables
         checks.outer_is_used(problem, variables, batch, state.model_state, keys(state, batch)[0])
         directions, estimator_state, found = estimator.update(
@@ -277,7 +292,7 @@ def single_loop(
         return frozen_unless(alive, stepped_state, state), info
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
-        require_ids(batch)
+        require_ids(batch, name, needed)
         assert estimator.refresh is not None
         oracle = oracle_on(state, batch)
         memory = estimator.refresh(oracle, state.variables, batch, state.estimator_state)
@@ -313,6 +328,9 @@ __all__ = [
     "learnable",
     "muted_unless",
     "norm",
+    "require_ids",
     "residual",
+    "scaled",
+    "share_factors",
     "single_loop",
 ]
