@@ -4,17 +4,16 @@ A checkpoint stores one *record* (dtype, shape, checksum) for every leaf beside 
 tell a damaged checkpoint (values and records disagree) from a foreign one (records and the model
 disagree), and both are reported by the leaf's name.
 
-The checksum of an array is a sum over its elements,
+The checksum of an array is linear in its bits, cut into words of at most 32 bits:
 
-    sum_i mix(bits_i + (i + 1) * GOLDEN)   mod 2^64,        mix: a bijection of 64-bit words
+    sum_i weight_i word_i   mod 2^64,        weight_i odd, pseudo-random, i the position in C order
 
-with i the position in C order. `mix` being a bijection, a change of any one element always shows; a
-change of several goes unseen with probability 2^-64. As a sum it does not care in which pieces the
-array is visited, so that shards of one array, wherever they live, add up to the checksum of the whole.
-It guards against accidents, not against forgery.
+A change of any one word always shows (an odd number times less than 2^32 in size is no multiple of
+2^64); a change of several goes unseen with a probability of about 2^-32. As a sum it does not care
+in which pieces the array is visited, so that shards of one array, wherever they live, add up to the
+checksum of the whole. It guards against accidents, not against forgery.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,56 +21,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# splitmix64's constants (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
-_BLOCK = 1 << 14  # Words a pass: two buffers of it stay in the second-level cache.
+_BLOCK = 1 << 14  # Words a pass: what a pass touches stays in the second-level cache.
+
+
+def _odd_words(first: int, count: int) -> np.ndarray:
+    """Pseudo-random odd 64-bit words `first ... first + count - 1`, by splitmix64.
+
+    References:
+        G. L. Steele, D. Lea, C. H. Flood. Fast Splittable Pseudorandom Number Generators. OOPSLA
+        2014.
+    """
+    word = np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (word ^ (word >> np.uint64(31))) | np.uint64(1)
+
+
+_IN_BLOCK = _odd_words(0, _BLOCK)
 
 
 def checksum(array: np.ndarray) -> str:
     """The position-dependent 64-bit sum of an array's bits; see the module's docstring.
 
     Args:
-        array: any numeric or boolean array, any shape; the order in memory does not matter.
+        array: numbers or booleans of any dtype and shape; the order in memory does not matter.
 
     Returns:
         Sixteen hexadecimal digits.
 
     Example:
-        >>> checksum(np.zeros(3, np.float32)) == checksum(np.zeros(4, np.float32))
+        >>> checksum(np.array([1, 2], np.int32)) == checksum(np.array([2, 1], np.int32))
         False
     """
     flat = np.ascontiguousarray(array).reshape(-1)
-    if flat.dtype.itemsize > 8:
-        flat = flat.view(np.uint64)
-    words = flat.view(np.dtype(f"u{flat.dtype.itemsize}"))
+    words = flat.view(f"u{min(flat.dtype.itemsize, 4)}")
+    # weight_i = (block's weight) x (weight within the block): one multiplication a word, no table
+    # as long as the array.
+    blocks = _odd_words(_BLOCK, -(-words.size // _BLOCK))
+    buffer = np.empty(_BLOCK, np.uint64)
     total = 0
-    steps = np.arange(1, _BLOCK + 1, dtype=np.uint64) * _GOLDEN
-    word, shifted = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    for start in range(0, words.size, _BLOCK):
-        size = min(_BLOCK, words.size - start)
-        w, s = word[:size], shifted[:size]
-        w[:] = words[start : start + size]
-        w += steps[:size]
-        w += np.uint64(start * int(_GOLDEN) % 2**64)
-        for shift, multiplier in zip(_SHIFTS[:2], _MULTIPLIERS, strict=True):
-            np.right_shift(w, shift, out=s)
-            w ^= s
-            w *= multiplier
-        np.right_shift(w, _SHIFTS[2], out=s)
-        w ^= s
-        total += int(w.sum(dtype=np.uint64))
+    for block, start in enumerate(range(0, words.size, _BLOCK)):
+        piece = words[start : start + _BLOCK]
+        products = np.multiply(piece, _IN_BLOCK[: piece.size], out=buffer[: piece.size])
+        total += int(blocks[block]) * int(products.sum())
     return f"{total % 2**64:016x}"
 
 
 class Record(NamedTuple):
     """What a checkpoint knows of one leaf besides its values."""
 
-    dtype: str  # NumPy's name, or jax's of a typed PRNG key, e.g. `key<fry>`
-    shape: tuple[int, ...]
-    checksum: str = ""  # of the stored array (a PRNG key's key data)
+    dtype: str  # NumPy's name; of the key data where the leaf is a typed PRNG key
+    shape: tuple[int, ...]  # likewise
     impl: str = ""  # a typed PRNG key's implementation, empty for ordinary arrays
+    checksum: str = ""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Record":
@@ -80,14 +82,16 @@ class Record(NamedTuple):
         return record._replace(shape=tuple(record.shape))
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+        kind = f"{self.impl} key, " if self.impl else ""
+        return f"{kind}{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by name, in the tree's order.
 
     A name is the key path joined by dots, `inner_params.Dense_0.kernel`. Percent, dot and slash
-    inside one key are percent-encoded: Orbax writes `{"a.b": 1}` and `{"a": {"b": 1}}` to one place.
+    inside one key are percent-encoded: Orbax writes `{"a.b": x}` and `{"a": {"b": x}}` to one
+    place.
 
     Args:
         tree: any pytree.
@@ -112,7 +116,7 @@ def _escape(key: str) -> str:
 
 
 def describe(name: str, leaf: Any) -> Record:
-    """The record of a leaf without its checksum; reads no values.
+    """The record of a template's leaf, without checksum; reads no values.
 
     Args:
         name: the leaf's name, for the error.
@@ -121,24 +125,34 @@ def describe(name: str, leaf: Any) -> Record:
     Raises:
         TypeError: the leaf is not an array of numbers, booleans or PRNG keys.
     """
+    if not _is_key(name, leaf):
+        return Record(np.dtype(leaf.dtype).name, tuple(leaf.shape))
+    impl = ""
+
+    def key_data(key: jax.Array) -> jax.Array:
+        nonlocal impl
+        impl = str(jax.random.key_impl(key))
+        return jax.random.key_data(key)
+
+    data = jax.eval_shape(key_data, leaf)
+    return Record(data.dtype.name, data.shape, impl)
+
+
+def _is_key(name: str, leaf: Any) -> bool:
+    """Whether the leaf is a typed PRNG key; raises TypeError unless it is that or a plain array."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
-        shape = tuple(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return Record(str(leaf.dtype), shape)
+            return True
         if jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_:
-            return Record(np.dtype(leaf.dtype).name, shape)
-        kind = f"dtype {leaf.dtype}"
+            return False
+        found = f"dtype {leaf.dtype}"
     else:
-        kind = f"type {type(leaf).__name__}"
+        found = f"type {type(leaf).__name__}"
+    value = " ".join(repr(leaf).split())
     raise TypeError(
-        f"state: leaf {name!r} has {kind} (value {_shorten(leaf)}); a checkpoint holds arrays of "
+        f"state: leaf {name!r} has {found} (value {value[:40]}); a checkpoint holds arrays of "
         "numbers only: make it jnp.asarray(...), or a static field (pytree_node=False)."
     )
-
-
-def _shorten(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def host_copy(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Record]]:
@@ -151,37 +165,37 @@ def host_copy(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Record]]:
         tree: any pytree of jax or NumPy arrays, typed PRNG keys included.
 
     Returns:
-        Leaf name -> array (key data for a typed PRNG key), and leaf name -> record, checksums unset.
+        Leaf name -> array (key data for a typed PRNG key); leaf name -> record without checksum.
 
     Raises:
         TypeError: a leaf is not an array (Python scalars and strings included).
         ValueError: a leaf has been donated, or has shards in other processes.
     """
-    leaves = named_leaves(tree)
-    records = {}
+    leaves, impls = named_leaves(tree), {}
     for name, leaf in leaves.items():
-        record = describe(name, leaf)
+        is_key = _is_key(name, leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"state: leaf {name!r} is a jax.ShapeDtypeStruct; save arrays.")
-        if isinstance(leaf, jax.Array):
-            if leaf.is_deleted():
-                raise ValueError(
-                    f"state: leaf {name!r} has been donated or deleted; save the state that the "
-                    "step returned."
-                )
-            if not leaf.is_fully_addressable:
-                raise ValueError(
-                    f"state: leaf {name!r} has shards in other processes; gather it first "
-                    "(jax.experimental.multihost_utils.process_allgather)."
-                )
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                record = record._replace(impl=str(jax.random.key_impl(leaf)))
-                leaf = jax.random.key_data(leaf)
-            if next(iter(leaf.devices())).platform != "cpu":
-                leaf.copy_to_host_async()  # All transfers run at once; the loop below collects them.
-            leaves[name] = leaf
-        records[name] = record
-    return {name: _own_copy(leaf) for name, leaf in leaves.items()}, records
+        if not isinstance(leaf, jax.Array):
+            continue
+        if leaf.is_deleted():
+            raise ValueError(
+                f"state: leaf {name!r} has been donated or deleted; save the state that the step "
+                "returned."
+            )
+        if not leaf.is_fully_addressable:
+            raise ValueError(
+                f"state: leaf {name!r} has shards in other processes; gather it first "
+                "(jax.experimental.multihost_utils.process_allgather)."
+            )
+        if is_key:
+            impls[name] = str(jax.random.key_impl(leaf))
+            leaf = leaves[name] = jax.random.key_data(leaf)
+        if next(iter(leaf.devices())).platform != "cpu":
+            leaf.copy_to_host_async()  # All transfers run at once; _own_copy collects them.
+    arrays = {name: _own_copy(leaf) for name, leaf in leaves.items()}
+    records = {n: Record(a.dtype.name, a.shape, impls.get(n, "")) for n, a in arrays.items()}
+    return arrays, records
 
 
 def _own_copy(leaf: Any) -> np.ndarray:
@@ -192,14 +206,14 @@ def _own_copy(leaf: Any) -> np.ndarray:
 def with_checksums(
     records: Mapping[str, Record], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Record]:
-    """Fills in the checksums, from the arrays of `host_copy`."""
+    """Fills in the checksums of the arrays."""
     return {
         name: record._replace(checksum=checksum(arrays[name])) for name, record in records.items()
     }
 
 
 def first_mismatch(saved: Mapping[str, Record], expected: Mapping[str, Record]) -> str | None:
-    """The first leaf in which a checkpoint and a model differ, as one sentence; None if they agree.
+    """The first leaf in which a checkpoint and a model differ, in words; None if they agree.
 
     Args:
         saved: the checkpoint's records.
@@ -208,7 +222,7 @@ def first_mismatch(saved: Mapping[str, Record], expected: Mapping[str, Record]) 
     for name, record in expected.items():
         if name not in saved:
             return f"leaf {name!r}: the model expects {record}, the checkpoint has no such leaf"
-        if (saved[name].dtype, saved[name].shape) != (record.dtype, record.shape):
+        if saved[name]._replace(checksum="") != record:
             return f"leaf {name!r}: the model expects {record}, the checkpoint has {saved[name]}"
     for name, record in saved.items():
         if name not in expected:
@@ -217,29 +231,25 @@ def first_mismatch(saved: Mapping[str, Record], expected: Mapping[str, Record]) 
 
 
 def first_damage(arrays: Mapping[str, np.ndarray], saved: Mapping[str, Record]) -> str | None:
-    """The first stored array that does not match its record, as one sentence; None if all do."""
+    """The first array that does not match its record, in words; None if all do."""
     for name, record in saved.items():
         array = arrays[name]
-        if not record.impl and (array.dtype.name, array.shape) != (record.dtype, record.shape):
-            found = Record(array.dtype.name, array.shape)
-            return f"leaf {name!r}: saved as {record}, read as {found}"
-        found = checksum(array)
-        if found != record.checksum:
-            return (
-                f"leaf {name!r}: its values changed on disk (checksum {found}, saved "
-                f"{record.checksum})"
-            )
+        if (array.dtype.name, array.shape) != (record.dtype, record.shape):
+            found = Record(array.dtype.name, array.shape, record.impl)
+            return f"leaf {name!r} was saved as {record} and reads as {found}"
+        if checksum(array) != record.checksum:
+            return f"leaf {name!r} has changed on disk (its checksum differs)"
     return None
 
 
-def rebuild(leaf: Any, array: np.ndarray, record: Record) -> Any:
+def rebuild(leaf: Any, array: np.ndarray, impl: str) -> Any:
     """A leaf like the template's, with the stored values.
 
     Args:
-        leaf: the template's leaf; its kind (jax or NumPy) and sharding are taken over. Only a leaf
-            committed to its devices gives a committed one, as a jitted function retraces otherwise.
+        leaf: the template's leaf; its kind (jax or NumPy) and sharding are taken over. The result
+            is committed to devices only if that leaf is: a jitted function retraces otherwise.
         array: the stored values, in host memory.
-        record: the stored record.
+        impl: the implementation, where the leaf is a typed PRNG key; else empty.
 
     Returns:
         A jax array without weak type and with memory of its own (safe to donate), or a NumPy array
@@ -247,20 +257,14 @@ def rebuild(leaf: Any, array: np.ndarray, record: Record) -> Any:
     """
     if isinstance(leaf, np.ndarray | np.generic):
         return array
-    # copy=True: on a CPU jax would otherwise adopt NumPy's buffer, which it can never donate.
+    # copy=True: on a CPU jax may otherwise adopt NumPy's buffer, which it can never donate.
     value = jnp.array(array, copy=True)
-    if record.impl:
-        value = jax.random.wrap_key_data(value, impl=record.impl)
-    committed = getattr(leaf, "committed", True)
-    if committed and leaf.sharding is not None:
-        value = jax.device_put(value, leaf.sharding)
-    if str(value.dtype) != record.dtype:
+    if value.dtype != array.dtype:
         raise ValueError(
-            f"template: {record.dtype} cannot be held (got {value.dtype}); enable jax_enable_x64."
+            f"template: {array.dtype} became {value.dtype}; set jax_enable_x64 as at the save."
         )
+    if impl:
+        value = jax.random.wrap_key_data(value, impl=impl)
+    if getattr(leaf, "committed", True) and leaf.sharding is not None:
+        value = jax.device_put(value, leaf.sharding)
     return value
-
-
-def stored_size(record: Record) -> int:
-    """The number of elements; leaves without any are kept in the records only (Orbax refuses them)."""
-    return math.prod(record.shape)

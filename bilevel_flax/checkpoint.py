@@ -1,0 +1,323 @@
+"""Checkpoints: a state and its metadata, saved together, verified when read.
+
+One directory holds the newest `keep` checkpoints, in Orbax's format and readable with Orbax alone:
+
+    <directory>/<step>/     one checkpoint (`checkpoint_format`)
+    <directory>/damaged/    what `restore` found unreadable or altered, moved aside
+
+A save writes into a temporary directory that is renamed when complete, so a killed or failed save
+leaves nothing that looks like a checkpoint. What is lost or altered on the disk afterwards is found
+by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from bilevel_flax import checkpoint_format, checkpoint_search, fingerprint
+from bilevel_flax.checkpoint_format import (
+    CheckpointError,
+    CheckpointMismatch,
+    quiet_orbax,
+    reason,
+)
+
+__all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("bilevel_flax")
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore` found."""
+
+    state: Any  # structure, dtypes and shardings of the template
+    meta: dict[str, Any]  # as handed to `save`, after a round trip through JSON
+    step: int
+
+
+class Checkpointer:
+    """Saves a state and its metadata, and restores the newest checkpoint that is sound.
+
+    Args:
+        directory: where the checkpoints go; made if it does not exist. Any path that Orbax takes.
+        keep: how many checkpoints to keep, the newest; with 1 there is none to fall back to.
+        asynchronous: write in a background thread; `save` then blocks for a copy to host memory,
+            and for the save before it if that is still running.
+        on_event: called with one line of text for everything that a user should know (a failed
+            save, a damaged checkpoint), possibly from the background thread. Default: a warning of
+            the logger `bilevel_flax`.
+        read_only: only read: nothing is made, moved or deleted, and `save` is refused. For programs
+            that look into the directory of a running training.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        CheckpointError: the directory cannot be made or written to.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> state = {"w": jnp.arange(3.0)}
+        >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+        ...     checkpointer.save(10, state, {"epoch": 1})
+        ...     restored = checkpointer.restore(state)
+        >>> restored.step, restored.meta, restored.state["w"].tolist()
+        (10, {'epoch': 1}, [0.0, 1.0, 2.0])
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        on_event: Callable[[str], Any] | None = None,
+        read_only: bool = False,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept.")
+        path = os.fspath(directory)
+        self._local = "://" not in path
+        self._directory = epath.Path(os.path.abspath(path) if self._local else path)
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._on_event = on_event or _logger.warning
+        self._read_only = read_only
+        self._manager: ocp.CheckpointManager | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._running: tuple[int, Future[None]] | None = None
+        self._failure: CheckpointError | None = None
+        if not read_only:
+            self._make_directory()
+
+    def _make_directory(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if self._local and not os.access(self._directory, os.W_OK | os.X_OK):
+                raise PermissionError("Permission denied")
+        except OSError as error:
+            raise CheckpointError(
+                f"directory={str(self._directory)!r}: checkpoints cannot be written there "
+                f"({reason(error)}); choose another."
+            ) from error
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Saves a checkpoint; the state may be donated as soon as this returns.
+
+        A failing write (a full disk) does not stop the training: it is reported through `on_event`,
+        earlier checkpoints stay, and the next `save` tries anew. `wait` and `close` raise if the
+        last save failed, as does `save` itself with `asynchronous=False`.
+
+        Args:
+            step: the step that the state has reached; above that of every checkpoint there is.
+            state: any pytree of jax or NumPy arrays; typed PRNG keys are arrays too.
+            meta: anything that JSON holds (tuples become lists): config, data position, progress.
+
+        Raises:
+            TypeError: a leaf of the state is not an array (it is named), or `meta` is not JSON.
+            ValueError: `step` is not above the latest, or a leaf has been donated.
+            CheckpointError: the save failed, with `asynchronous=False`; or `read_only`.
+        """
+        if self._read_only:
+            raise CheckpointError(f"step={step}: this Checkpointer was opened with read_only=True.")
+        # Joined first: were the save before this one to fail, its step would be free again.
+        self._join()
+        step = int(step)
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"step={step}: {str(self._directory)!r} has a checkpoint of step {latest} already; "
+                "the steps saved must increase (see latest_step())."
+            )
+        plain = checkpoint_format.plain_json(meta)
+        arrays, records = fingerprint.host_copy(state)
+        self._failure = None
+        if self._asynchronous:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            future = self._worker.submit(self._write, step, arrays, records, plain)
+            self._running = (step, future)
+        else:
+            self._write(step, arrays, records, plain)
+            self._raise_failure()
+
+    def _write(
+        self,
+        step: int,
+        arrays: dict[str, np.ndarray],
+        records: dict[str, fingerprint.Record],
+        meta: dict[str, Any],
+    ) -> None:
+        try:
+            items = checkpoint_format.save_args(step, arrays, records, meta)
+            with quiet_orbax():
+                manager = self._manager = self._manager or self._open_manager()
+                if not manager.save(step, args=items, force=True):
+                    raise RuntimeError("Orbax declined to save it")
+        except Exception as error:
+            self._discard_manager()
+            self._failure = CheckpointError(
+                f"The checkpoint of step {step} was not saved: {reason(error)}. Earlier ones in "
+                f"{str(self._directory)!r} are untouched."
+            )
+            self._on_event(str(self._failure))
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            # The background thread is ours: it also computes the checksums, which take as long as
+            # the writing, and Orbax's own asynchronous saves block for all their preparations.
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(
+            self._directory, options=options, item_names=checkpoint_format.ITEMS
+        )
+
+    def _discard_manager(self) -> None:
+        """Drops Orbax's list of steps, which a failure or a moved checkpoint has made wrong."""
+        with quiet_orbax():
+            if self._manager is not None:
+                self._manager.close()
+            self._manager = None
+            try:
+                # At once, not at the next save: on a full disk the remains are in the way.
+                for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    path.rmtree()
+            except OSError:
+                pass  # The disk has failed, and that is being reported; the next manager cleans up.
+
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
+        """Restores the newest sound checkpoint, falling back over damaged ones.
+
+        Every leaf is verified against its checksum. A damaged checkpoint is reported through
+        `on_event` with its step and the reason, and moved to `damaged/` once a sound one is found.
+
+        Args:
+            template: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`; it gives
+                structure, dtypes and shardings, its values do not matter.
+            step: only this step, without falling back.
+
+        Returns:
+            State, metadata and step; None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointMismatch: it is another model's checkpoint; the first differing leaf is named.
+            CheckpointError: there are checkpoints, but none is sound; or `step` is not there.
+            TypeError: a leaf of the template is not an array.
+        """
+        leaves = fingerprint.named_leaves(template)
+        expected = {name: fingerprint.describe(name, leaf) for name, leaf in leaves.items()}
+        structure = jax.tree_util.tree_structure(template)
+
+        def read(path: epath.Path, found: int) -> Restored:
+            meta, records = checkpoint_format.read_document(path, found)
+            mismatch = fingerprint.first_mismatch(records, expected)
+            if mismatch is not None:
+                raise CheckpointMismatch(
+                    f"{str(path)!r} is a checkpoint of another model: {mismatch}."
+                )
+            arrays = checkpoint_format.read_arrays(path, records)
+            values = [
+                fingerprint.rebuild(leaf, arrays[name], records[name].impl)
+                for name, leaf in leaves.items()
+            ]
+            return Restored(jax.tree_util.tree_unflatten(structure, values), meta, found)
+
+        return self._search(read, step, move_aside=not self._read_only)
+
+    def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """Step and metadata of the newest checkpoint; the state is neither read nor verified.
+
+        For the decision whether to resume, before a model is built: compare the saved config.
+
+        Args:
+            step: only this step.
+
+        Returns:
+            Step and metadata of the newest checkpoint whose metadata are sound; None if there is no
+            checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none has sound metadata.
+        """
+
+        def read(path: epath.Path, found: int) -> tuple[int, dict[str, Any]]:
+            return found, checkpoint_format.read_document(path, found)[0]
+
+        return self._search(read, step, move_aside=False)
+
+    def _search(
+        self, read: Callable[[epath.Path, int], _T], only: int | None, move_aside: bool
+    ) -> _T | None:
+        self._join()
+        result, damaged = checkpoint_search.newest_sound(self._directory, read, only)
+        for step, why in damaged.items():
+            fate = "It was passed over."
+            if move_aside:
+                fate = checkpoint_search.move_aside(self._directory, step)
+                self._discard_manager()
+            self._on_event(f"The checkpoint of step {step} is damaged: {why}. {fate}")
+        return result
+
+    def latest_step(self) -> int | None:
+        """The newest step, that of a save still running included; None without any."""
+        steps = checkpoint_search.list_steps(self._directory)
+        if self._running is not None and not self._running[1].done():
+            steps.append(self._running[0])
+        return max(steps, default=None)
+
+    def wait(self) -> None:
+        """Waits for a running save.
+
+        Raises:
+            CheckpointError: the last save failed (raised once).
+        """
+        self._join()
+        self._raise_failure()
+
+    def _join(self) -> None:
+        if self._running is not None:
+            self._running[1].result()
+            self._running = None
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Waits for a running save and releases threads; using it afterwards opens it anew.
+
+        Raises:
+            CheckpointError: the last save failed, and `wait` has not said so.
+        """
+        self._join()
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+        if self._manager is not None:
+            with quiet_orbax():
+                self._manager.close()
+            self._manager = None
+        self._raise_failure()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._failure = None  # Already reported; it must not hide the error that is on its way.
+        self.close()

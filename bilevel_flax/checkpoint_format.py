@@ -1,0 +1,200 @@
+"""One checkpoint on disk: what is written for a step, and how it is read and verified.
+
+    <step>/state    nested dicts of arrays, every leaf at its name (`fingerprint.named_leaves`)
+    <step>/meta     JSON: {"format", "step", "meta", "leaves", "digest"}
+
+`leaves` holds the records of all leaves, `digest` is a hash of the rest of the document. Leaves
+without elements are kept in `leaves` only, for Orbax refuses them.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from bilevel_flax import fingerprint
+from bilevel_flax.fingerprint import Record
+
+ITEMS = ("state", "meta")
+_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message is one line for the user."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A sound checkpoint, but of another model."""
+
+
+class Damaged(Exception):
+    """One checkpoint cannot be used; the message says why, in one line."""
+
+
+def save_args(
+    step: int,
+    arrays: Mapping[str, np.ndarray],
+    records: Mapping[str, Record],
+    meta: Mapping[str, Any],
+) -> ocp.args.Composite:
+    """What `ocp.CheckpointManager.save` is to write.
+
+    Args:
+        step: the step.
+        arrays: leaf name -> array, owned by the caller until the save is done.
+        records: leaf name -> record, with or without its checksum.
+        meta: the user's metadata, plain JSON.
+    """
+    records = fingerprint.with_checksums(records, arrays)
+    document = {
+        "format": _VERSION,
+        "step": step,
+        "meta": meta,
+        "leaves": {name: record._asdict() for name, record in records.items()},
+    }
+    stored = {name: array for name, array in arrays.items() if array.size}
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(_nested(stored)),
+        meta=ocp.args.JsonSave({**document, "digest": _digest(document)}),
+    )
+
+
+def read_document(path: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Record]]:
+    """Reads and verifies everything but the arrays.
+
+    Args:
+        path: the step's directory.
+        step: the step that it should be.
+
+    Returns:
+        The user's metadata and the records.
+
+    Raises:
+        Damaged: it cannot be read, or is not what was written.
+    """
+    try:
+        document = dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Damaged(f"its metadata cannot be read ({reason(error)})") from error
+    if document.pop("digest", None) != _digest(document):
+        raise Damaged("its metadata have changed on disk (their digest differs)")
+    if document["format"] != _VERSION:
+        raise Damaged(f"it has format {document['format']}, this program reads {_VERSION}")
+    if document["step"] != step:
+        raise Damaged(f"it was saved as step {document['step']}")
+    records = {name: Record.from_json(r) for name, r in document["leaves"].items()}
+    return document["meta"], records
+
+
+def read_arrays(path: epath.Path, records: Mapping[str, Record]) -> dict[str, np.ndarray]:
+    """Reads all arrays into host memory and verifies them.
+
+    Args:
+        path: the step's directory.
+        records: what they should be, by leaf name.
+
+    Raises:
+        Damaged: an array cannot be read, or is not what was written; the first such leaf is named.
+    """
+    empty = {name: np.empty(r.shape, jnp.dtype(r.dtype)) for name, r in records.items()}
+    # NumPy targets of the saved dtype: Orbax casts to any other without a word.
+    targets = _nested({name: array for name, array in empty.items() if array.size})
+    try:
+        with quiet_orbax():
+            args = ocp.args.StandardRestore(targets)
+            tree = ocp.StandardCheckpointHandler().restore(path / "state", args=args)
+        arrays = {n: _at(tree, n) if array.size else array for n, array in empty.items()}
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Damaged(f"its arrays cannot be read ({reason(error)})") from error
+    damage = fingerprint.first_damage(arrays, records)
+    if damage is not None:
+        raise Damaged(damage)
+    return arrays
+
+
+def plain_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the metadata as JSON gives it back.
+
+    Raises:
+        TypeError: it holds something that JSON does not.
+    """
+    try:
+        return json.loads(json.dumps(dict(meta)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"meta: {error}; JSON holds dicts, lists, strings, numbers, True, False and None "
+            "(float(...) or .tolist() turns arrays into such)."
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line; Orbax's and tensorstore's run over many."""
+    text = " ".join(str(error).split())
+    for sign, plain in _PLAIN_REASONS.items():
+        if sign in text:
+            return plain
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+_PLAIN_REASONS = {
+    "No space left on device": "no space left on the disk",
+    "Disk quota exceeded": "the disk quota is exceeded",
+    "File too large": "a file would exceed the size limit",
+    "Read-only file system": "the file system is read-only",
+    "Permission denied": "no permission to write there",
+}
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Drops Orbax's log records, unless the logger `absl` has been set to INFO or below.
+
+    Orbax logs everything through absl's one logger, tracebacks of failures that are raised as well
+    included. Only records from Orbax's own files are dropped, no level or handler changes, and only
+    while one of our operations runs.
+    """
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        asked_for = logging.NOTSET < logger.level <= logging.INFO
+        return asked_for or "orbax" not in epath.Path(record.pathname).parts
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = array
+    return tree
+
+
+def _at(tree: Any, name: str) -> np.ndarray:
+    for key in name.split("."):
+        tree = tree[key]
+    return np.asarray(tree)

@@ -1,0 +1,69 @@
+"""A directory of checkpoints: which steps it has, and the newest of them that is sound."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from etils import epath
+
+from bilevel_flax.checkpoint_format import CheckpointError, Damaged, reason
+
+_T = TypeVar("_T")
+
+
+def list_steps(directory: epath.Path) -> list[int]:
+    """The steps that have a directory, damaged ones included, in increasing order."""
+    # Orbax's own listing may leave out a step that lost a file, and a run would then start from
+    # scratch without a word.
+    if not directory.exists():
+        return []
+    names = (path.name for path in directory.iterdir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_sound(
+    directory: epath.Path, read: Callable[[epath.Path, int], _T], only: int | None = None
+) -> tuple[_T | None, dict[int, str]]:
+    """Reads the newest checkpoint that can be read.
+
+    Args:
+        directory: the directory of all checkpoints.
+        read: reads one, from its path and step; raises `Damaged` where that fails.
+        only: consider this step alone.
+
+    Returns:
+        What `read` returned, None if there is no checkpoint at all; and why newer ones were passed
+        over, by step.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read; or `only` is not there.
+    """
+    steps = list_steps(directory)
+    if only is not None and only not in steps:
+        raise CheckpointError(f"step={only}: {str(directory)!r} has the steps {steps}.")
+    damaged: dict[int, str] = {}
+    for step in reversed(steps) if only is None else [only]:
+        try:
+            return read(directory / str(step), step), damaged
+        except Damaged as error:
+            damaged[step] = str(error)
+    if damaged:
+        # They all stay in place: the next run must find them too, not start from scratch.
+        details = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise CheckpointError(
+            f"No checkpoint in {str(directory)!r} is sound ({details}). Bring back the files, or "
+            "move the directory away to start from scratch."
+        )
+    return None, damaged
+
+
+def move_aside(directory: epath.Path, step: int) -> str:
+    """Moves a damaged checkpoint to `damaged/`, out of the way of saves; says what became of it."""
+    target = directory / "damaged" / str(step)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.rmtree()
+        (directory / str(step)).rename(target)
+    except OSError as error:
+        return f"It could not be moved aside: {reason(error)}."
+    return f"It was moved to {str(target)!r}."
