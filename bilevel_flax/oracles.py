@@ -260,8 +260,8 @@ def cross_jvp(problem: Problem, variables: Variables, batch, model_state=None, r
     return inner_products(problem, variables, batch, model_state, rng)[3]
 
 
-def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
-    """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
+def _outer(problem: Problem, z, x, batch, model_state, rng):
+    """F as a function of the differentiable leaves of z and of x's visible ones -> (loss, aux)."""
     z_split = _split(z)
     visible = rows.map_prefix(problem.per_sample, lambda _: None, lambda leaf: leaf, x)
     x_split = _split(visible)
@@ -281,6 +281,12 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
         args = (z_split.merge(z_leaves), restore(x_split.merge(x_leaves)), batch)
         return _call(problem.outer_loss, "outer_loss", problem.stateful, args, (model_state, rng))
 
+    return loss, z_split, x_split
+
+
+def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
+    """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
+    loss, z_split, x_split = _outer(problem, z, x, batch, model_state, rng)
     out, (grad_z, grad_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
         z_split.leaves, x_split.leaves
     )
@@ -290,6 +296,36 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
 def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
     """`(∇₁F, ∇₂F)` from one backprop (1 unit)."""
     return outer_value_and_grads(problem, z, x, batch, model_state, rng)[1:]
+
+
+def unrolled_value_and_grad(
+    problem: Problem, unroll: Callable, x, batch, model_state=None, rng=None
+):
+    """d/dx F(z_K(x), x) by backprop through an inner loop, the loop's start held fixed.
+
+    Args:
+        problem: the problem.
+        unroll: `unroll(x) -> (z_K, extra)`, differentiable in x's float leaves.
+        x: the outer parameters.
+        batch: an outer minibatch.
+        model_state: mutable state, handed to a stateful outer loss.
+        rng: its key.
+
+    Returns:
+        `((loss, aux), gradient, (z_K, extra))`; the gradient is dense, in x's tree. K inner
+        gradients, K HVPs, K cross-JVPs and one gradient of F: 3K + 1 units.
+    """
+    split = _split(x)
+
+    def total(leaves):
+        now = split.merge(leaves)
+        z, extra = unroll(now)
+        loss, z_split, x_split = _outer(problem, z, now, batch, model_state, rng)
+        value, aux = loss(z_split.leaves, x_split.leaves)
+        return value, (aux, (z, extra))
+
+    (value, (aux, found)), grad = jax.value_and_grad(total, has_aux=True)(split.leaves)
+    return (value, aux), split.complete(grad), found
 
 
 def evaluate_all(
