@@ -1,0 +1,161 @@
+"""The curves of a run: what `metrics.jsonl` holds, drawn in a few panels that read together."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+# Mid tones that read on white and on black.
+COLOURS = ("#3f87e5", "#e8833a", "#2fa36b", "#8f6fd6", "#e05252", "#2aa5a5", "#8a94a3", "#c2a018")
+
+_GROUPS = (
+    ("Losses", {"loss", "losses"}),
+    ("Errors", {"error", "errors", "accuracy", "regret"}),
+    ("Adjoint residual", {"residual"}),
+    ("Norms of the directions", {"norm", "norms"}),
+)
+# Clocks and counters: true of the run, but no curve to look at.
+_BOOKKEEPING = {"step", "steps", "seconds", "time", "units", "epoch", "calls", "finite", "eta"}
+_RAW_POINTS = 800
+
+
+def is_rate(name: str) -> bool:
+    """Whether a quantity of this name is a fraction in [0, 1], to be shown in percent.
+
+    >>> is_rate("test_error_retrained"), is_rate("validation/accuracy"), is_rate("learning_rate")
+    (True, True, False)
+    """
+    words = _words(name)
+    return bool(words & {"error", "accuracy", "regret", "fraction"}) and "relative" not in words
+
+
+def readable(name: str) -> str:
+    """A name as it is read: `inner_loss` becomes `inner loss`."""
+    return re.sub(r"[_/.]+", " ", name).strip()
+
+
+def new_figure(width: float = 5.4, height: float = 3.2) -> tuple[Figure, Axes]:
+    """An empty panel in the report's style.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        The figure and its only axes.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#8a94a3", alpha=0.22, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=3)
+    axes.set_prop_cycle(color=COLOURS)
+    return figure, axes
+
+
+def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
+    """Draws a run's metrics: losses, errors, adjoint residual, direction norms, then the rest.
+
+    Every measured value is drawn lightly, a centred moving average (of the logarithm where the
+    axis is logarithmic) strongly. Values that are not finite are left out.
+
+    Args:
+        rows: Lines of `metrics.jsonl`, each with a `step`.
+
+    Returns:
+        Pairs of title and figure; a group without values is left out.
+    """
+    series = _series(rows)
+    figures = []
+    for title, words in _GROUPS:
+        group = {name: series.pop(name) for name in list(series) if _words(name) & words}
+        if group:
+            figures.append((title, _draw(group)))
+    for name, values in series.items():
+        if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
+            figures.append((readable(name).capitalize(), _draw({name: values})))
+    return figures
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Steps and values by name, [2, number of finite values]."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name == "step" or isinstance(value, bool) or value is None:
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                continue
+            if np.isfinite(number):
+                points.setdefault(name, []).append((float(row["step"]), number))
+    return {name: np.array(pairs).T for name, pairs in points.items() if len(pairs) > 1}
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average, shorter at both ends.
+
+    Args:
+        values: [n].
+        window: Number of values averaged in the middle of the array, odd.
+
+    Returns:
+        [n].
+
+    >>> smooth(np.array([0.0, 3.0, 0.0, 3.0]), 3)
+    array([1.5, 1. , 2. , 1.5])
+    """
+    ones = np.ones(window)
+    span = slice(window // 2, window // 2 + len(values))
+    total = np.convolve(values, ones)[span]
+    return total / np.convolve(np.ones_like(values), ones)[span]
+
+
+def _draw(group: Mapping[str, np.ndarray]) -> Figure:
+    figure, axes = new_figure()
+    every = np.concatenate([values for _, values in group.values()])
+    percent = all(is_rate(name) for name in group) and every.min() >= 0 and every.max() <= 1
+    logarithmic = not percent and bool(every.min() > 0) and bool(every.max() > 5 * every.min())
+
+    for number, (name, (steps, values)) in enumerate(group.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        style = "-" if number < len(COLOURS) else "--"
+        window = 2 * (len(values) // 60) + 1
+        if window >= 3:
+            thin = slice(None, None, -(-len(values) // _RAW_POINTS))
+            axes.plot(steps[thin], values[thin], color=colour, alpha=0.25, linewidth=0.7)
+            smoothed = smooth(np.log(values) if logarithmic else values, window)
+            values = (np.exp(smoothed) if logarithmic else smoothed)[thin]
+            steps = steps[thin]
+        marker = "o" if len(values) <= 12 else ""
+        axes.plot(
+            steps,
+            values,
+            style,
+            color=colour,
+            linewidth=1.7,
+            marker=marker,
+            markersize=3.5,
+            label=readable(name),
+        )
+    if logarithmic:
+        axes.set_yscale("log")
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+    if len(group) > 1:
+        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,1 @@
+"""Data hypercleaning: a learned weight for every training example finds the wrong labels."""

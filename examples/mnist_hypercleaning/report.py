@@ -1,0 +1,239 @@
+"""What hypercleaning adds to a run's report: did the learned weights find the wrong labels?
+
+Everything is drawn from `summary.json` and `learned.npz` in the run's folder:
+
+    weights            float32 [n]        learned weights, in [0, 1]
+    is_wrong           bool [n]           whether the given label differs from the true one
+    given_label        int [n]            what the training saw
+    true_label         int [n]            what it should have seen
+    suspicious_index   int [k]            the examples with the lowest weights, lowest first
+    suspicious_images  uint8 [k, h, w(, c)]
+    class_names        str [classes]      optional
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from sklearn.metrics import auc, roc_curve
+
+from bilevel_flax.curves import COLOURS, new_figure
+from bilevel_flax.report import Section, figure_section, gallery_section
+
+_CLEAN, _WRONG = COLOURS[0], COLOURS[1]
+
+_ERRORS = (
+    ("test_error_no_weights", "no weights"),
+    ("test_error_validation_only", "validation data only"),
+    ("test_error", "learned weights"),
+    ("test_error_retrained", "retrained with the learned weights"),
+    ("test_error_clean", "true labels"),
+)
+_REQUIRED = (
+    "weights",
+    "is_wrong",
+    "given_label",
+    "true_label",
+    "suspicious_index",
+    "suspicious_images",
+)
+
+
+def sections(workdir: str | Path) -> list[Section]:
+    """The sections of a run's report that are about cleaning.
+
+    Args:
+        workdir: The run's folder.
+
+    Returns:
+        Test errors against the baselines, the learned weights by clean and wrong, the ROC curve
+        and the most suspicious examples. What an unfinished run has not written is left out.
+
+    Raises:
+        ValueError: If `learned.npz` lacks an array or holds one that does not fit.
+    """
+    workdir = Path(workdir)
+    made = []
+    if (workdir / "summary.json").exists():
+        made += _errors(json.loads((workdir / "summary.json").read_text(encoding="utf-8")))
+    if (workdir / "learned.npz").exists():
+        learned = load_learned(workdir / "learned.npz")
+        made += [_weights(learned), *_roc(learned), _gallery(learned)]
+    return made
+
+
+def load_learned(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads `learned.npz` without ever executing code from it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The arrays named above.
+
+    Raises:
+        ValueError: If an array is missing or does not fit the others.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        learned = dict(file)
+    missing = [name for name in _REQUIRED if name not in learned]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: run train again")
+    n, k = len(learned["weights"]), len(learned["suspicious_index"])
+    for name, length in dict.fromkeys(_REQUIRED[1:4], n).items():
+        if learned[name].shape != (length,):
+            raise ValueError(f"{path}: {name} has shape {learned[name].shape}, not ({length},)")
+    if len(learned["suspicious_images"]) != k:
+        raise ValueError(f"{path}: {len(learned['suspicious_images'])} suspicious images for {k}")
+    return learned
+
+
+def write_suspicious_csv(
+    path: str | Path, weights: np.ndarray, given_label: np.ndarray, *, limit: int | None = None
+) -> Path:
+    """Writes the training examples in the order in which a person should look at them.
+
+    The columns are `index` (position in the training set), `given_label`, `weight` and `rank`;
+    rank 1 has the lowest weight, equal weights stand in order of index.
+
+    Args:
+        path: The file to write.
+        weights: [n], in [0, 1].
+        given_label: [n] int.
+        limit: Number of lines; None writes every example.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the lengths differ or a weight is not a number.
+    """
+    weights, given_label = np.asarray(weights), np.asarray(given_label)
+    if weights.ndim != 1 or weights.shape != given_label.shape:
+        raise ValueError(
+            f"weights {weights.shape} and given_label {given_label.shape} must both be [n]"
+        )
+    if np.isnan(weights).any():
+        raise ValueError(f"weights holds {np.isnan(weights).sum()} NaN: there is no order in them")
+    path = Path(path)
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["index", "given_label", "weight", "rank"])
+        order = np.argsort(weights, kind="stable")[:limit]
+        for rank, index in enumerate(order.tolist(), start=1):
+            writer.writerow([index, int(given_label[index]), str(weights[index]), rank])
+    return fresh.replace(path)
+
+
+def _errors(summary: Mapping[str, Any]) -> list[Section]:
+    bars = [
+        (label, summary[key], key)
+        for key, label in _ERRORS
+        if isinstance(summary.get(key), int | float)
+    ]
+    if len(bars) < 2:
+        return []
+    labels, errors, keys = zip(*bars, strict=True)
+    figure, axes = new_figure(7.2, 0.55 * len(bars) + 0.9)
+    colours = [
+        _CLEAN if key in ("test_error", "test_error_retrained") else "#8a94a3" for key in keys
+    ]
+    drawn = axes.barh(range(len(bars)), errors, color=colours, height=0.62)
+    axes.bar_label(drawn, labels=[f"{100 * error:.2f} %" for error in errors], padding=5)
+    axes.set_yticks(range(len(bars)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(errors) or 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("test error")
+    caption = "Same training budget for all, each stopped early on the validation data."
+    if "test_error_clean" in keys:
+        caption += " True labels are what perfect cleaning would give."
+    return [figure_section("Test error against the baselines", figure, caption)]
+
+
+def _weights(learned: Mapping[str, np.ndarray]) -> Section:
+    weights, wrong = learned["weights"], learned["is_wrong"].astype(bool)
+    figure, axes = new_figure(7.2, 3.4)
+    bins = np.linspace(0.0, 1.0, 51).tolist()
+    for part, colour, name in ((~wrong, _CLEAN, "correct label"), (wrong, _WRONG, "wrong label")):
+        if part.any():
+            axes.hist(weights[part], bins, alpha=0.45, color=colour)
+            label = f"{name} ({part.sum():,})"
+            axes.hist(
+                weights[part], bins, histtype="step", linewidth=1.5, color=colour, label=label
+            )
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("learned weight")
+    axes.set_ylabel("training examples")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    caption = (
+        "The weight of every training example, learned from the validation loss alone: which "
+        "labels are wrong was never shown to the solver."
+    )
+    return figure_section("Learned weights", figure, caption)
+
+
+def _roc(learned: Mapping[str, np.ndarray]) -> list[Section]:
+    wrong = learned["is_wrong"].astype(bool)
+    if wrong.all() or not wrong.any():
+        return []
+    false_alarms, found, _ = roc_curve(wrong, -learned["weights"])
+    area = float(auc(false_alarms, found))
+    figure = _roc_figure(false_alarms, found, area)
+    caption = (
+        f"Examples are called suspicious from the lowest weight upwards; the area under the "
+        f"curve is {area:.3f} (1: every wrong label comes before every correct one)."
+    )
+    return [figure_section("Finding the wrong labels", figure, caption)]
+
+
+def _roc_figure(false_alarms: np.ndarray, found: np.ndarray, area: float) -> Figure:
+    figure, axes = new_figure(4.6, 4.2)
+    axes.plot([0, 1], [0, 1], "--", color="#8a94a3", linewidth=1)
+    # A curve over 20,000 examples has thousands of corners; the eye needs a few hundred.
+    keep = np.unique(np.linspace(0, len(found) - 1, 400).astype(int))
+    axes.plot(false_alarms[keep], found[keep], color=_CLEAN, linewidth=2)
+    axes.fill_between(false_alarms[keep], found[keep], color=_CLEAN, alpha=0.12, linewidth=0)
+    axes.text(0.62, 0.3, f"AUC {area:.3f}", fontsize=13, ha="center")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+    axes.set_xlabel("correct labels called suspicious")
+    axes.set_ylabel("wrong labels found")
+    return figure
+
+
+def _gallery(learned: Mapping[str, np.ndarray]) -> Section:
+    index = learned["suspicious_index"]
+    names = learned.get("class_names")
+
+    def name(label: int) -> str:
+        return str(label) if names is None else str(names[label])
+
+    wrong = learned["is_wrong"].astype(bool)[index]
+    captions = [
+        f"given {name(given)}\nis {name(true)}"
+        if given != true
+        else f"given {name(given)}\ncorrect"
+        for given, true in zip(
+            learned["given_label"][index].tolist(),
+            learned["true_label"][index].tolist(),
+            strict=True,
+        )
+    ]
+    caption = (
+        f"The {len(index)} training examples with the lowest weights, lowest first; "
+        f"{wrong.sum()} of them really have a wrong label (framed red). All examples in this "
+        "order are in suspicious.csv."
+    )
+    return gallery_section(
+        "Most suspicious examples", learned["suspicious_images"], captions, caption, wrong.tolist()
+    )
