@@ -139,7 +139,8 @@ def _decode(source: Any, shape: tuple[int, int, int]) -> Part:
     for start in range(0, n, _AT_ONCE):
         records = source.__getitems__(range(start, min(start + _AT_ONCE, n)))
         for i, record in enumerate(records, start):
-            with Image.open(io.BytesIO(record["image"])) as picture:
-                images[i] = np.asarray(picture.convert(mode)).reshape(shape)
+            picture = Image.open(io.BytesIO(record["image"]), formats=("PNG", "JPEG"))
+            picture = picture if picture.mode == mode else picture.convert(mode)
+            images[i] = np.asarray(picture).reshape(shape)
             labels[i] = record["label"]
     return Part(images, labels)
