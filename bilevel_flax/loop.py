@@ -176,7 +176,9 @@ class Loop:
             batches, rows = self._feeds[side].batches, ids
         else:
             count = min(count, self._feeds[side].capacity)
-            chosen = np.minimum(first + np.arange(self._feeds[side].capacity), len(self._sums[side].weights) - 1)
+            chosen = np.minimum(
+                first + np.arange(self._feeds[side].capacity), len(self._sums[side].weights) - 1
+            )
             batches = jax.device_put(data.gather(self._sums[side], chosen))
             rows = self._padded(np.arange(count, dtype=np.int32))
         args = (batches, rows, ids, np.int32(count))

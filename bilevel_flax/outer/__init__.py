@@ -1,6 +1,7 @@
 """Ready-made outer parameters and optimisers for them."""
 
 from bilevel_flax.outer import sample_weights
+from bilevel_flax.outer.normalized import normalized_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 
-__all__ = ["SampleWeights", "sample_weights", "sigmoid", "softmax"]
+__all__ = ["normalized_sgd", "SampleWeights", "sample_weights", "sigmoid", "softmax"]

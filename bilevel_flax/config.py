@@ -1,0 +1,177 @@
+"""Configs: one Python file a task, overridden from the command line, resolved to real callables.
+
+A config file defines `get_config(arg) -> ml_collections.ConfigDict`. A nested dict with the key
+"call" stands for a call of what it names, with the other keys as its arguments:
+
+    config.solver.inner = {"call": "optax:sgd", "learning_rate": 0.1}
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+CALL = "call"
+
+
+class ConfigError(ValueError):
+    """A mistake in a config or an override; the message is one line that says how to mend it."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """' (did you mean "x"?)', or '' when nothing is near."""
+    # A mistyped last part is the usual case, so it is compared on its own as well.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        tails = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.5)
+        close = [tails[tail] for tail in near]
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Reads a config file and applies overrides.
+
+    Args:
+        spec: `path/to/config.py` or `path/to/config.py:argument` (given to `get_config`). The
+            folder above the file's is put on the import path, so that the config can name
+            `examples...` beside it.
+        overrides: `key.subkey=value`, in order.
+
+    Returns:
+        The config; keys can no longer be added.
+
+    Raises:
+        ConfigError: no such file, no `get_config`, an unknown key (the nearest is named), a value
+            of the wrong type.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"--config={spec}: no file {path}{nearest(str(path), beside)}")
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={spec}: {path} defines no get_config()")
+    config = module.get_config(argument) if argument else module.get_config()
+    config.lock()
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """All leaf keys of nested dicts, joined by dots."""
+    found = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found += (
+            keys(value, f"{name}.")
+            if isinstance(value, Mapping | ml_collections.ConfigDict)
+            else [name]
+        )
+    return found
+
+
+def _override(config: ml_collections.ConfigDict, override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--config.{override}: write --config.{name}=VALUE")
+    known = keys(config)
+    if name not in known:
+        inside = [key for key in known if key.startswith(name + ".")]
+        if inside:
+            raise ConfigError(f"--config.{name}: it has several keys, set one: {', '.join(inside)}")
+        raise ConfigError(f"--config.{name}: the config has no such key{nearest(name, known)}")
+    *path, last = name.split(".")
+    node = config
+    for part in path:
+        node = node[part]
+    expected = node.get_type(last)
+    try:
+        node[last] = _parse(text, expected)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ConfigError(
+            f"--config.{name}={text}: expected {expected.__name__}, as in the config "
+            f"({node[last]!r})"
+        ) from error
+
+
+def _parse(text: str, expected: type) -> Any:
+    if text == "None":
+        return None
+    if expected is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if expected in (int, float, str):
+        return expected(text)
+    value = ast.literal_eval(text)
+    if not isinstance(value, expected) and expected in (tuple, list):
+        value = expected(value) if isinstance(value, tuple | list) else expected([value])
+    if not isinstance(value, expected):
+        raise ValueError(text)
+    return value
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON would store it: dicts, lists, strings, numbers, None."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def imported(name: str) -> Any:
+    """What `package.module:attribute` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or the module has no such attribute.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'"{name}": {error}; write "package.module:attribute"') from error
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f'"{name}": {module_name} has no {attribute!r}{nearest(attribute, dir(module))}'
+        )
+    return getattr(module, attribute)
+
+
+def resolve(node: Any, **provided: Any) -> Any:
+    """Makes the calls that a config describes, from the inside out.
+
+    Args:
+        node: a config, a nested dict, or a leaf (returned as it is).
+        **provided: further arguments for the outermost call; those that its signature does not
+            have are left out.
+
+    Raises:
+        ConfigError: a name that cannot be imported, or arguments that the callable refuses.
+    """
+    if isinstance(node, Mapping | ml_collections.ConfigDict):
+        values = {key: resolve(value) for key, value in node.items() if key != CALL}
+        if CALL not in node:
+            return values
+        function = imported(node[CALL])
+        accepted = inspect.signature(function).parameters
+        values = {k: v for k, v in provided.items() if k in accepted} | values
+        try:
+            inspect.signature(function).bind(**values)
+        except TypeError as error:
+            raise ConfigError(f"{node[CALL]}: {error}") from error
+        return function(**values)
+    return list(node) if isinstance(node, tuple | list) else node

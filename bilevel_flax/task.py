@@ -1,0 +1,60 @@
+"""What an example hands to the training loop: a problem, its data, and what to report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from bilevel_flax.base import Problem, PyTree, TrainState
+from bilevel_flax.data import FiniteSum
+
+
+class Start(NamedTuple):
+    """Where a run starts.
+
+    Attributes:
+        inner_params: z.
+        outer_params: x.
+        model_state: mutable state, or None.
+    """
+
+    inner_params: PyTree
+    outer_params: PyTree
+    model_state: PyTree = None
+
+
+def _nothing(state: TrainState, workdir: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
+    del state, workdir, say
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A bilevel problem on real data.
+
+    Attributes:
+        problem: G and F.
+        init: `init(rng) -> Start`.
+        inner: the inner data.
+        outer: the outer data.
+        evaluate: `evaluate(state) -> {name: float}`, at every `eval_every` steps. It must not
+            look at test data.
+        finish: `finish(state, workdir, say) -> {name: value}`, once, after the last step: what
+            else belongs into `summary.json` (final errors, baselines). It may write files into
+            the workdir; what takes long is stored there as it comes, so that a killed run goes
+            on. `say` prints a line.
+        report: `report(workdir) -> sections` of `report.html`, made from files alone.
+        headline: names in the summary, in the order in which a person wants to read them.
+    """
+
+    problem: Problem
+    init: Callable[[jax.Array], Start]
+    inner: FiniteSum
+    outer: FiniteSum
+    evaluate: Callable[[TrainState], Mapping[str, float]]
+    finish: Callable[[TrainState, Path, Callable[[str], None]], Mapping[str, Any]] = _nothing
+    headline: Sequence[str] = ()

@@ -1,0 +1,93 @@
+"""The networks of the hypercleaning task: images in, logits out."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel_flax as bf
+from bilevel_flax.config import ConfigError, nearest
+
+
+class Linear(nn.Module):
+    """The published model: one matrix, no bias."""
+
+    num_classes: int
+    stateful: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits [batch, num_classes] of images [batch, h, w, c]."""
+        del train
+        flat = images.reshape(len(images), -1)
+        return nn.Dense(self.num_classes, use_bias=False, kernel_init=nn.initializers.zeros)(flat)
+
+
+class MLP(nn.Module):
+    """One hidden layer of 256 ReLUs."""
+
+    num_classes: int
+    hidden: int = 256
+    stateful: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits [batch, num_classes] of images [batch, h, w, c]."""
+        del train
+        hidden = nn.relu(nn.Dense(self.hidden)(images.reshape(len(images), -1)))
+        return nn.Dense(self.num_classes)(hidden)
+
+
+class CNN(nn.Module):
+    """Two strided convolutions with BatchNorm, a hidden layer with dropout."""
+
+    num_classes: int
+    dropout: float = 0.25
+    stateful: bool = True  # BatchNorm's statistics, dropout's key
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits [batch, num_classes] of images [batch, h, w, c]; `train` selects the mode."""
+        out = images
+        for channels in (16, 32):
+            out = nn.Conv(channels, (3, 3), strides=(2, 2), use_bias=False)(out)
+            out = nn.relu(nn.BatchNorm(use_running_average=not train)(out))
+        out = nn.relu(nn.Dense(64)(out.reshape(len(out), -1)))
+        out = nn.Dropout(self.dropout, deterministic=not train)(out)
+        return nn.Dense(self.num_classes)(out)
+
+
+MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
+
+
+def make_model(name: str, num_classes: int) -> nn.Module:
+    """The network called `name`.
+
+    Raises:
+        ConfigError: no such network; the nearest is named.
+    """
+    if name not in MODELS:
+        raise ConfigError(
+            f"--config.model={name}: choose one of {', '.join(MODELS)}{nearest(name, list(MODELS))}"
+        )
+    return MODELS[name](num_classes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count_errors(model: nn.Module, params, model_state, images, labels) -> jax.Array:
+    logits = model.apply({"params": params, **model_state}, images, train=False)
+    return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
+
+
+def error(model: nn.Module, state: bf.TrainState, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share of images that the network gets wrong, in [0, 1]."""
+    chunks = range(0, len(labels), 5000)
+    variables = (state.inner_params, state.model_state or {})
+    wrong = [
+        _count_errors(model, *variables, images[i : i + 5000], labels[i : i + 5000]) for i in chunks
+    ]
+    return float(sum(int(count) for count in wrong) / len(labels))

@@ -1,0 +1,250 @@
+"""Data hypercleaning: learn a weight for every training example while the network trains.
+
+A part of the training labels is wrong; a small validation set is clean. With one logit x_i for
+each training example,
+
+    G(z, x) = mean_i σ(x_i) CE(z; image_i, label_i) + c‖z‖²      F(z) = mean CE on validation data
+
+and the weights of wrongly labelled examples go down.
+
+References:
+    L. Franceschi, M. Donini, P. Frasconi, M. Pontil. Forward and reverse gradient-based
+    hyperparameter optimization. ICML 2017.
+    M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that enables
+    stochastic and global variance reduction algorithms. NeurIPS 2022 (this setting).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.metrics import roc_auc_score
+
+import bilevel_flax as bf
+from bilevel_flax import data
+from bilevel_flax.config import ConfigError
+from bilevel_flax.task import Start, Task
+from examples.mnist_hypercleaning import baselines, report
+from examples.mnist_hypercleaning.model import error, make_model
+
+# The published sizes; `mnist5k` has its own.
+SPLITS = (20_000, 5_000, 10_000)
+# The coefficient c of ‖z‖²: the published one for the linear model. The deeper ones interpolate
+# with it as a weight decay of ordinary size.
+REGULARIZATION = {"linear": 0.2, "mlp": 1e-4, "cnn": 1e-4}
+PARAMETRISATIONS = {"sigmoid": bf.outer.sigmoid, "softmax": bf.outer.softmax}
+UNWEIGHTED = bf.outer.SampleWeights(
+    init=lambda: jnp.zeros(()),
+    apply=lambda outer_params, batch: jnp.ones(batch["label"].shape),
+    weights=lambda outer_params: jnp.ones(()),
+    per_sample=False,
+)
+HEADLINE = (
+    "test_error_no_weights",
+    "test_error_validation_only",
+    "test_error",
+    "test_error_retrained",
+    "test_error_clean",
+    "wrong_label_auc",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The data of a run: standardised images float32 [n, h, w, c], labels int32 [n]."""
+
+    train_images: np.ndarray
+    given_labels: np.ndarray
+    true_labels: np.ndarray
+    is_wrong: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    raw_train_images: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...]
+
+
+def load_examples(config: Any) -> Examples:
+    """Loads, splits, corrupts and standardises what `config` asks for.
+
+    Raises:
+        ConfigError: the splits leave no validation or test examples.
+        ValueError: unknown data set, missing files, impossible splits, a corruption out of range.
+    """
+    name = config.data.name
+    splits = config.data.splits or (None if name == "mnist5k" else SPLITS)
+    images = data.load(
+        name,
+        manual_dir=config.data.manual_dir,
+        data_dir=config.data.data_dir,
+        splits=splits,
+        seed=config.seed,
+    )
+    for part in ("train", "validation", "test"):
+        if not len(getattr(images, f"{part}_labels")):
+            raise ConfigError(
+                f"--config.data.splits={splits}: no {part} examples; hypercleaning needs all three"
+            )
+    given, is_wrong = data.corrupt_labels(
+        images.train_labels, config.corruption, images.num_classes, config.seed, config.noise
+    )
+    standardized = data.standardize(
+        images.train_images, images.validation_images, images.test_images
+    )
+    return Examples(
+        train_images=standardized[0],
+        given_labels=given,
+        true_labels=images.train_labels,
+        is_wrong=is_wrong,
+        validation_images=standardized[1],
+        validation_labels=images.validation_labels,
+        test_images=standardized[2],
+        test_labels=images.test_labels,
+        raw_train_images=images.train_images,
+        num_classes=images.num_classes,
+        class_names=images.class_names,
+    )
+
+
+def make_problem(
+    model: nn.Module, weights: bf.outer.SampleWeights, regularization: float
+) -> bf.Problem:
+    """The two losses; stateful where the network has BatchNorm or dropout."""
+
+    def cross_entropy(logits, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    def inner_loss(params, outer_params, batch, model_state, rng):
+        logits, new_state = model.apply(
+            {"params": params, **model_state},
+            batch["image"],
+            train=True,
+            mutable=list(model_state),
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        losses = weights.apply(outer_params, batch) * cross_entropy(logits, batch)
+        matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        penalty = regularization * sum(jnp.sum(leaf**2) for leaf in matrices)
+        loss = bf.masked_mean(losses, batch.get("mask")) + penalty
+        return loss, bf.Aux(model_state=dict(new_state))
+
+    def outer_loss(params, outer_params, batch, model_state, rng):
+        del outer_params, rng
+        logits = model.apply({"params": params, **model_state}, batch["image"], train=False)
+        return bf.masked_mean(cross_entropy(logits, batch), batch.get("mask")), bf.Aux()
+
+    if model.stateful:
+        return bf.Problem(inner_loss, outer_loss, stateful=True, per_sample=weights.per_sample)
+    return bf.Problem(
+        lambda *args: inner_loss(*args, {}, None)[0],
+        lambda *args: outer_loss(*args, {}, None)[0],
+        per_sample=weights.per_sample,
+    )
+
+
+def wrong_label_auc(weights: np.ndarray, is_wrong: np.ndarray) -> float:
+    """Area under the ROC curve of -weight for "is wrong"; NaN unless there are both kinds."""
+    if is_wrong.all() or not is_wrong.any():
+        return float("nan")
+    return float(roc_auc_score(is_wrong, -weights))
+
+
+def make_task(config: Any) -> Task:
+    """The task that `configs/mnist_hypercleaning.py` describes.
+
+    Args:
+        config: keys `model`, `weights`, `regularization`, `corruption`, `noise`, `batch_size`,
+            `steps`, `eval_every`, `seed`, `baselines`, `solver.inner` and `data`.
+
+    Raises:
+        ConfigError: an unknown model or parametrisation, empty splits.
+        ValueError: as `load_examples`.
+    """
+    examples = load_examples(config)
+    num_train = len(examples.given_labels)
+    model = make_model(config.model, examples.num_classes)
+    if config.weights not in PARAMETRISATIONS:
+        raise ConfigError(
+            f"--config.weights={config.weights}: choose one of {', '.join(PARAMETRISATIONS)}"
+        )
+    weights = PARAMETRISATIONS[config.weights](num_train)
+    regularization = REGULARIZATION[config.model]
+    if config.regularization is not None:
+        regularization = config.regularization
+    problem = make_problem(model, weights, regularization)
+    train = {"image": examples.train_images, "label": examples.given_labels}
+    validation = {"image": examples.validation_images, "label": examples.validation_labels}
+
+    def init(rng: jax.Array) -> Start:
+        variables = dict(model.init(rng, examples.train_images[:1], train=False))
+        params = variables.pop("params")
+        return Start(params, weights.init(), variables if model.stateful else None)
+
+    def learned(state: bf.TrainState) -> np.ndarray:
+        return np.array(weights.weights(state.outer_params))
+
+    def evaluate(state: bf.TrainState) -> dict[str, float]:
+        return {
+            "validation_error": error(
+                model, state, examples.validation_images, examples.validation_labels
+            ),
+            "wrong_label_auc": wrong_label_auc(learned(state), examples.is_wrong),
+        }
+
+    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+        found = learned(state)
+        results = {
+            **evaluate(state),
+            "test_error": error(model, state, examples.test_images, examples.test_labels),
+        }
+        save_learned(workdir, examples, found)
+        if config.baselines:
+            results |= baselines.run(
+                config,
+                model,
+                problem,
+                make_problem(model, UNWEIGHTED, regularization),
+                examples,
+                state.outer_params,
+                init,
+                workdir,
+                say,
+            )
+        return results
+
+    return Task(
+        problem=problem,
+        init=init,
+        inner=data.partition(train, config.batch_size, seed=config.seed),
+        outer=data.partition(validation, config.batch_size, seed=config.seed),
+        evaluate=evaluate,
+        finish=finish,
+        headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
+    )
+
+
+def save_learned(workdir: Path, examples: Examples, weights: np.ndarray, gallery: int = 40) -> None:
+    """Writes `learned.npz` (what the report draws) and `suspicious.csv`."""
+    suspicious = np.argsort(weights, kind="stable")[:gallery]
+    np.savez_compressed(
+        workdir / "learned.npz",
+        weights=weights,
+        is_wrong=examples.is_wrong,
+        given_label=examples.given_labels,
+        true_label=examples.true_labels,
+        suspicious_index=suspicious,
+        suspicious_images=examples.raw_train_images[suspicious],
+        class_names=np.array(examples.class_names),
+    )
+    report.write_suspicious_csv(
+        workdir / "suspicious.csv", weights=weights, given_label=examples.given_labels
+    )
