@@ -88,7 +88,8 @@ def test_the_permutation_is_the_one_it_always_was():
         ({"mask": np.ones(5)}, 2, ValueError, 'key "mask"'),
         (np.ones(5), 2, TypeError, "must be a dict of arrays, got ndarray"),
         ({"x": {"y": 3.0}}, 1, TypeError, 'arrays\\["x/y"\\] is a scalar'),
-        ({"x": np.array(["a", None])}, 1, TypeError, "Python objects"),
+        ({"x": np.array(["a", None])}, 1, TypeError, "no array of numbers"),
+        ({"x": np.array(["a", "b"])}, 1, TypeError, "no array of numbers"),
     ],
 )
 def test_bad_input(arrays, batch_size, error, words):

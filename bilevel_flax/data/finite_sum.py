@@ -141,8 +141,8 @@ def _checked(arrays: Mapping[str, Any]) -> dict[str, Any]:
     if not leaves:
         raise ValueError("arrays holds no array: pass at least one, with a row an example")
     for name, leaf in leaves:
-        if leaf.ndim == 0 or leaf.dtype.kind == "O":
-            what = "a scalar" if leaf.ndim == 0 else "an array of Python objects"
+        if leaf.ndim == 0 or leaf.dtype.kind in "OSU":
+            what = "a scalar" if leaf.ndim == 0 else "no array of numbers"
             raise TypeError(f'arrays["{name}"] is {what}: every leaf needs a row an example')
     lengths = {name: len(leaf) for name, leaf in leaves}
     if len(set(lengths.values())) > 1:

@@ -49,6 +49,10 @@ def from_grain(source: Any, keys: Sequence[str] | None = None) -> dict[str, np.n
             if key not in item:
                 raise ValueError(f'source[{i}] has no key "{key}", only {sorted(item)}')
             value = np.asarray(item[key])
+            if value.dtype.kind in "OSU":
+                raise ValueError(
+                    f'source[{i}]["{key}"] is no number: name the others with keys=[...]'
+                )
             if i == 0:
                 arrays[key] = np.empty((n, *value.shape), value.dtype)
             if value.shape != arrays[key].shape[1:]:
@@ -56,7 +60,7 @@ def from_grain(source: Any, keys: Sequence[str] | None = None) -> dict[str, np.n
                     f'source[{i}]["{key}"] has shape {list(value.shape)}, earlier items '
                     f"{list(arrays[key].shape[1:])}: resize or pad them to one shape"
                 )
-            if not np.can_cast(value.dtype, arrays[key].dtype, "same_kind"):
+            if not np.can_cast(value.dtype, arrays[key].dtype, "safe"):
                 raise ValueError(
                     f'source[{i}]["{key}"] is {value.dtype}, the first item {arrays[key].dtype}'
                 )

@@ -12,8 +12,8 @@ _STREAM = 4
 def stratified(labels: np.ndarray, sizes: Mapping[str, int], *, seed: int) -> dict[str, np.ndarray]:
     """Draws disjoint parts of given sizes, each with the class proportions of the whole.
 
-    A class's share of a part is off by at most one example from proportional (for a balanced set
-    and round sizes it is exact); what the sizes leave over belongs to no part.
+    A class's share of a part is proportional up to rounding (exact for a balanced set and round
+    sizes); what the sizes leave over belongs to no part.
 
     Args:
       labels: integers [n].
