@@ -20,7 +20,7 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.losses import masked_mean
 from bilevel_flax.single_loop import single_loop
-from bilevel_flax.solvers import soba
+from bilevel_flax.solvers import fsla, masoba, saba, soba, spaba, srba, storm
 
 __version__ = "0.1.0"
 
@@ -36,9 +36,15 @@ __all__ = [
     "Table",
     "TrainState",
     "Variables",
+    "fsla",
     "masked_mean",
+    "masoba",
     "oracles",
     "outer",
+    "saba",
     "single_loop",
     "soba",
+    "spaba",
+    "srba",
+    "storm",
 ]

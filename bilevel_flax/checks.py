@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import numbers
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
 
 from bilevel_flax import rows
-from bilevel_flax.base import Batch, Problem, PyTree, Variables
+from bilevel_flax.base import Batch, Problem, PyTree, Table, Variables
 from bilevel_flax.oracles import is_inexact
 
 
 def copied(tree: PyTree) -> PyTree:
-    """A copy of every leaf as a strongly typed array, so that no two leaves share a buffer."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), tree)
+    """A copy of every leaf as a strongly typed array, so that no two leaves share a buffer.
+
+    Tables are taken as they are: whoever makes one makes a new one, and two would not fit.
+    """
+
+    def copy(node):
+        if isinstance(node, Table):
+            return node
+        return jnp.array(node, jnp.result_type(node), copy=True)
+
+    return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, Table))
 
 
 def parameters(name: str, tree: PyTree) -> None:
@@ -79,3 +91,38 @@ def outer_is_used(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "
                 "be learned about it: use it in inner_loss or take it out of outer_params"
             )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer >= 1.
+
+    Raises:
+        ValueError: names the argument and the value.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_partition(count_name: str, count: Any, weights_name: str, weights: Any) -> None:
+    """Raises unless there is a positive number of minibatches and a weight for each.
+
+    Raises:
+        ValueError: names the arguments and their values.
+    """
+    check_count(count_name, count)
+    if weights is not None and np.shape(weights) != (count,):
+        raise ValueError(
+            f"{weights_name} has shape {np.shape(weights)}, but {count_name} is {count}: "
+            "pass one share for each minibatch (FiniteSum.weights)"
+        )
+
+
+def warn_unless_finite_sum(problem: Problem, name: str) -> None:
+    """Warns that a stateful loss is no sum of fixed terms, which variance reduction relies on."""
+    if problem.stateful:
+        warnings.warn(
+            f"{name} compares visits of the same minibatch. The rng key is fixed for each "
+            "minibatch id, so dropout and augmentation repeat themselves; BatchNorm's running "
+            "statistics still change between visits, which leaves noise that it cannot remove",
+            stacklevel=3,
+        )

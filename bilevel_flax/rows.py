@@ -108,9 +108,9 @@ def densify(direction: PyTree, outer_params: PyTree) -> PyTree:
 
 
 def add(direction: PyTree, other: PyTree) -> PyTree:
-    """Adds two directions of x; where the first has `Rows`, the second has none (None)."""
+    """Adds two directions of x; where the second has None (a per-sample leaf), the first stays."""
     return jax.tree.map(
-        lambda node, term: node if is_rows(node) else node + term,
+        lambda node, term: node if term is None else node + term,
         direction,
         other,
         is_leaf=is_rows,

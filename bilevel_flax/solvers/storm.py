@@ -1,0 +1,114 @@
+"""STORM-type momentum on all three directions, on one pair of minibatches a step.
+
+    d_k = D_B(u_k) + (1 - η) (d_{k-1} - D_B(u_{k-1}))        d_0 = D_B(u_0)
+
+for each of z, v and x, u = (z, v, x): an average that is corrected for the move of the point.
+η = 1 is SOBA, η = 0 SARAH's recursion without restarts. Neither tables nor full passes.
+Published steps: ρ, γ ∝ t^-1/3 and η ∝ t^-2/3.
+
+Rows of per-sample leaves of x are handed on as they are under a row-sparse optimiser.
+
+References:
+    A. Cutkosky, F. Orabona. Momentum-based variance reduction in non-convex SGD. NeurIPS 2019.
+    J. Yang, K. Ji, Y. Liang. Provably faster algorithms for bilevel optimization. NeurIPS 2021
+    (MRBO, which has it on z and, with a nested Neumann series, on x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
+from bilevel_flax.single_loop import RowTransformation, single_loop
+from bilevel_flax.solvers import running
+from bilevel_flax.solvers.soba import directions
+
+
+@struct.dataclass
+class STORMState:
+    """What the recursion carries.
+
+    Attributes:
+        directions: Variables, in float32 at least.
+        previous: Variables, the point of the step before.
+        step: int32 scalar, updates so far.
+    """
+
+    directions: Variables
+    previous: Variables
+    step: jax.Array
+
+
+def check_eta(eta: Any) -> Callable[[Any], Any]:
+    """η as a schedule.
+
+    Raises:
+        ValueError: a constant outside [0, 1].
+    """
+    if callable(eta):
+        return eta
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1] or be a schedule step -> eta, got {eta!r}")
+    return lambda step: eta
+
+
+def estimator(problem: Problem, eta: Callable, *, lazy: bool = False) -> Estimator:
+    """The corrected average of all three directions; 8 units, two points a step."""
+
+    def init(variables):
+        zeros = running.start(variables, 0.0, problem.per_sample, lazy)
+        return STORMState(zeros, variables, jnp.int32(0))
+
+    def update(oracle, variables, batch, state):
+        del batch
+        found, before = oracle(variables), oracle(state.previous)
+        now = directions(found.oracles)
+        keep = jnp.where(state.step == 0, 0.0, 1.0 - eta(state.step))
+        carried = running.accumulate(state.directions, keep, directions(before.oracles), -keep)
+        carried = running.accumulate(carried, 1.0, now)
+        state = STORMState(carried, variables, state.step + 1)
+        return running.handed_on(carried, now), state, found
+
+    return Estimator(init=init, update=update, units=8.0)
+
+
+def storm(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint: optax.GradientTransformation | None = None,
+    eta: float | optax.Schedule = 0.1,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """STORM momentum with an Optax optimiser for each variable (8 gradient units a step).
+
+    Args:
+        problem: as in `single_loop`, and so are the arguments not listed here.
+        inner: optimiser of z.
+        outer: optimiser of x.
+        adjoint: optimiser of v; None: as `inner`.
+        eta: η in [0, 1], or a schedule `step -> η`.
+        inner_weights: float [N], shares of the samples; None: equal.
+        outer_weights: float [M].
+
+    Raises:
+        ValueError: `eta` outside [0, 1].
+    """
+    return single_loop(
+        problem,
+        estimator(problem, check_eta(eta), lazy=isinstance(outer, RowTransformation)),
+        inner=inner,
+        outer=outer,
+        adjoint=adjoint,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        name="storm",
+    )
