@@ -10,8 +10,8 @@ from bilevel_flax import data
 LABELS = np.repeat(np.arange(10), 2000)
 
 
-def deviation(p, n=len(LABELS)):
-    return 5 * np.sqrt(p * (1 - p) / n) + 1e-12
+def deviation(p):
+    return 5 * np.sqrt(p * (1 - p) / len(LABELS)) + 1e-12
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,7 +111,6 @@ def test_splits_are_disjoint_and_stratified(counts, shares, seed):
     assert len(np.unique(together)) == len(together)
     for part in parts.values():
         got = np.bincount(labels[part], minlength=len(counts))
-        # Each end of a part rounds every class by at most one half of each other class's spacing.
         assert abs(got - len(part) * np.array(counts) / len(labels)).max() <= len(counts)
 
 

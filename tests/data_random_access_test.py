@@ -36,6 +36,7 @@ def test_without_keys_all_entries_are_read():
         ([{"x": 1}, {"y": 1}], None, ValueError, r'source\[1\] has no key "x", only \[\'y\'\]'),
         ([{"x": [1]}, {"x": [1, 2]}], None, ValueError, r"shape \[2\], earlier items \[1\]"),
         ([{"x": 1}, {"x": 1.5}], None, ValueError, "is float64, the first item int64"),
+        (items(), None, ValueError, r'source\[0\]\["name"\] is no number'),
         (items(), ["z"], ValueError, 'no key "z"'),
     ],
 )
