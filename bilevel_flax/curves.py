@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Mid tones that read on white and on black.
 COLOURS = ("#3f87e5", "#e8833a", "#2fa36b", "#8f6fd6", "#e05252", "#2aa5a5", "#8a94a3", "#c2a018")
@@ -21,6 +21,9 @@ _GROUPS = (
 # Clocks and counters: true of the run, but no curve to look at.
 _BOOKKEEPING = {"step", "steps", "seconds", "time", "units", "epoch", "calls", "finite", "eta"}
 _RAW_POINTS = 800
+_ACRONYMS = re.compile(r"\b(auc|cifar|cnn|hvp|mlp|mnist|saba|soba|srba)\b")
+
+PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
 
 
 def is_rate(name: str) -> bool:
@@ -34,8 +37,23 @@ def is_rate(name: str) -> bool:
 
 
 def readable(name: str) -> str:
-    """A name as it is read: `inner_loss` becomes `inner loss`."""
-    return re.sub(r"[_/.]+", " ", name).strip()
+    """A name as it is read.
+
+    >>> readable("inner_loss"), readable("wrong_label_auc")
+    ('inner loss', 'wrong label AUC')
+    """
+    words = re.sub(r"[_/.]+", " ", name).strip()
+    return _ACRONYMS.sub(lambda match: match[0].upper(), words)
+
+
+def as_title(name: str) -> str:
+    """A name with a capital first letter.
+
+    >>> as_title("mnist_hypercleaning"), as_title("inner_loss")
+    ('MNIST hypercleaning', 'Inner loss')
+    """
+    words = readable(name)
+    return words[:1].upper() + words[1:]
 
 
 def new_figure(width: float = 5.4, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -78,7 +96,7 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]
             figures.append((title, _draw(group)))
     for name, values in series.items():
         if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
-            figures.append((readable(name).capitalize(), _draw({name: values})))
+            figures.append((as_title(name), _draw({name: values})))
     return figures
 
 
@@ -149,9 +167,9 @@ def _draw(group: Mapping[str, np.ndarray]) -> Figure:
             label=readable(name),
         )
     if logarithmic:
-        axes.set_yscale("log")
+        _decimal_log_axis(axes)
     if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(PERCENT)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("step")
@@ -159,3 +177,14 @@ def _draw(group: Mapping[str, np.ndarray]) -> Figure:
     if len(group) > 1:
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+def _decimal_log_axis(axes: Axes) -> None:
+    """A logarithmic axis that reads 0.02, 0.1, 0.5 over few decades, powers of ten over many."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 1e4:
+        subs = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel_flax.curves import curve_figures, readable
+from bilevel_flax.curves import as_title, curve_figures, readable
 from bilevel_flax.report_sections import (
     Section,
     figure_html,
@@ -104,7 +104,7 @@ def _page(title: str, body: str) -> str:
 
 def _title(workdir: Path, config: Mapping[str, Any]) -> str:
     name = config.get("name") or config.get("task")
-    return readable(name).capitalize() if isinstance(name, str) else workdir.resolve().name
+    return as_title(name) if isinstance(name, str) else workdir.resolve().name
 
 
 def _header(
@@ -121,7 +121,7 @@ def _header(
         facts.append(f"not finished{step}: the same train command goes on with it")
     cards = "".join(
         f'<div class="card{"" if number else " first"}"><b>{show_value(name, summary[name])}'
-        f"</b><span>{html.escape(_label(name))}</span></div>"
+        f"</b><span>{html.escape(readable(name))}</span></div>"
         for number, name in enumerate(n for n in _HEADLINES if n in summary)
     )
     return (
@@ -137,7 +137,10 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Section:
         return Section(
             "Curves", note_html("metrics.jsonl holds fewer than two steps: nothing to draw")
         )
-    grid = "".join(figure_html(figure, title, title) for title, figure in figures)
+    grid = "".join(
+        f"<div><h3>{html.escape(title)}</h3>{figure_html(figure, title)}</div>"
+        for title, figure in figures
+    )
     note = note_html("Light: as measured. Strong: centred moving average.")
     return Section("Curves", f'<div class="grid">{grid}</div>{note}')
 
@@ -150,7 +153,7 @@ def _pairs(title: str, values: Mapping[str, Any], *, rates: bool) -> str:
     if not values:
         return ""
     lines = "".join(
-        f"<div><dt>{html.escape(_label(name) if rates else name)}</dt>"
+        f"<div><dt>{html.escape(readable(name) if rates else name)}</dt>"
         f"<dd>{show_value(name if rates else '', value)}</dd></div>"
         for name, value in _flat(values)
     )
@@ -168,7 +171,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             pairs.append((prefix + name, value))
     return pairs
-
-
-def _label(name: str) -> str:
-    return readable(name).replace("auc", "AUC")

@@ -140,7 +140,7 @@ def show_value(name: str, value: Any) -> str:
     return html.escape(text)
 
 
-def figure_html(figure: Figure, title: str, caption: str) -> str:
+def figure_html(figure: Figure, title: str, caption: str = "") -> str:
     """A figure as inline SVG with its caption."""
     note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{_svg(figure, title)}{note}</figure>"
@@ -159,10 +159,16 @@ def _svg(figure: Figure, title: str) -> str:
     root, rest = text.split(">", 1)
     text = re.sub(r'\s(xmlns|xmlns:xlink|width|height)="[^"]*"', "", root) + ">" + rest
     text = text.replace("xlink:href", "href")
+    # Names such as axes_1 would stand in the page once for every figure, and nothing uses them.
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     # Black and white of the figure become the page's own ink and paper.
     text = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", text)
     text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1).strip()
+    # Not wider than drawn, give or take: text in a blown-up figure shouts.
+    width = round(108 * figure.get_figwidth())
+    mark = f'<svg role="img" aria-label="{html.escape(title)}" style="max-width: {width}px"'
+    return text.replace("<svg", mark, 1).strip()
 
 
 def _png(image: np.ndarray) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
-from bilevel_flax.curves import COLOURS, new_figure
+from bilevel_flax.curves import COLOURS, PERCENT, new_figure
 from bilevel_flax.report import Section, figure_section, gallery_section
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]
@@ -149,7 +149,8 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     axes.set_yticks(range(len(bars)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(errors) or 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    axes.xaxis.set_major_formatter(PERCENT)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("test error")
@@ -165,7 +166,7 @@ def _weights(learned: Mapping[str, np.ndarray]) -> Section:
     bins = np.linspace(0.0, 1.0, 51).tolist()
     for part, colour, name in ((~wrong, _CLEAN, "correct label"), (wrong, _WRONG, "wrong label")):
         if part.any():
-            axes.hist(weights[part], bins, alpha=0.45, color=colour)
+            axes.hist(weights[part], bins, histtype="stepfilled", alpha=0.4, color=colour)
             label = f"{name} ({part.sum():,})"
             axes.hist(
                 weights[part], bins, histtype="step", linewidth=1.5, color=colour, label=label
@@ -204,7 +205,7 @@ def _roc_figure(false_alarms: np.ndarray, found: np.ndarray, area: float) -> Fig
     axes.fill_between(false_alarms[keep], found[keep], color=_CLEAN, alpha=0.12, linewidth=0)
     axes.text(0.62, 0.3, f"AUC {area:.3f}", fontsize=13, ha="center")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+        axis.set_major_formatter(PERCENT)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
     axes.set_xlabel("correct labels called suspicious")
     axes.set_ylabel("wrong labels found")

@@ -1,0 +1,312 @@
+"""report.html: parses, needs nothing from outside, shows the numbers; hypercleaning's sections."""
+
+import base64
+import contextlib
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bilevel_flax.curves import curve_figures, smooth
+from bilevel_flax.report import (
+    Section,
+    figure_section,
+    gallery_section,
+    table_section,
+    write_report,
+)
+from bilevel_flax.writers import JsonlWriter
+from examples.mnist_hypercleaning.report import load_learned, sections, write_suspicious_csv
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and keeps what a browser would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.loaded, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.loaded += [(tag, attrs[key]) for key in ("src", "href", "srcset") if key in attrs]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data + " "
+
+
+def make_run(workdir, corrupted=True):
+    """A run's folder with made-up numbers."""
+    rng = np.random.default_rng(0)
+    with contextlib.closing(JsonlWriter(workdir / "metrics.jsonl")) as writer:
+        for step in range(0, 400, 4):
+            scalars = {
+                "inner_loss": np.exp(-step / 100) * rng.lognormal(),
+                "outer_loss": float("nan") if step == 8 else 1.0 + rng.random(),
+                "inner_norm": rng.random(),
+                "adjoint_residual": rng.random(),
+                "seconds": 0.01 * step,
+            }
+            writer.write_scalars(step, scalars | ({"test_error": 0.2} if step % 80 == 0 else {}))
+    summary = {
+        "test_error": 0.15012,
+        "test_error_no_weights": 0.17134,
+        "test_error_clean": 0.118,
+        "wrong_label_auc": 0.9712,
+        "steps": 20000,
+        "solver": "soba",
+        "seed": 0,
+        "versions": {"jax": "0.10.2"},
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    config = {"name": "mnist_hypercleaning", "inner": {"learning_rate": 0.003}, "note": "<b>&</b>"}
+    (workdir / "config.json").write_text(json.dumps(config))
+
+    true = rng.integers(0, 10, 200)
+    given = np.where(rng.random(200) < 0.5, rng.integers(0, 10, 200), true) if corrupted else true
+    weights = (0.8 * (given == true) + 0.2 * rng.random(200)).astype(np.float32)
+    index = np.argsort(weights, kind="stable")[:6]
+    arrays = {
+        "weights": weights,
+        "is_wrong": given != true,
+        "given_label": given,
+        "true_label": true,
+        "suspicious_index": index,
+        "suspicious_images": rng.integers(0, 256, (6, 28, 28), dtype=np.uint8),
+    }
+    np.savez(workdir / "learned.npz", **arrays)
+    return arrays
+
+
+def test_the_page_parses_and_needs_nothing_from_outside(tmp_path):
+    make_run(tmp_path)
+    path = write_report(tmp_path, sections=sections(tmp_path))
+    assert path == tmp_path / "report.html"
+    text = path.read_text()
+    assert "http://" not in text and "https://" not in text
+    assert "@import" not in text and "<script" not in text and "<link" not in text
+    page = Page(text)
+    assert all(value.startswith(("data:image/png;base64,", "#")) for _, value in page.loaded)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(target in page.ids for target in re.findall(r"url\(#([^)]+)\)", text))
+    assert all(value[1:] in page.ids for _, value in page.loaded if value.startswith("#"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "learned.npz",
+        "metrics.jsonl",
+        "report.html",
+        "summary.json",
+    ]
+
+
+def test_numbers_are_shown_as_a_reader_wants_them_and_text_is_escaped(tmp_path):
+    make_run(tmp_path)
+    text = Page(write_report(tmp_path).read_text()).text
+    for shown in ("15.01 %", "17.13 %", "0.9712", "20,000", "inner.learning_rate", "0.003"):
+        assert shown in text
+    assert "MNIST hypercleaning" in text
+    assert "<b>&</b>" in text
+    assert "<b>&</b>" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_of_the_same_files_is_the_same_file(tmp_path):
+    make_run(tmp_path)
+    first = write_report(tmp_path, sections=sections(tmp_path)).read_bytes()
+    second = write_report(tmp_path, sections=sections(tmp_path), path=tmp_path / "b.html")
+    assert second.read_bytes() == first
+
+
+def test_images_decode_to_the_pixels_that_went_in():
+    rng = np.random.default_rng(0)
+    for shape in [(3, 8, 9), (3, 8, 9, 1), (3, 8, 9, 3)]:
+        images = rng.integers(0, 256, shape, dtype=np.uint8)
+        page = Page(gallery_section("g", images, ["a", "b<", "c"], "d", [True, False, None]).html)
+        assert "b<" in page.text
+        for image, (_, source) in zip(images, page.loaded, strict=True):
+            decoded = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+            np.testing.assert_array_equal(np.asarray(decoded), image.squeeze())
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        (np.zeros((2, 4, 4)), ["a", "b"], "images: expected uint8"),
+        (np.zeros((2, 4, 4, 2), np.uint8), ["a", "b"], "images: expected uint8"),
+        (np.zeros((2, 4, 4), np.uint8), ["a"], "captions: 1 of them for 2 images"),
+    ],
+)
+def test_a_gallery_that_does_not_fit_is_refused(images, captions, message):
+    with pytest.raises(ValueError, match=message):
+        gallery_section("g", images, captions)
+
+
+def test_a_table_shows_its_cells_and_refuses_a_short_row():
+    section = table_section("t", ["solver", "gap"], [["so<ba", 0.5], ["saba", 1.25e-5]], "note")
+    page = Page(section.html)
+    for shown in ("so<ba", "0.5", "1.25e-05", "note"):
+        assert shown in page.text
+    assert section.html.count('class="number"') == 3
+    with pytest.raises(ValueError, match="1 cells for 2 columns"):
+        table_section("t", ["a", "b"], [["x"]])
+    Page(table_section("empty", ["a"], []).html)
+
+
+def test_black_of_any_figure_follows_the_readers_theme():
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#123456")
+    axes.set_title("a & b")
+    section = figure_section("title", figure, "caption")
+    assert "#000000" not in section.html and "currentColor" in section.html
+    assert "#123456" in section.html
+    Page(section.html)
+
+
+def test_an_unfinished_run_gets_a_report_that_says_so(tmp_path):
+    make_run(tmp_path)
+    for name in ("summary.json", "learned.npz", "config.json"):
+        (tmp_path / name).unlink()
+    assert sections(tmp_path) == []
+    assert "not finished at step 396" in Page(write_report(tmp_path).read_text()).text
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "nothing to draw" in Page(write_report(tmp_path).read_text()).text
+
+
+def test_a_folder_that_is_none_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="workdir=.*none.*is not a folder"):
+        write_report(tmp_path / "none")
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
+        write_report(tmp_path)
+
+
+def test_curves_group_what_belongs_together_and_leave_clocks_out():
+    rows = [
+        {
+            "step": step,
+            "inner_loss": 2.0**-step,
+            "outer_loss": "NaN",
+            "inner_norm": 1.0,
+            "adjoint_norm": 2.0,
+            "test_error": 0.5 / (step + 1),
+            "wrong_label_auc": 0.01 * step,
+            "seconds": step,
+            "constant": 1.0,
+        }
+        for step in range(10)
+    ]
+    figures = dict(curve_figures(rows))
+    assert list(figures) == ["Losses", "Errors", "Norms of the directions", "Wrong label AUC"]
+    lines = {title: figure.axes[0].lines for title, figure in figures.items()}
+    assert [len(drawn) for drawn in lines.values()] == [1, 1, 2, 1]
+    np.testing.assert_array_equal(lines["Losses"][0].get_ydata(), 2.0 ** -np.arange(10))
+    assert figures["Losses"].axes[0].get_yscale() == "log"
+    assert figures["Errors"].axes[0].get_yscale() == "linear"
+
+
+def test_smoothing_keeps_constants_and_lines():
+    np.testing.assert_allclose(smooth(np.full(50, 3.0), 7), 3.0)
+    line = np.arange(50.0)
+    np.testing.assert_allclose(smooth(line, 7)[3:-3], line[3:-3])
+
+
+def test_the_cleaning_sections_tell_the_story(tmp_path):
+    arrays = make_run(tmp_path)
+    made = {section.title: section.html for section in sections(tmp_path)}
+    assert list(made) == [
+        "Test error against the baselines",
+        "Learned weights",
+        "Finding the wrong labels",
+        "Most suspicious examples",
+    ]
+    assert "17.13 %" in made["Test error against the baselines"]
+    weights, wrong = arrays["weights"], arrays["is_wrong"]
+    # The definition: the chance that a wrong label has a lower weight than a correct one.
+    area = np.mean(weights[wrong][:, None] < weights[~wrong][None, :])
+    assert f"AUC {area:.3f}" in made["Finding the wrong labels"]
+    gallery = Page(made["Most suspicious examples"])
+    assert len(gallery.loaded) == 6
+    hits = wrong[arrays["suspicious_index"]].sum()
+    assert made["Most suspicious examples"].count('class="hit"') == hits > 0
+
+
+def test_without_wrong_labels_there_is_no_roc_curve(tmp_path):
+    make_run(tmp_path, corrupted=False)
+    assert "Finding the wrong labels" not in [section.title for section in sections(tmp_path)]
+
+
+def test_class_names_are_used_where_there_are_some(tmp_path):
+    arrays = make_run(tmp_path)
+    names = np.array([f"class {letter}" for letter in "abcdefghij"])
+    np.savez(tmp_path / "learned.npz", **arrays, class_names=names)
+    gallery = sections(tmp_path)[-1]
+    assert gallery.title == "Most suspicious examples" and "given class " in gallery.html
+
+
+def test_a_learned_file_never_executes_code_and_names_what_it_lacks(tmp_path):
+    arrays = make_run(tmp_path)
+    path = tmp_path / "learned.npz"
+    np.savez(path, weights=arrays["weights"])
+    with pytest.raises(ValueError, match="lacks is_wrong, given_label"):
+        load_learned(path)
+    np.savez(path, **arrays | {"true_label": arrays["true_label"][:-1]})
+    with pytest.raises(ValueError, match=r"true_label has shape \(199,\), not \(200,\)"):
+        load_learned(path)
+    np.savez(path, **arrays | {"given_label": np.array([object()])})
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_learned(path)
+
+
+def test_the_csv_holds_every_example_once_in_rank_order(tmp_path):
+    arrays = make_run(tmp_path)
+    weights = arrays["weights"].copy()
+    weights[[5, 3]] = 0.0
+    path = write_suspicious_csv(tmp_path / "suspicious.csv", weights, arrays["given_label"])
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["index", "given_label", "weight", "rank"]
+    assert [int(line["index"]) for line in lines[:2]] == [3, 5]
+    assert [int(line["rank"]) for line in lines] == list(range(1, 201))
+    index = np.array([int(line["index"]) for line in lines])
+    np.testing.assert_array_equal(np.sort(index), np.arange(200))
+    written = np.array([line["weight"] for line in lines], np.float32)
+    np.testing.assert_array_equal(written, np.sort(weights))
+    labels = [int(line["given_label"]) for line in lines]
+    np.testing.assert_array_equal(labels, arrays["given_label"][index])
+    short = write_suspicious_csv(path, weights, arrays["given_label"], limit=7)
+    assert len(short.read_text().splitlines()) == 8
+
+
+def test_weights_without_an_order_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 NaN"):
+        write_suspicious_csv(tmp_path / "a.csv", np.array([0.1, np.nan]), np.zeros(2, int))
+    with pytest.raises(ValueError, match="must both be"):
+        write_suspicious_csv(tmp_path / "a.csv", np.zeros(3), np.zeros(2, int))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_section_is_placed_after_the_curves_with_its_title_escaped(tmp_path):
+    text = write_report(tmp_path, sections=[Section("A < B", "<p>body</p>")]).read_text()
+    assert text.index("Curves") < text.index("<h2>A &lt; B</h2><p>body</p>")
