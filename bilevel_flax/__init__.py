@@ -20,7 +20,29 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.losses import masked_mean
 from bilevel_flax.single_loop import single_loop
-from bilevel_flax.solvers import fsla, masoba, saba, soba, spaba, srba, storm
+from bilevel_flax.solvers import (
+    amigo,
+    bsa,
+    bsg,
+    bsgo,
+    f2sa,
+    fsla,
+    grid_search,
+    implicit,
+    masoba,
+    mrbo,
+    random_search,
+    saba,
+    soba,
+    spaba,
+    srba,
+    stocbio,
+    storm,
+    sustain,
+    ttsa,
+    unrolled,
+    vrbo,
+)
 
 __version__ = "0.1.0"
 
@@ -36,15 +58,29 @@ __all__ = [
     "Table",
     "TrainState",
     "Variables",
+    "amigo",
+    "bsa",
+    "bsg",
+    "bsgo",
+    "f2sa",
     "fsla",
+    "grid_search",
+    "implicit",
     "masked_mean",
     "masoba",
+    "mrbo",
     "oracles",
     "outer",
+    "random_search",
     "saba",
     "single_loop",
     "soba",
     "spaba",
     "srba",
+    "stocbio",
     "storm",
+    "sustain",
+    "ttsa",
+    "unrolled",
+    "vrbo",
 ]

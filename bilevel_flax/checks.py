@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from typing import Any
@@ -93,14 +94,26 @@ def outer_is_used(
             )
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is an integer >= 1.
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless `value` is an integer >= `least`.
 
     Raises:
         ValueError: names the argument and the value.
     """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless `value` is a schedule or a positive finite number.
+
+    Raises:
+        ValueError: names the argument and the value.
+    """
+    if callable(value):
+        return
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be a positive number or a schedule, got {value!r}")
 
 
 def check_partition(count_name: str, count: Any, weights_name: str, weights: Any) -> None:

@@ -55,13 +55,13 @@ def share_factors(name: str, weights: Any) -> jax.Array | None:
     return jnp.asarray(values * len(values))
 
 
-def scaled(tree: PyTree, factor: jax.Array | None) -> PyTree:
+def scaled(tree: PyTree, factor: Any) -> PyTree:
     """The float leaves times a scalar, in their own dtypes; None: as they are."""
     if factor is None:
         return tree
 
     def times(leaf):
-        return leaf * factor.astype(leaf.dtype) if oracles.is_inexact(leaf) else leaf
+        return leaf * jnp.asarray(factor, leaf.dtype) if oracles.is_inexact(leaf) else leaf
 
     return jax.tree.map(times, tree)
 
