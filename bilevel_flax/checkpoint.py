@@ -83,9 +83,7 @@ class Checkpointer:
     ):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept.")
-        path = os.fspath(directory)
-        self._local = "://" not in path
-        self._directory = epath.Path(os.path.abspath(path) if self._local else path)
+        self._directory = checkpoint_search.absolute(directory)
         self._keep = keep
         self._asynchronous = asynchronous
         self._on_event = on_event or _logger.warning
@@ -95,18 +93,7 @@ class Checkpointer:
         self._running: tuple[int, Future[None]] | None = None
         self._failure: CheckpointError | None = None
         if not read_only:
-            self._make_directory()
-
-    def _make_directory(self) -> None:
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if self._local and not os.access(self._directory, os.W_OK | os.X_OK):
-                raise PermissionError("Permission denied")
-        except OSError as error:
-            raise CheckpointError(
-                f"directory={str(self._directory)!r}: checkpoints cannot be written there "
-                f"({reason(error)}); choose another."
-            ) from error
+            checkpoint_search.make_directory(self._directory)
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Saves a checkpoint; the state may be donated as soon as this returns.
@@ -139,14 +126,12 @@ class Checkpointer:
         plain = checkpoint_format.plain_json(meta)
         arrays, records = fingerprint.host_copy(state)
         self._failure = None
-        if self._asynchronous:
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            future = self._worker.submit(self._write, step, arrays, records, plain)
-            self._running = (step, future)
-        else:
-            self._write(step, arrays, records, plain)
-            self._raise_failure()
+        # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
+        # asyncio, or gives up.
+        self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running = (step, self._worker.submit(self._write, step, arrays, records, plain))
+        if not self._asynchronous:
+            self.wait()
 
     def _write(
         self,
@@ -318,6 +303,9 @@ class Checkpointer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._failure = None  # Already reported; it must not hide the error that is on its way.
-        self.close()
+        try:
+            self.close()
+        except CheckpointError:
+            # Already reported; it must not hide the error that is on its way.
+            if error is None:
+                raise

@@ -11,7 +11,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ from bilevel_flax.fingerprint import Record
 
 ITEMS = ("state", "meta")
 _VERSION = 1
+_SETTLE_SECONDS = 0.1  # After a failure the other reads and writes of an operation are soon over.
 
 
 class CheckpointError(RuntimeError):
@@ -109,9 +113,11 @@ def read_arrays(path: epath.Path, records: Mapping[str, Record]) -> dict[str, np
     # NumPy targets of the saved dtype: Orbax casts to any other without a word.
     targets = _nested({name: array for name, array in empty.items() if array.size})
     try:
-        with quiet_orbax():
+        # In a thread: under a running event loop (a notebook) Orbax patches asyncio, or gives up.
+        with quiet_orbax(), ThreadPoolExecutor(1) as thread:
             args = ocp.args.StandardRestore(targets)
-            tree = ocp.StandardCheckpointHandler().restore(path / "state", args=args)
+            handler = ocp.StandardCheckpointHandler()
+            tree = thread.submit(handler.restore, path / "state", args=args).result()
         arrays = {n: _at(tree, n) if array.size else array for n, array in empty.items()}
     except MemoryError:
         raise
@@ -159,23 +165,35 @@ _PLAIN_REASONS = {
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Drops Orbax's log records, unless the logger `absl` has been set to INFO or below.
+    """Keeps Orbax from writing to the user's terminal, and lets a failure of it come to rest.
 
-    Orbax logs everything through absl's one logger, tracebacks of failures that are raised as well
-    included. Only records from Orbax's own files are dropped, no level or handler changes, and only
-    while one of our operations runs.
+    It logs everything through absl's one logger, with tracebacks of failures that it raises as
+    well. Only records from its own files are dropped, only while one of our operations runs, and
+    not if the logger `absl` has been set to INFO or below. No level or handler changes.
+
+    At the first failure among its concurrent reads or writes it closes their event loop; every
+    other one then finds the loop closed, which Python prints as an exception that nobody can catch.
     """
-    logger = logging.getLogger("absl")
+    logger, show = logging.getLogger("absl"), sys.unraisablehook
 
     def keep(record: logging.LogRecord) -> bool:
         asked_for = logging.NOTSET < logger.level <= logging.INFO
         return asked_for or "orbax" not in epath.Path(record.pathname).parts
 
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
     logger.addFilter(keep)
+    sys.unraisablehook = show_others
     try:
         yield
+    except Exception:
+        time.sleep(_SETTLE_SECONDS)
+        raise
     finally:
         logger.removeFilter(keep)
+        sys.unraisablehook = show
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """A directory of checkpoints: which steps it has, and the newest of them that is sound."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,6 +9,29 @@ from etils import epath
 from bilevel_flax.checkpoint_format import CheckpointError, Damaged, reason
 
 _T = TypeVar("_T")
+
+
+def absolute(directory: str | os.PathLike[str]) -> epath.Path:
+    """A local path made absolute, as Orbax wants it; a URL (`gs://...`) as it is."""
+    path = os.fspath(directory)
+    return epath.Path(path if "://" in path else os.path.abspath(path))
+
+
+def make_directory(directory: epath.Path) -> None:
+    """Makes the directory.
+
+    Raises:
+        CheckpointError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if "://" not in str(directory) and not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError("Permission denied")
+    except OSError as error:
+        raise CheckpointError(
+            f"directory={str(directory)!r}: checkpoints cannot be written there "
+            f"({reason(error)}); choose another."
+        ) from error
 
 
 def list_steps(directory: epath.Path) -> list[int]:
