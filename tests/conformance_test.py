@@ -1,0 +1,292 @@
+"""Every solver x every promise of `BilevelSolver`. A new solver joins by one row of METHODS."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from problems import quadratics
+
+import bilevel_flax as bf
+
+NUM_INNER, NUM_OUTER, BATCH = 4, 3, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        make: `make(problem, inner=optax, outer=optax) -> BilevelSolver`; NUM_INNER and NUM_OUTER
+            minibatches where it asks.
+        units: gradient units of one update.
+        inner: step size of z and v on the quadratic (eigenvalues of ∇²₁₁G in about [1, 3]).
+        outer: step size of x.
+        steps: updates after which x must be within `tolerance` of argmin h, all minibatches being
+            the same.
+        tolerance: of max |x - x*|, in float32; larger only for methods with a bias.
+    """
+
+    make: Callable[..., bf.BilevelSolver]
+    units: float
+    inner: float = 0.3
+    outer: float = 0.1
+    steps: int = 600
+    tolerance: float = 1e-3
+
+
+COUNTS = {"num_inner_batches": NUM_INNER, "num_outer_batches": NUM_OUTER}
+
+METHODS = {
+    "soba": Method(bf.soba, units=4),
+    "saba": Method(functools.partial(bf.saba, **COUNTS), units=4),
+    "saba_refresh": Method(functools.partial(bf.saba, **COUNTS, init_tables="refresh"), units=4),
+    "srba": Method(functools.partial(bf.srba, **COUNTS, period=5), units=8),
+    "spaba": Method(functools.partial(bf.spaba, **COUNTS, probability=0.2), units=8),
+    "masoba": Method(functools.partial(bf.masoba, theta=0.3), units=4),
+    "storm": Method(functools.partial(bf.storm, eta=0.3), units=8),
+    "fsla": Method(functools.partial(bf.fsla, eta=0.3), units=6),
+}
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def nest(tree: dict, names: tuple[str, str]) -> Any:
+    """The two leaves of a quadratic's variable, in a pytree with some depth."""
+    return {"deep": {names[0]: tree[names[0]]}, "list": [(tree[names[1]],)]}
+
+
+def flat(tree: Any, names: tuple[str, str]) -> dict:
+    """The way back."""
+    return {names[0]: tree["deep"][names[0]], names[1]: tree["list"][0][0]}
+
+
+INNER, OUTER = ("w", "b"), ("u", "s")
+
+
+@functools.cache
+def data(same: bool):
+    """The quadratic; `same`: every minibatch holds all its data, so nothing is random."""
+    if not same:
+        return quadratics(num_inner=NUM_INNER, num_outer=NUM_OUTER, batch=BATCH)
+    one = quadratics(num_inner=1, num_outer=1, batch=BATCH)
+    tile = lambda side, n: jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), side)
+    return dataclasses.replace(
+        one,
+        inner_batches=tile(one.inner_batches, NUM_INNER),
+        outer_batches=tile(one.outer_batches, NUM_OUTER),
+        inner_weights=np.full(NUM_INNER, 1 / NUM_INNER),
+        outer_weights=np.full(NUM_OUTER, 1 / NUM_OUTER),
+    )
+
+
+def nested_problem(loss_of=lambda loss: loss) -> bf.Problem:
+    """The quadratic's losses on nested pytrees."""
+    problem = data(False).problem
+    inner = lambda z, x, batch: problem.inner_loss(flat(z, INNER), flat(x, OUTER), batch)
+    outer = lambda z, x, batch: problem.outer_loss(flat(z, INNER), flat(x, OUTER), batch)
+    return bf.Problem(loss_of(inner), outer)
+
+
+class Run:
+    """A solver with its compiled functions, shared by the tests of one row."""
+
+    def __init__(self, name: str):
+        self.method = METHODS[name]
+        self.traces = 0
+        self.solver = self.method.make(
+            nested_problem(),
+            inner=optax.sgd(self.method.inner, momentum=0.1),
+            outer=optax.sgd(self.method.outer, momentum=0.1),
+        )
+
+        def update(state, batch):
+            self.traces += 1
+            return self.solver.update(state, batch)
+
+        self.update = jax.jit(update, donate_argnums=0)
+        self.refresh = jax.jit(self.solver.refresh, donate_argnums=0)
+
+    def init(self, same: bool = False) -> bf.TrainState:
+        found = data(same)
+        z, x = nest(found.inner_params, INNER), nest(found.outer_params, OUTER)
+        return self.solver.init(z, x, rng=jax.random.PRNGKey(3))
+
+    def batch(self, step: int, same: bool = False) -> bf.Batch:
+        """Minibatches of one update; with a leading [K], [L] where a solver takes several."""
+        rng = np.random.default_rng(step)
+        ids = [
+            rng.integers(n, size=k)
+            for n, k in zip((NUM_INNER, NUM_OUTER), self.solver.batches, strict=True)
+        ]
+        if self.solver.batches == (1, 1):
+            return data(same).batch(int(ids[0][0]), int(ids[1][0]))
+        i, j = (jnp.asarray(side, jnp.int32) for side in ids)
+        return data(same).batch(i, j)
+
+    def ready(self, state: bf.TrainState, same: bool = False) -> bf.TrainState:
+        """Runs the full pass that is due, if one is."""
+        if int(self.solver.next_refresh(state)) > int(state.step):
+            return state
+        for at in range(int(self.solver.refresh_cursor(state)), NUM_INNER + NUM_OUTER):
+            inner = at < NUM_INNER
+            both = data(same).batch(at if inner else 0, 0 if inner else at - NUM_INNER)
+            if inner:
+                state = self.refresh(state, bf.Batch(both.inner, None, both.inner_id, None))
+            else:
+                state = self.refresh(state, bf.Batch(None, both.outer, None, both.outer_id))
+        assert int(self.solver.next_refresh(state)) > int(state.step)
+        return state
+
+    def advance(self, state: bf.TrainState, steps: int, same: bool = False) -> bf.TrainState:
+        info = None
+        for _ in range(steps):
+            state = self.ready(state, same)
+            state, info = self.update(state, self.batch(int(state.step), same))
+        assert info is None or all(bool(flag) for flag in info.finite)
+        return state
+
+
+@functools.cache
+def run_of(name: str) -> Run:
+    return Run(name)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
+@every_method
+def test_protocol(name):
+    run = run_of(name)
+    state = run.ready(run.init())
+    assert int(state.step) == 0
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    state, info = run.update(state, run.batch(0))
+    assert isinstance(state, bf.TrainState) and isinstance(info, bf.Info)
+    assert int(state.step) == 1
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
+    assert jax.tree.structure(state.adjoint) == jax.tree.structure(state.inner_params)
+    assert all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(info))
+    assert run.solver.name
+    start = run.init()
+    moved = [
+        float(optax.tree.norm(optax.tree.sub(new, old)))
+        for new, old in (
+            (state.inner_params, start.inner_params),
+            (state.outer_params, start.outer_params),
+        )
+    ]
+    # A first outer step from v = 0 may be no step; the inner one must be.
+    assert moved[0] > 0, moved
+
+
+@every_method
+def test_oracle_units(name):
+    run = run_of(name)
+    _, info = run.update(run.ready(run.init()), run.batch(0))
+    assert run.solver.units == run.method.units
+    assert float(info.oracle_units) == pytest.approx(run.method.units)
+    if bool(run.solver.next_refresh(run.init()) == 0):
+        assert run.solver.refresh_units == (3.0, 1.0)
+
+
+@every_method
+def test_one_trace_and_donation(name):
+    run = run_of(name)
+    state = run.ready(run.init())
+    for step in range(4):
+        old = state
+        state, _ = run.update(state, run.batch(step))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.inner_params))
+        memory = jax.tree.leaves(old.estimator_state)
+        assert all(leaf.is_deleted() for leaf in memory if leaf.size > 1)
+        state = run.ready(state)
+    assert run.traces == 1
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_are_stable_under_scan(name, dtype):
+    run = run_of(name)
+    cast = lambda tree: jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
+    batch = cast(run.batch(0))
+    start = run.init()
+
+    def steps(z, x):
+        state = run.solver.init(z, x)
+        return jax.lax.scan(lambda s, _: run.solver.update(s, batch), state, None, length=2)[0]
+
+    # lax.scan refuses a carry that changes its type; nothing has to be compiled for that.
+    state = jax.eval_shape(steps, cast(start.inner_params), cast(start.outer_params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.variables)} == {jnp.dtype(dtype)}
+
+
+@every_method
+def test_quadratic_closed_form(name):
+    run = run_of(name)
+    state = run.advance(run.init(same=True), run.method.steps, same=True)
+    target = data(True).x_star()
+    found = flat(state.outer_params, OUTER)
+    error = max(float(jnp.abs(found[k] - target[k]).max()) for k in target)
+    start = data(True).outer_params
+    assert max(float(jnp.abs(start[k] - target[k]).max()) for k in target) > 0.5
+    assert error <= run.method.tolerance, error
+
+
+@every_method
+def test_a_step_that_is_not_finite_leaves_no_trace(name):
+    run = run_of(name)
+    state = run.ready(run.advance(run.init(), 2))
+    first, second = run.batch(2), run.batch(7)
+    bad = jax.tree.map(
+        lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, second
+    )
+    copies = [jax.tree.map(jnp.array, state) for _ in range(2)]
+    clean, _ = run.update(copies[0], first)
+    clean, _ = run.update(clean, second)
+    frozen, _ = run.update(copies[1], first)
+    point = on_host(frozen.variables)
+    frozen, info = run.update(frozen, bad)
+    assert not all(bool(flag) for flag in info.finite)
+    assert int(frozen.step) == 3
+    assert_same_bits(on_host(frozen.variables), point)
+    frozen, info = run.update(frozen, second)
+    assert all(bool(flag) for flag in info.finite)
+    assert_same_bits(frozen, clean)
+
+
+@every_method
+def test_saved_and_restored_continues_bit_for_bit(name):
+    run = run_of(name)
+    straight = on_host(run.advance(run.init(), 7))
+    half = run.advance(run.init(), 3)
+    saved = serialization.to_bytes(half)
+    restored = jax.tree.map(jnp.asarray, serialization.from_bytes(run.init(), saved))
+    assert_same_bits(run.advance(restored, 4), straight)
+
+
+@every_method
+def test_missing_outer_gradient_is_refused(name):
+    """An outer leaf that the inner loss cannot see: one clear line, from every solver."""
+    method = METHODS[name]
+    blind = lambda loss: lambda z, x, batch: loss(z, jax.tree.map(jnp.zeros_like, x), batch)
+    solver = method.make(nested_problem(blind), inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    state = run_of(name).init()
+    state = solver.init(state.inner_params, state.outer_params)
+    with pytest.raises(ValueError, match="never uses outer_params"):
+        jax.eval_shape(solver.update, state, run_of(name).batch(0))
