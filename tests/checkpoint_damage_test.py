@@ -8,11 +8,8 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import savers
 
 from bilevel_flax.checkpoint import Checkpointer, CheckpointError
 
@@ -238,38 +236,28 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(
     assert len(events) == 1
 
 
-_SAVE_FOREVER = """
-    import sys
-    sys.path[:0] = sys.argv[2:]
-    from checkpoint_damage_test import Checkpointer, make_state
-    with Checkpointer(sys.argv[1], keep=2, asynchronous=False) as checkpointer:
-        restored = checkpointer.restore(make_state(0))
-        step = restored.step if restored else 0
-        print("saving", flush=True)
-        while True:
-            step += 1
-            checkpointer.save(step, make_state(step), {"at": step})
-"""
-
-
 def test_kill_9_while_saving_leaves_a_saved_state(tmp_path: Path):
-    tests = Path(__file__).parent
-    command = [sys.executable, "-c", textwrap.dedent(_SAVE_FOREVER), str(tmp_path)]
-    rng = random.Random(0)
-    reached = 0
-    for _ in range(3):
-        process = subprocess.Popen(
-            [*command, str(tests), str(tests.parent)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stdout.readline() == "saving\n"
-        time.sleep(0.7 + rng.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        events: list[str] = []
-        with Checkpointer(tmp_path, on_event=events.append, read_only=True) as checkpointer:
-            restored = checkpointer.restore(make_state(0))
-        assert restored is not None and restored.step > reached
-        assert same(restored.state, restored.step) and restored.meta == {"at": restored.step}
-        assert events == []  # A kill damages nothing that was complete.
-        reached = restored.step
+    directory, rng, reached, cut_short = tmp_path / "checkpoints", random.Random(0), 0, 0
+    events: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, savers.__file__, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    ) as program:
+        for _ in range(10):
+            assert program.stdin is not None and program.stdout is not None
+            print(reached, rng.random() * 0.15, file=program.stdin, flush=True)
+            assert program.stdout.readline() == "killed\n"
+            cut_short += len(list(directory.glob("*.orbax-checkpoint-tmp")))
+            with Checkpointer(directory, on_event=events.append, read_only=True) as checkpointer:
+                restored = checkpointer.restore(savers.make_state(0))
+            assert restored is not None and restored.step > reached
+            assert restored.meta == {"at": restored.step}
+            for name, leaf in savers.make_state(restored.step).items():
+                assert restored.state[name].tobytes() == leaf.tobytes()
+            reached = restored.step
+        program.stdin.close()
+    assert cut_short > 0  # Else no kill fell into a save, and nothing was tested.
+    assert events == []  # A kill damages nothing that was complete.

@@ -3,7 +3,7 @@
 import json
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel_flax.config_diff import config_differences
@@ -16,6 +16,7 @@ configs = st.recursive(
 ).map(lambda node: {"root": node})
 
 
+@settings(max_examples=50, deadline=None)
 @given(configs)
 def test_a_config_equals_itself_after_json(config: dict):
     assert config_differences(json.loads(json.dumps(config)), config) == []
