@@ -93,10 +93,10 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]
     for title, words in _GROUPS:
         group = {name: series.pop(name) for name in list(series) if _words(name) & words}
         if group:
-            figures.append((title, _draw(group)))
+            figures.append((title, _draw(group, title)))
     for name, values in series.items():
         if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
-            figures.append((as_title(name), _draw({name: values})))
+            figures.append((as_title(name), _draw({name: values}, as_title(name))))
     return figures
 
 
@@ -139,7 +139,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return total / np.convolve(np.ones_like(values), ones)[span]
 
 
-def _draw(group: Mapping[str, np.ndarray]) -> Figure:
+def _draw(group: Mapping[str, np.ndarray], title: str) -> Figure:
     figure, axes = new_figure()
     every = np.concatenate([values for _, values in group.values()])
     percent = all(is_rate(name) for name in group) and every.min() >= 0 and every.max() <= 1
@@ -174,7 +174,7 @@ def _draw(group: Mapping[str, np.ndarray]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("step")
     axes.margins(x=0.01)
-    if len(group) > 1:
+    if [as_title(name) for name in group] != [title]:
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
 

@@ -224,6 +224,11 @@ def test_curves_group_what_belongs_together_and_leave_clocks_out():
     np.testing.assert_array_equal(lines["Losses"][0].get_ydata(), 2.0 ** -np.arange(10))
     assert figures["Losses"].axes[0].get_yscale() == "log"
     assert figures["Errors"].axes[0].get_yscale() == "linear"
+    named = {
+        title: [t.get_text() for g in f.legends for t in g.texts] for title, f in figures.items()
+    }
+    assert named["Errors"] == ["test error"]
+    assert named["Wrong label AUC"] == []
 
 
 def test_smoothing_keeps_constants_and_lines():

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sklearn.metrics import auc, roc_curve
 
 from bilevel_flax.curves import COLOURS, PERCENT, new_figure
@@ -174,6 +174,11 @@ def _weights(learned: Mapping[str, np.ndarray]) -> Section:
     axes.set_xlim(0, 1)
     axes.set_xlabel("learned weight")
     axes.set_ylabel("training examples")
+    if np.mean((weights < 0.02) | (weights > 0.98)) > 0.8:
+        # Nearly all weights have gone to 0 or 1: the few between would be flat on the axis.
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, None)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
     figure.legend(loc="outside upper left", ncols=2, frameon=False)
     caption = (
         "The weight of every training example, learned from the validation loss alone: which "
