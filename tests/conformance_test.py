@@ -48,7 +48,6 @@ COUNTS = {"num_inner_batches": NUM_INNER, "num_outer_batches": NUM_OUTER}
 METHODS = {
     "soba": Method(bf.soba, units=4),
     "saba": Method(functools.partial(bf.saba, **COUNTS), units=4),
-    "saba_refresh": Method(functools.partial(bf.saba, **COUNTS, init_tables="refresh"), units=4),
     "srba": Method(functools.partial(bf.srba, **COUNTS, period=5), units=8),
     "spaba": Method(functools.partial(bf.spaba, **COUNTS, probability=0.2), units=8),
     "masoba": Method(functools.partial(bf.masoba, theta=0.3), units=4),
@@ -88,6 +87,11 @@ def data(same: bool):
     )
 
 
+@functools.cache
+def pair(same: bool, i: int, j: int) -> bf.Batch:
+    return data(same).batch(i, j)
+
+
 def nested_problem(loss_of=lambda loss: loss) -> bf.Problem:
     """The quadratic's losses on nested pytrees."""
     problem = data(False).problem
@@ -112,8 +116,10 @@ class Run:
             self.traces += 1
             return self.solver.update(state, batch)
 
-        self.update = jax.jit(update, donate_argnums=0)
-        self.refresh = jax.jit(self.solver.refresh, donate_argnums=0)
+        # The compiler's time is most of this file's; what is tested does not depend on its effort.
+        fast = {"xla_backend_optimization_level": 0}
+        self.update = jax.jit(update, donate_argnums=0, compiler_options=fast)
+        self.refresh = jax.jit(self.solver.refresh, donate_argnums=0, compiler_options=fast)
 
     def init(self, same: bool = False) -> bf.TrainState:
         found = data(same)
@@ -128,9 +134,8 @@ class Run:
             for n, k in zip((NUM_INNER, NUM_OUTER), self.solver.batches, strict=True)
         ]
         if self.solver.batches == (1, 1):
-            return data(same).batch(int(ids[0][0]), int(ids[1][0]))
-        i, j = (jnp.asarray(side, jnp.int32) for side in ids)
-        return data(same).batch(i, j)
+            return pair(same, int(ids[0][0]), int(ids[1][0]))
+        return data(same).batch(*ids)
 
     def ready(self, state: bf.TrainState, same: bool = False) -> bf.TrainState:
         """Runs the full pass that is due, if one is."""
@@ -138,7 +143,7 @@ class Run:
             return state
         for at in range(int(self.solver.refresh_cursor(state)), NUM_INNER + NUM_OUTER):
             inner = at < NUM_INNER
-            both = data(same).batch(at if inner else 0, 0 if inner else at - NUM_INNER)
+            both = pair(same, at if inner else 0, 0 if inner else at - NUM_INNER)
             if inner:
                 state = self.refresh(state, bf.Batch(both.inner, None, both.inner_id, None))
             else:
