@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax.base import PyTree, Rows
+from bilevel_flax.base import PyTree, Rows, Table
 
 
 def is_rows(node: Any) -> bool:
@@ -21,7 +21,7 @@ def is_rows(node: Any) -> bool:
 
 
 def map_prefix(per_sample: PyTree, where_true: Callable, where_false: Callable, tree: PyTree):
-    """Maps the leaves under True of the prefix `per_sample` with one function, the rest with another."""
+    """Maps the leaves under True of the prefix `per_sample` one way and the rest another."""
 
     def subtree(flag, node):
         return jax.tree.map(where_true if flag else where_false, node)
@@ -79,7 +79,7 @@ def gather(per_sample: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:
 
 
 def wrap(per_sample: PyTree, row_values: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:
-    """Labels the values computed for gathered rows with their index: per-sample leaves -> `Rows`."""
+    """Labels the values computed for gathered rows with their index, as `Rows`."""
     if not has_rows(per_sample):
         return row_values
     index = _minibatch_index(batch)
@@ -94,6 +94,11 @@ def wrap(per_sample: PyTree, row_values: PyTree, outer_params: PyTree, batch: Py
         return Rows(jnp.where(real, index, leaf.shape[0]).astype(jnp.int32), values)
 
     return jax.tree.map(label, flags, row_values, outer_params)
+
+
+def marked(per_sample: PyTree, outer_params: PyTree) -> PyTree:
+    """X with its per-sample leaves wrapped in `Table`: what a row-sparse optimiser's init sees."""
+    return map_prefix(per_sample, Table, lambda leaf: leaf, outer_params)
 
 
 def densify(direction: PyTree, outer_params: PyTree) -> PyTree:

@@ -32,7 +32,10 @@ from bilevel_flax.base import (
 class RowTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that takes `Rows` leaves as they are (see `outer.lazy`).
 
-    Any other transformation of x is handed dense leaves.
+    Its `init` is handed x with the per-sample leaves wrapped in `Table`, its `update` directions
+    with `Rows` for them; it returns `Rows` with these or fewer indices. What it remembers by row
+    belongs into a `Table`, written at these indices only. Any other transformation of x is handed
+    dense leaves.
     """
 
 
@@ -115,6 +118,33 @@ def frozen_unless(alive: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, Table))
 
 
+def frozen_state(alive: jax.Array, new: TrainState, old: TrainState, d_x: PyTree) -> TrainState:
+    """As `frozen_unless`; leaves of x that moved by rows are taken as they are.
+
+    Their `Rows` in `d_x` are muted unless alive, so they did not move, and a choice between two
+    versions of them would copy all n rows in every step.
+    """
+
+    def wrapped(state):
+        return state.replace(
+            outer_params=jax.tree.map(
+                lambda node, leaf: Table(leaf) if rows.is_rows(node) else leaf,
+                d_x,
+                state.outer_params,
+                is_leaf=rows.is_rows,
+            )
+        )
+
+    def is_table(node):
+        return isinstance(node, Table)
+
+    chosen = frozen_unless(alive, wrapped(new), wrapped(old))
+    plain = jax.tree.map(
+        lambda node: node.rows if is_table(node) else node, chosen.outer_params, is_leaf=is_table
+    )
+    return chosen.replace(outer_params=plain)
+
+
 def muted_unless(alive: jax.Array, direction: PyTree) -> PyTree:
     """The direction with every `Rows` pointing at no row unless alive, so that no table moves."""
 
@@ -144,7 +174,10 @@ def init_state(
         model_state = {}
     z, x = checks.copied(inner_params), checks.copied(outer_params)
     v = jax.tree.map(jnp.zeros_like, z)
-    states = [t.init(learnable(p)) for t, p in zip(transforms, (z, z, x), strict=True)]
+    by_rows = isinstance(transforms.outer, RowTransformation)
+    seen = rows.marked(problem.per_sample, learnable(x)) if by_rows else learnable(x)
+    points = (learnable(z), learnable(z), seen)
+    states = [t.init(point) for t, point in zip(transforms, points, strict=True)]
     rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
     state = TrainState(
         step=jnp.int32(0),
@@ -289,7 +322,7 @@ def single_loop(
             oracle_units=jnp.float32(estimator.units),
             metrics=found.metrics,
         )
-        return frozen_unless(alive, stepped_state, state), info
+        return frozen_state(alive, stepped_state, state, d_x), info
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
         require_ids(batch, name, needed)
@@ -323,6 +356,7 @@ def residual(found: oracles.Oracles) -> jax.Array:
 __all__ = [
     "Aux",
     "RowTransformation",
+    "frozen_state",
     "frozen_unless",
     "init_state",
     "learnable",

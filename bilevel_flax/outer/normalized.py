@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax import rows
-from bilevel_flax.base import Rows
+from bilevel_flax.base import Rows, Table
 from bilevel_flax.single_loop import RowTransformation
 
 
@@ -56,9 +56,10 @@ def normalized_sgd(
         raise ValueError(f"decay={decay} must lie in [0, 1)")
 
     def init(params):
-        return NormalizedState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros(()), params)
+        squares = jax.tree.map(
+            lambda _: jnp.zeros(()), params, is_leaf=lambda node: isinstance(node, Table)
         )
+        return NormalizedState(jnp.zeros((), jnp.int32), squares)
 
     def visited_mean_square(node, leaf):
         if not rows.is_rows(node):

@@ -60,7 +60,7 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
 
 
 def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
-    """w_i = n · softmax(x)_i: positive weights with mean 1 over the whole training set.
+    """Softmax weights w_i = n eˣⁱ / Σ_k eˣᵏ: positive, with mean 1 over the whole training set.
 
     The normaliser couples all examples, so x is differentiated as a whole (O(n) a step); with
     n in the millions use `sigmoid`.
