@@ -1,7 +1,16 @@
 """Ready-made outer parameters and optimisers for them."""
 
 from bilevel_flax.outer import sample_weights
+from bilevel_flax.outer.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.normalized import normalized_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 
-__all__ = ["normalized_sgd", "SampleWeights", "sample_weights", "sigmoid", "softmax"]
+__all__ = [
+    "SampleWeights",
+    "lazy_adam",
+    "lazy_sgd",
+    "normalized_sgd",
+    "sample_weights",
+    "sigmoid",
+    "softmax",
+]
