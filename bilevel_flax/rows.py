@@ -22,18 +22,16 @@ def is_rows(node: Any) -> bool:
 
 def map_prefix(per_sample: PyTree, where_true: Callable, where_false: Callable, tree: PyTree):
     """Maps the leaves under True of the prefix `per_sample` one way and the rest another."""
-
-    def subtree(flag, node):
-        return jax.tree.map(where_true if flag else where_false, node)
-
+    prefix = False if per_sample is None else per_sample
     try:
-        return jax.tree.map(subtree, False if per_sample is None else per_sample, tree)
+        flags = jax.tree.map(lambda flag, node: jax.tree.map(lambda _: flag, node), prefix, tree)
     except ValueError as error:
         raise ValueError(
             f"per_sample={per_sample!r} is not a pytree prefix of outer_params "
             f"({jax.tree.structure(tree)}): give booleans in the same nesting, "
             'e.g. {"weights": True, "penalty": False}'
         ) from error
+    return jax.tree.map(lambda flag, leaf: (where_true if flag else where_false)(leaf), flags, tree)
 
 
 def has_rows(per_sample: PyTree) -> bool:

@@ -7,6 +7,9 @@ At (z, v, x), on one inner minibatch i and one outer minibatch j,
 and the three variables move together. Published steps: ρ, γ ∝ t^-1/2 (inf of E‖∇h‖² is
 O(log T · T^-1/2)).
 
+Check: with G = ½‖z - x‖² and unit steps on z and v, z and v are x and -∇₁F one step late, and
+this is SGD on F with a delay of two steps: x_{t+1} = x_t - γ (∇₁F_{t-1}(x_{t-2}) + ∇₂F_t).
+
 References:
     M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms. NeurIPS 2022, Algorithm 2.
