@@ -345,7 +345,7 @@ def single_loop(
 
 
 def residual(found: oracles.Oracles) -> jax.Array:
-    """‖Hv + ∇₁F‖ / ‖∇₁F‖ from one pair of minibatches; 1 where ∇₁F = 0 and v = 0."""
+    """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞."""
     top = norm(jax.tree.map(jnp.add, found.hvp, found.outer_grad_inner))
     bottom = norm(found.outer_grad_inner)
     return jnp.where(
