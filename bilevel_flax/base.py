@@ -109,8 +109,7 @@ class Aux(NamedTuple):
     metrics: Metrics = {}
 
 
-@struct.dataclass
-class Table:
+class Table(struct.PyTreeNode):
     """A large array that is updated by rows; never touched as a whole inside a step.
 
     Estimator memories and the moments of row-sparse optimisers are wrapped in it, so that
@@ -175,8 +174,7 @@ class Problem:
             )
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint needs, in one pytree of arrays.
 
     Attributes:

@@ -68,16 +68,18 @@ def normalized_sgd(
         per_row = jnp.square(node.values.astype(jnp.float32)).reshape(len(node.index), -1).mean(1)
         return jnp.sum(jnp.where(real, per_row, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
-    def update(directions, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError("normalized_sgd needs params: update(directions, state, params)")
-        now = jax.tree.map(visited_mean_square, directions, params, is_leaf=rows.is_rows)
+            raise ValueError("normalized_sgd needs params: update(updates, state, params)")
+        now = jax.tree.map(visited_mean_square, updates, params, is_leaf=rows.is_rows)
         mean_square = jax.tree.map(
             lambda old, new: decay * old + (1 - decay) * new, state.mean_square, now
         )
-        count = optax.safe_increment(state.count)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = jnp.asarray(optax.safe_increment(state.count))
+        rate = jnp.asarray(
+            learning_rate(state.count) if callable(learning_rate) else learning_rate
+        )
         correction = 1 - decay ** count.astype(jnp.float32)
 
         def step(node, square):
@@ -86,7 +88,7 @@ def normalized_sgd(
                 return Rows(node.index, node.values * factor.astype(node.values.dtype))
             return node * factor.astype(node.dtype)
 
-        updates = jax.tree.map(step, directions, mean_square, is_leaf=rows.is_rows)
-        return updates, NormalizedState(count, mean_square)
+        steps = jax.tree.map(step, updates, mean_square, is_leaf=rows.is_rows)
+        return steps, NormalizedState(count, mean_square)
 
     return RowTransformation(init, update)
