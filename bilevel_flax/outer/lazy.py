@@ -47,7 +47,7 @@ class LazySGDState(NamedTuple):
 class LazyAdamState(NamedTuple):
     """State of `lazy_adam`."""
 
-    dense: optax.ScaleByAdamState  # of the leaves that are not per-sample; counts the steps
+    dense: Any  # optax.ScaleByAdamState of the leaves that are not per-sample; counts the steps
     by_row: PyTree  # Table(RowMoments) at per-sample leaves, else None
 
 
@@ -90,10 +90,10 @@ def lazy_sgd(learning_rate: optax.ScalarOrSchedule) -> RowTransformation:
         del params
         return LazySGDState(jnp.zeros((), jnp.int32))
 
-    def update(directions, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        updates = _descent(directions, _rate(learning_rate, state.count))
-        return updates, LazySGDState(optax.safe_increment(state.count))
+        steps = _descent(updates, _rate(learning_rate, state.count))
+        return steps, LazySGDState(jnp.asarray(optax.safe_increment(state.count)))
 
     return RowTransformation(init, update)
 
@@ -161,7 +161,7 @@ def lazy_adam(
         read = jax.tree.map(lambda rows: rows.at[node.index].get(mode="fill", fill_value=0), memory)
         grad = node.values.astype(memory.mean.dtype)
         new = RowMoments(
-            optax.safe_increment(read.count),
+            jnp.asarray(optax.safe_increment(read.count)),
             (1 - b1) * grad + b1 * read.mean,
             (1 - b2) * grad**2 + b2 * read.square,
         )
@@ -174,9 +174,9 @@ def lazy_adam(
         )
         return Rows(node.index, values), Table(written)
 
-    def update(directions, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        nodes, treedef = jax.tree.flatten(directions, is_leaf=lambda n: n is None or is_rows(n))
+        nodes, treedef = jax.tree.flatten(updates, is_leaf=lambda n: n is None or is_rows(n))
         tables = treedef.flatten_up_to(state.by_row)
         if any(is_rows(n) and t is None for n, t in zip(nodes, tables, strict=True)):
             raise TypeError(
@@ -188,11 +188,11 @@ def lazy_adam(
         shared = treedef.unflatten([None if is_rows(node) else node for node in nodes])
         moves, dense_state = dense.update(shared, state.dense)
 
-        updates = treedef.flatten_up_to(moves)
+        steps = treedef.flatten_up_to(moves)
         for i, (node, table) in enumerate(zip(nodes, tables, strict=True)):
             if is_rows(node):
-                updates[i], tables[i] = visit(node, table)
-        updates = _descent(treedef.unflatten(updates), rate)
-        return updates, LazyAdamState(dense_state, treedef.unflatten(tables))
+                steps[i], tables[i] = visit(node, table)
+        moved = _descent(treedef.unflatten(steps), rate)
+        return moved, LazyAdamState(dense_state, treedef.unflatten(tables))
 
     return RowTransformation(init, update)
