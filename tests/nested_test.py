@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,24 +164,28 @@ class Run:
             return bf.Batch(pick(inner, i), pick(outer, j), i, j)
 
         self.solver = solver
-        self.update = jax.jit(lambda state, i, j: solver.update(state, batch(i, j)))
-        self._refresh = jax.jit(lambda state, i, j: solver.refresh(state, batch(i, j)))
+        # The compiler's time is most of these tests'; what they test does not depend on its effort.
+        compiled = functools.partial(
+            jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+        )
+        self.update = compiled(lambda state, i, j: solver.update(state, batch(i, j)))
+        self.refresh = compiled(lambda state, i, j: solver.refresh(state, batch(i, j)))
 
-    def full_pass(self, state) -> tuple[bf.TrainState, float]:
+    def full_pass(self, state, num_inner: int = NUM_INNER) -> tuple[bf.TrainState, float]:
         """Everything of the pass that is due, wherever the method says to go on, and its units."""
         units = 0.0
         while int(self.solver.next_refresh(state)) <= int(state.step):
             at = int(self.solver.refresh_cursor(state))
-            inner = at < NUM_INNER
-            ids = (np.int32(at), None) if inner else (None, np.int32(at - NUM_INNER))
-            state = self._refresh(state, *ids)
+            inner = at < num_inner
+            ids = (np.int32(at), None) if inner else (None, np.int32(at - num_inner))
+            state = self.refresh(state, *ids)
             units += self.solver.refresh_units[not inner]
         return state, units
 
-    def draw(self, rng: np.random.Generator) -> tuple:
+    def draw(self, rng: np.random.Generator, sizes=(NUM_INNER, NUM_OUTER)) -> tuple:
         """Ids of one update's fresh minibatches."""
-        sizes = zip((NUM_INNER, NUM_OUTER), self.solver.batches, strict=True)
-        i, j = (rng.integers(n, size=k).astype(np.int32) for n, k in sizes)
+        pairs = zip(sizes, self.solver.batches, strict=True)
+        i, j = (rng.integers(n, size=k).astype(np.int32) for n, k in pairs)
         return (i[0], j[0]) if self.solver.batches == (1, 1) else (i, j)
 
 

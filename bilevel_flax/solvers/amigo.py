@@ -81,8 +81,8 @@ def amigo(
         def body(carry, sample):
             v, opt_state = carry
             d_v = axpy(1.0, pieces.hvp(z, v, x, sample), grads.inner)
-            transform, extra = pieces.transforms.adjoint, {"inner_opt_state": inner_opt_state}
-            return moved(transform, d_v, opt_state, v, **extra), None
+            extra = {"inner_opt_state": inner_opt_state, "outer_params": x}
+            return moved(pieces.transforms.adjoint, d_v, opt_state, v, **extra), None
 
         (v, adjoint_opt_state), _ = jax.lax.scan(body, (v, state.adjoint_opt_state), system)
         product, d_x = pieces.direction(z, v, x, only(cross), grads)

@@ -116,8 +116,8 @@ def f2sa(
             d_y = axpy(scale, grad_y, grads.inner)
             if penalised is None:
                 d_y = scaled(d_y, 1 / scale)
-            z, opt_z = moved(pieces.transforms.inner, grad_z, opt_z, z)
-            y, opt_y = moved(second, d_y, opt_y, y)
+            z, opt_z = moved(pieces.transforms.inner, grad_z, opt_z, z, outer_params=x)
+            y, opt_y = moved(second, d_y, opt_y, y, outer_params=x)
             return (z, opt_z, y, opt_y, product, grads.inner), (out, norm(grad_z))
 
         zero = jax.tree.map(jnp.zeros_like, z)

@@ -78,7 +78,7 @@ def recursive_step(pieces: Pieces, state: TrainState, solve, decay, gradient, sy
     kept_x = difference(before.outer, rows.densify(old.d_x, old_x))
     d_z = axpy(1 - eta, kept_z, d_z)
     d_x = axpy(1 - eta, kept_x, rows.densify(found.d_x, x))
-    new_z, opt_state = moved(pieces.transforms.inner, d_z, state.inner_opt_state, z)
+    new_z, opt_state = moved(pieces.transforms.inner, d_z, state.inner_opt_state, z, outer_params=x)
     state = state.replace(
         inner_params=new_z,
         adjoint=found.adjoint,

@@ -28,7 +28,7 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.single_loop import (
     RowTransformation,
-    frozen_unless,
+    frozen_state,
     init_state,
     muted_unless,
     norm,
@@ -84,10 +84,11 @@ def _samples(side: str, batch: Batch, batches, factors, rng, name: str) -> Sampl
     count = batches[side == "outer"]
     if batches == (1, 1) or (count == 1 and ids is not None and jnp.ndim(ids) == 0):
         data, ids = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (data, ids))
-    for path, leaf in [*jax.tree.leaves_with_path(data), *([] if ids is None else [((), ids)])]:
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(data)]
+    for path, leaf in leaves + ([] if ids is None else [("_id", ids)]):
         if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != count:
             raise ValueError(
-                f"batch.{side}{jax.tree_util.keystr(path) or '_id'} has shape {jnp.shape(leaf)}, "
+                f"batch.{side}{path} has shape {jnp.shape(leaf)}, "
                 f"but {name} takes batches={batches} minibatches an update: give every leaf and "
                 f"the ids a leading axis of {count}"
             )
@@ -134,7 +135,9 @@ def nested(
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
             at trace time missing ids or leading axes.
     """
-    if isinstance(outer, RowTransformation) and (moves_outer or not row_directions):
+    sparse_outer = isinstance(outer, RowTransformation)
+    dense_direction = moves_outer or not row_directions
+    if sparse_outer and dense_direction and rows.has_rows(problem.per_sample):
         raise ValueError(
             f"outer is a row-sparse optimiser, but {name}'s direction of x is dense: use a dense "
             "one, e.g. optax.adam"
@@ -142,7 +145,6 @@ def nested(
     transforms = Variables(
         *(optax.with_extra_args_support(t) for t in (inner, adjoint or optax.identity(), outer))
     )
-    sparse_outer = isinstance(outer, RowTransformation)
     factors = {
         "inner": share_factors("inner_weights", inner_weights),
         "outer": share_factors("outer_weights", outer_weights),
@@ -172,8 +174,8 @@ def nested(
         every = Variables(jnp.atleast_1d(found.inner_norms), found.adjoint_norm, norm(found.d_x))
         finite = Variables(*(jnp.isfinite(value).all() for value in every))
         alive = finite.inner & finite.adjoint & finite.outer
+        d_x = found.d_x
         if not moves_outer:
-            d_x = found.d_x
             d_x = (
                 muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
             )
@@ -194,6 +196,6 @@ def nested(
             oracle_units=jnp.float32(units if found.units is None else found.units),
             metrics=metrics,
         )
-        return frozen_unless(alive, new.replace(step=state.step + 1), state), info
+        return frozen_state(alive, new.replace(step=state.step + 1), state, d_x), info
 
     return BilevelSolver(init, update, batches=batches, units=float(units), name=name)

@@ -144,10 +144,15 @@ class Pieces:
         product = oracles.cross_jvp(self.problem, point, sample.data, self.model_state, sample.rng)
         return scaled(product, sample.factor)
 
+    def seen_by_outer(self, after: Aux | None) -> PyTree:
+        """The model state for F: the one that G returned (`after`) if F updates it further."""
+        if after is None or not self.problem.outer_updates_state:
+            return self.model_state
+        return after.model_state
+
     def outer_grads(self, z, x, sample: Sample, after: Aux | None = None) -> OuterGrads:
-        """F's gradients; `after`: G's aux, whose state F is handed if it updates the state."""
-        chained = self.problem.outer_updates_state and after is not None
-        state = after.model_state if chained else self.model_state
+        """F's gradients; `after`: the aux of the G before it."""
+        state = self.seen_by_outer(after)
         out, *grads = oracles.outer_value_and_grads(
             self.problem, z, x, sample.data, state, sample.rng
         )
@@ -175,7 +180,7 @@ class Pieces:
         def body(carry, sample):
             z, opt_state = carry
             out, grad = self.inner_grad(z, x, sample)
-            carry = moved(self.transforms.inner, grad, opt_state, z)
+            carry = moved(self.transforms.inner, grad, opt_state, z, outer_params=x)
             # The norm's derivative at 0 is NaN, and `unrolled` differentiates through this loop.
             return carry, (out, norm(jax.lax.stop_gradient(grad)))
 

@@ -79,10 +79,10 @@ def unrolled(
 
         def unroll(x):
             z_end, *more = pieces.descend(z, opt_state, x, inner)
-            return z_end, more
+            return z_end, pieces.seen_by_outer(more[1][1]), more
 
         found = oracles.unrolled_value_and_grad(
-            problem, unroll, state.outer_params, last.data, state.model_state, last.rng
+            problem, unroll, state.outer_params, last.data, last.rng
         )
         out, d_x, (z_end, (opt_state, first, norms)) = found
         state = state.replace(inner_params=z_end, inner_opt_state=opt_state)

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax import rows
-from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState
-from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
+from bilevel_flax.checks import check_count, check_partition, check_positive
 from bilevel_flax.single_loop import frozen_unless, norm, require_ids, scaled, share_factors
 from bilevel_flax.solvers.adjoints import hypergradient, neumann
 from bilevel_flax.solvers.nested import Trace, nested, refresh_sample, trace
@@ -62,7 +62,8 @@ class Memory(NamedTuple):
 def start(variables) -> Memory:
     """No direction yet, a full pass due at once."""
     z, x = (jax.tree.map(jnp.zeros_like, tree) for tree in (variables.inner, variables.outer))
-    return Memory(z, x, *(jnp.int32(0),) * 3, z, x, z, z)
+    zero = jnp.int32(0)
+    return Memory(z, x, zero, zero, zero, z, x, z, z)
 
 
 def _stage_over(memory: Memory, step, eta, products: int, period: int) -> Memory:
@@ -133,14 +134,14 @@ def vrbo(
         ((36, 3), 78.0)
     """
     counts = {
-        "num_inner_batches": num_inner_batches,
-        "num_outer_batches": num_outer_batches,
         "period": period,
         "inner_steps": inner_steps,
     }
     for name, value in counts.items():
         check_count(name, value)
     check_count("adjoint_steps", adjoint_steps, 0)
+    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
+    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
     check_positive("adjoint_step", adjoint_step)
     factors = {
         "inner": share_factors("inner_weights", inner_weights),
@@ -169,7 +170,7 @@ def vrbo(
             before_z, before_x, *_ = directions(old_z, old_x, *samples)
             d_z = axpy(1.0, difference(now_z, before_z), d_z)
             d_x = axpy(1.0, difference(now_x, before_x), d_x)
-            new_z, opt_state = moved(pieces.transforms.inner, d_z, opt_state, z)
+            new_z, opt_state = moved(pieces.transforms.inner, d_z, opt_state, z, outer_params=x)
             seen = seen._replace(inner_norms=norm(d_z))
             return (z, x, new_z, opt_state, d_z, d_x, found.adjoint), seen
 
@@ -212,11 +213,12 @@ def vrbo(
     )
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
-        require_ids(batch, "vrbo", {k: f is not None for k, f in factors.items()})
+        needed = {side: f is not None or problem.stateful for side, f in factors.items()}
+        require_ids(batch, "vrbo", needed)
         memory: Memory = state.estimator_state
         z, _, x = state.variables
         eta = at_step(adjoint_step, state.step)
-        pieces = Pieces(problem, None, state.model_state)
+        pieces = Pieces(problem, Variables(None, None, None), state.model_state)
         mean_z, mean_x, term = memory.mean_inner, memory.mean_outer, memory.term
         if batch.inner is not None:
             sample = refresh_sample(problem, state, batch, "inner", factors["inner"])
