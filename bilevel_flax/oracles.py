@@ -301,18 +301,16 @@ def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
     return outer_value_and_grads(problem, z, x, batch, model_state, rng)[1:]
 
 
-def unrolled_value_and_grad(
-    problem: Problem, unroll: Callable, x, batch, model_state=None, rng=None
-):
+def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=None):
     """d/dx F(z_K(x), x) by backprop through an inner loop, the loop's start held fixed.
 
     Args:
         problem: the problem.
-        unroll: `unroll(x) -> (z_K, extra)`, differentiable in x's float leaves.
+        unroll: `unroll(x) -> (z_K, model_state, extra)`, differentiable in x's float leaves, with
+            the mutable state that a stateful outer loss is to be handed.
         x: the outer parameters.
         batch: an outer minibatch.
-        model_state: mutable state, handed to a stateful outer loss.
-        rng: its key.
+        rng: key of a stateful outer loss.
 
     Returns:
         `((loss, aux), gradient, (z_K, extra))`; the gradient is dense, in x's tree. K inner
@@ -322,7 +320,7 @@ def unrolled_value_and_grad(
 
     def total(leaves):
         now = split.merge(leaves)
-        z, extra = unroll(now)
+        z, model_state, extra = unroll(now)
         loss, z_split, x_split = _outer(problem, z, now, batch, model_state, rng)
         value, aux = loss(z_split.leaves, x_split.leaves)
         return value, (aux, (z, extra))
