@@ -304,21 +304,32 @@ def test_repeated_examples_within_a_minibatch_keep_the_memory_right(x64):
     assert np.isfinite(v) and float(found[0]) == 0
 
 
-def test_lazy_rows_need_no_memory():
+def test_lazy_rows_need_no_memory_and_are_handed_on_as_the_minibatch_gave_them(x64):
     data = logistic()
-    lazy = getattr(bf.outer, "lazy_sgd", None)
-    if lazy is None:
-        pytest.skip("bilevel_flax.outer has no row-sparse optimiser yet")
-    mask = {"logits": True, "penalty": False}
-    problem = data.problem
-    for method, kwargs in ((bf.saba, {}), (bf.srba, {"period": 5}), (bf.storm, {})):
-        sizes = counts(data) if method is not bf.storm else {}
-        solver = method(problem, inner=optax.sgd(0.1), outer=lazy(0.1), **sizes, **kwargs)
+    lazy = {"inner": optax.sgd(0.3), "outer": bf.outer.lazy_sgd(0.5)}
+    plain = bf.soba(data.problem, **lazy, inner_weights=data.inner_weights,
+                    outer_weights=data.outer_weights)  # fmt: skip
+    expected = None
+    for method, extra, previous in (
+        (plain, {}, 0),
+        (bf.saba, counts(data), 0),
+        (bf.srba, counts(data) | {"period": 5}, 1),  # the previous point holds x
+    ):
+        solver = method if method is plain else method(data.problem, **lazy, **extra)
         state = solver.init(data.inner_params, data.outer_params)
-        n_vectors = [leaf for leaf in jax.tree.leaves(state.estimator_state) if leaf.shape == (7,)]
-        # The previous point of SRBA and STORM is the only one.
-        assert len(n_vectors) == (0 if method is bf.saba else 1)
-    assert mask == problem.per_sample
+        vectors = [leaf for leaf in jax.tree.leaves(state.estimator_state) if leaf.shape == (7,)]
+        assert len(vectors) == previous
+        if int(solver.next_refresh(state)) == 0:
+            state = full_pass(solver, data, state)
+        point = bf.Variables(
+            data.inner_params, jax.tree.map(jnp.ones_like, data.inner_params), data.outer_params
+        )
+        state, info = jitted(solver.update)(at(state, point), data.batch(1, 1))
+        assert bool(info.finite.outer)
+        moved = state.outer_params["logits"] - data.outer_params["logits"]
+        assert (np.asarray(moved) != 0).sum() == 2  # the minibatch's rows, no other
+        expected = moved if expected is None else expected
+        np.testing.assert_allclose(moved, expected, rtol=1e-12)
 
 
 def test_saba_finds_the_solution_with_constant_steps_where_soba_stalls(x64):

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 
 from bilevel_flax.base import PyTree, Table
 from bilevel_flax.oracles import is_inexact
@@ -150,7 +151,7 @@ def check_size(memories: dict[str, Memory], max_bytes: int | None, like: PyTree)
     parts = ", ".join(f"{name} {_in_words(size)}" for name, size in sizes.items())
     _log.info("tables take %s (%s)", _in_words(total), parts)
     limit = max_bytes
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(like))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(like))
     if limit is None and not traced:
         limit = _capacity()
     if limit is not None and total > limit:
@@ -166,7 +167,7 @@ def _num_bytes(memory: Memory) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory.table))
 
 
-def _in_words(num_bytes: int) -> str:
+def _in_words(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
