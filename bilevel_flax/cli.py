@@ -1,14 +1,24 @@
 """The command line: `bilevel-flax train | report | solvers`.
 
-A user's mistake ends in one line and exit code 2; with BILEVEL_FLAX_TRACEBACK=1 in the
-environment the stack trace is shown too.
+What ends in one line, and what in a stack trace:
+
+* A ValueError, TypeError or OSError that a `raise` statement of the project's own code (the
+  package, the example, the config) made was written for the user: one line, exit code 2.
+* A run that fails as a whole says why in one line: a direction that is not finite, a checkpoint
+  that cannot be written, a full disk (1); an interruption (130, 143).
+* Everything else, a ValueError out of NumPy or JAX included, is a bug here or in the task, and is
+  shown with its stack trace (1).
+
+With BILEVEL_FLAX_TRACEBACK=1 in the environment the stack trace is always shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import linecache
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,10 +69,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from bilevel_flax import config, train
 
     if arguments.command == "report":
-        print(train.make_report(arguments.workdir))
+        print(train.make_report(arguments.workdir.expanduser()))
         return 0
     loaded = config.load(arguments.config, overrides)
-    train.train_and_evaluate(loaded, arguments.workdir)
+    train.train_and_evaluate(loaded, arguments.workdir.expanduser())
     return 0
 
 
@@ -75,20 +85,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # The folder the command is given in, as for `python -m`: reports name `examples...`.
     sys.path.insert(0, os.getcwd())
-    if os.environ.get("BILEVEL_FLAX_TRACEBACK"):
-        return _run(parsed, overrides)
     try:
         return _run(parsed, overrides)
-    except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is kept", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        received = getattr(error, "signal", None)
-        return 1 if received is None else 128 + int(received)
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = _verdict(error)
+        if message is None or os.environ.get("BILEVEL_FLAX_TRACEBACK"):
+            traceback.print_exception(error)
+        print(
+            message
+            or "error: the above is a bug in bilevel_flax or in the task, not a mistake in the "
+            "command; the last checkpoint is kept",
+            file=sys.stderr,
+        )
+        return code
+
+
+def _verdict(error: BaseException) -> tuple[str | None, int]:
+    """(the line that says all, or None where a stack trace is needed; the exit code)."""
+    from bilevel_flax.checkpoint import CheckpointError
+    from bilevel_flax.train import Diverged, Interrupted
+
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from the last checkpoint", 130
+    if isinstance(error, Interrupted):
+        return str(error), 128 + error.signal
+    if isinstance(error, Diverged | CheckpointError):
+        return f"error: {error}", 1
+    if isinstance(error, ValueError | TypeError | OSError) and _is_raised_by_us(error):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):
+        return f"error: {error} (BILEVEL_FLAX_TRACEBACK=1 shows where)", 1
+    return None, 1
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` statement of this project made it, not Python or an installed package."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    module = frame.f_globals.get("__name__", "").partition(".")[0]
+    file = frame.f_code.co_filename
+    foreign = module in sys.stdlib_module_names or {"site-packages", "dist-packages"} & set(
+        Path(file).parts
+    )
+    is_raise = linecache.getline(file, line).lstrip().startswith("raise ")
+    return is_raise and (module == "bilevel_flax" or not foreign)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         spec: `path/to/config.py` or `path/to/config.py:argument` (given to `get_config`). The
             folder above the file's is put on the import path, so that the config can name
             `examples...` beside it.
-        overrides: `key.subkey=value`, in order.
+        overrides: `key.subkey=value`, in order. Beside the config's own keys, a call's further
+            arguments can be set (`solver.inner.momentum=0.9`), as far as they have a default.
 
     Returns:
         The config; keys can no longer be added.
@@ -56,7 +57,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
             of the wrong type.
     """
     name, _, argument = spec.partition(":")
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ConfigError(f"--config={spec}: no file {path}{nearest(str(path), beside)}")
@@ -69,6 +70,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {path} defines no get_config()")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f"--config={spec}: {path} takes no argument, leave out :{argument}")
     config = module.get_config(argument) if argument else module.get_config()
     config.lock()
     for override in overrides:
@@ -94,35 +97,62 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
     if not separator:
         raise ConfigError(f"--config.{override}: write --config.{name}=VALUE")
     known = keys(config)
-    if name not in known:
-        inside = [key for key in known if key.startswith(name + ".")]
-        if inside:
-            raise ConfigError(f"--config.{name}: it has several keys, set one: {', '.join(inside)}")
-        raise ConfigError(f"--config.{name}: the config has no such key{nearest(name, known)}")
+    inside = [key for key in known if key.startswith(name + ".")]
+    if inside:
+        raise ConfigError(f"--config.{name}: it has several keys, set one: {', '.join(inside)}")
+    options = {} if name in known else _options(config)
+    if name not in known and name not in options:
+        raise ConfigError(
+            f"--config.{name}: the config has no such key{nearest(name, [*known, *options])}"
+        )
     *path, last = name.split(".")
     node = config
     for part in path:
         node = node[part]
-    expected = node.get_type(last)
+    now = options[name] if name in options else node[last]
+    expected = node.get_type(last) if name in known else type(now)
     try:
-        node[last] = _parse(text, expected)
-    except (ValueError, SyntaxError, TypeError) as error:
+        value = _parse(text, now, expected)
+    except (ValueError, SyntaxError) as error:
+        example = "" if now is None else f", such as {now!r}"
         raise ConfigError(
-            f"--config.{name}={text}: expected {expected.__name__}, as in the config "
-            f"({node[last]!r})"
+            f"--config.{name}={text}: expected {expected.__name__}{example}"
         ) from error
+    with node.unlocked():
+        node[last] = value
 
 
-def _parse(text: str, expected: type) -> Any:
-    if text == "None":
+def _options(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Arguments with a default that the config's calls take and that it does not mention."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            found |= _options(value, f"{prefix}{key}.")
+    if CALL in config:
+        for name, parameter in inspect.signature(imported(config[CALL])).parameters.items():
+            if name not in config and parameter.default is not parameter.empty:
+                found[f"{prefix}{name}"] = parameter.default
+    return found
+
+
+def _parse(text: str, now: Any, expected: type) -> Any:
+    """The value that `text` stands for; None only where there is none now."""
+    if now is None and text == "None":
         return None
     if expected is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if text.lower() not in ("true", "1", "false", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
     if expected in (int, float, str):
         return expected(text)
-    value = ast.literal_eval(text)
-    if not isinstance(value, expected) and expected in (tuple, list):
-        value = expected(value) if isinstance(value, tuple | list) else expected([value])
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if expected is type(None):
+        return value
+    if expected in (tuple, list):
+        return expected(value) if isinstance(value, tuple | list) else expected([value])
     if not isinstance(value, expected):
         raise ValueError(text)
     return value
@@ -140,10 +170,15 @@ def imported(name: str) -> Any:
         ConfigError: it cannot be imported, or the module has no such attribute.
     """
     module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f'"{name}": write "package.module:attribute"')
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f'"{name}": {error}; write "package.module:attribute"') from error
+        raise ConfigError(
+            f'"{name}": {error}; give the command in the folder that holds it, or put that folder '
+            "on PYTHONPATH"
+        ) from error
     if not hasattr(module, attribute):
         raise ConfigError(
             f'"{name}": {module_name} has no {attribute!r}{nearest(attribute, dir(module))}'
@@ -172,6 +207,8 @@ def resolve(node: Any, **provided: Any) -> Any:
         try:
             inspect.signature(function).bind(**values)
         except TypeError as error:
-            raise ConfigError(f"{node[CALL]}: {error}") from error
+            unknown = [key for key in values if key not in accepted]
+            near = nearest(unknown[0], list(accepted)) if unknown else ""
+            raise ConfigError(f"{node[CALL]}: {error}{near}") from error
         return function(**values)
     return list(node) if isinstance(node, tuple | list) else node

@@ -6,6 +6,7 @@ one trace serves every chunk length, and a direction that is not finite ends the
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -93,6 +94,7 @@ class Loop:
         target_seconds: how long a chunk should take, so that signals and logs are served.
 
     Attributes:
+        CLOCKS: the names of the three clocks below.
         samplers: (inner, outer), whose `state()` belongs into a checkpoint.
         on_device: what was decided.
         compile_seconds: spent in compilation so far.
@@ -100,6 +102,8 @@ class Loop:
             apart.
         cpu_seconds: CPU time of the same.
     """
+
+    CLOCKS = ("seconds", "cpu_seconds", "compile_seconds")
 
     def __init__(
         self,
@@ -132,6 +136,25 @@ class Loop:
         self._chunk: Any = None
         self._passes: dict[str, Any] = {}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `run` is ready to go."""
+        return self._chunk is not None
+
+    def compile(self, state: TrainState, start: int) -> None:
+        """Compiles the chunk unless that is done; `run` does so itself.
+
+        Args:
+            state: as for `run`; it is not used up.
+            start: `int(state.step)`.
+
+        Raises:
+            ValueError: whatever the solver and the oracles refuse about the losses.
+        """
+        if self._chunk is None:
+            args = self._arguments(start, start + 1)
+            self._chunk = self._compiled(self._make_chunk(), state, *args)
+
     def run(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, Info]:
         """Updates from `state.step == start`, at most up to `stop`: one chunk.
 
@@ -144,12 +167,8 @@ class Loop:
             The new state and the chunk's Info, NumPy leaves [steps taken]. If the last entry of
             `info.finite` has a False, the state is that before the failed step.
         """
-        stop = min([stop, start + self._count, *(feed.seek(start) for feed in self._feeds)])
-        rows_and_ids = [feed.positions(start, stop) for feed in self._feeds]
-        padded = [self._padded(values) for pair in rows_and_ids for values in pair]
-        args = (*(feed.batches for feed in self._feeds), *padded, np.int32(stop - start))
-        if self._chunk is None:
-            self._chunk = self._compiled(self._make_chunk(), state, *args)
+        self.compile(state, start)
+        args = self._arguments(start, min(stop, start + self._count))
         began, cpu_began = time.perf_counter(), time.process_time()
         state, infos, done = self._chunk(state, *args)
         done = int(done)
@@ -196,6 +215,13 @@ class Loop:
         for feed in self._feeds:
             feed.close()
 
+    def _arguments(self, start: int, stop: int) -> tuple[Any, ...]:
+        """What the compiled chunk takes for updates start .. stop - 1, or as many as are there."""
+        stop = min([stop, *(feed.seek(start) for feed in self._feeds)])
+        positions = [values for feed in self._feeds for values in feed.positions(start, stop)]
+        padded = [self._padded(values) for values in positions]
+        return *(feed.batches for feed in self._feeds), *padded, np.int32(stop - start)
+
     def _padded(self, values: np.ndarray) -> np.ndarray:
         out = np.zeros((self._capacity, *values.shape[1:]), np.int32)
         out[: len(values)] = values
@@ -213,6 +239,8 @@ class Loop:
         solver, capacity = self._solver, self._capacity
 
         def chunk(state, inner, outer, inner_rows, inner_ids, outer_rows, outer_ids, count):
+            # Inlined, and traced once for both of its uses below.
+            @functools.partial(jax.jit, inline=True)
             def update(i, state):
                 batch = Batch(
                     _minibatch(inner, inner_rows[i]),
@@ -222,7 +250,7 @@ class Loop:
                 )
                 return solver.update(state, batch)
 
-            _, one = jax.eval_shape(update, 0, state)
+            _, one = jax.eval_shape(update, jnp.int32(0), state)
             infos = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
 
             def unfinished(carry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,57 +10,71 @@ from typing import Any, TextIO
 
 import tqdm
 
+_BAR = "{bar:10} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left  {desc}"
 
-def _shown(scalars: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+def _shown(scalars: Mapping[str, float], width: float = float("inf")) -> str:
+    """As many values as fit."""
+    line = ""
+    for name, value in scalars.items():
+        longer = f"{line}{'  ' if line else ''}{name} {value:.3g}"
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 class Progress:
     """Step, speed, time left and the newest values.
 
+    The clock starts with the first `update`: what came before (compilation) is not the speed of
+    the steps to come.
+
     Args:
         total: steps of the whole run.
-        initial: steps that were done before.
         stream: where to; standard error by default.
         every_seconds: the least time between two plain lines.
     """
 
-    def __init__(
-        self,
-        total: int,
-        initial: int = 0,
-        stream: TextIO | None = None,
-        every_seconds: float = 5.0,
-    ):
+    def __init__(self, total: int, stream: TextIO | None = None, every_seconds: float = 5.0):
         self._stream = sys.stderr if stream is None else stream
-        self._total, self._step, self._every = total, initial, every_seconds
+        self._total, self._every = total, every_seconds
         self._scalars: dict[str, float] = {}
-        self._began, self._first = time.monotonic(), initial
-        self._spoke = self._began
+        self._first: tuple[int, float] | None = None
+        self._spoke = 0.0
         self._bar: Any = None
-        if self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=total, initial=initial, unit="step", file=self._stream, dynamic_ncols=True
-            )
 
     def update(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
         """Moves to `step`; new scalars are shown beside it until they are replaced."""
         self._scalars |= scalars or {}
-        if self._bar is not None:
-            self._bar.set_postfix_str(_shown(self._scalars), refresh=False)
-            self._bar.update(step - self._step)
-        self._step = step
         now = time.monotonic()
-        if self._bar is None and (now - self._spoke >= self._every or step == self._total):
+        if self._first is None:
+            self._first, self._spoke = (step, now), now
+            if self._stream.isatty():
+                self._bar = tqdm.tqdm(
+                    total=self._total,
+                    initial=step,
+                    unit="",
+                    file=self._stream,
+                    dynamic_ncols=True,
+                    bar_format=_BAR,
+                )
+        if self._bar is not None:
+            # The rest of the line takes about 35 columns and twice the number of steps.
+            room = os.get_terminal_size(self._stream.fileno()).columns - 35
+            shown = _shown(self._scalars, room - 2 * len(str(self._total)))
+            self._bar.set_description_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._spoke >= self._every or step == self._total:
             self._spoke = now
-            speed = (step - self._first) / max(now - self._began, 1e-9)
-            left = (self._total - step) / speed if speed else float("inf")
-            print(
-                f"step {step}/{self._total}  {speed:.4g} step/s  {left:.0f} s left  "
-                f"{_shown(self._scalars)}",
-                file=self._stream,
-                flush=True,
-            )
+            self._say_where(step, now, *self._first)
+
+    def _say_where(self, step: int, now: float, first_step: int, began: float) -> None:
+        pace = ""
+        if step > first_step and now > began:
+            speed = (step - first_step) / (now - began)
+            pace = f"  {speed:.4g} step/s  {(self._total - step) / speed:.0f} s left"
+        self.say(f"step {step}/{self._total}{pace}  {_shown(self._scalars)}".rstrip())
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""

@@ -5,11 +5,9 @@ config -> task -> solver -> state -> metrics, checkpoints, report.
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import platform
 import signal
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,28 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_flax import checkpoint, config_diff, diagnostics, report, writers
+from bilevel_flax import checkpoint, diagnostics, report, workdirs, writers
 from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver, Info, TrainState
 from bilevel_flax.loop import Loop
 from bilevel_flax.progress import Progress
 from bilevel_flax.signals import SignalGuard
 from bilevel_flax.task import Task
+from bilevel_flax.window import Window
 
 # Settings that change nothing about the numbers of a run.
-HARMLESS = ("log_every", "checkpoint.*", "report", "data.manual_dir", "data.data_dir")
+HARMLESS = (
+    "log_every",
+    "checkpoint.*",
+    "report",
+    "on_device",
+    "data.manual_dir",
+    "data.data_dir",
+)
+_POSITIVE = ("steps", "log_every", "eval_every", "checkpoint.every", "checkpoint.keep")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
+
+_say = functools.partial(print, flush=True)  # in order with the progress lines, in a pipe too
 
 
 class Diverged(FloatingPointError):
@@ -47,41 +56,190 @@ class Interrupted(RuntimeError):
         self.signal = received
 
 
-class _Window:
-    """Means of per-step values since the last log line; survives a checkpoint exactly."""
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Runs a config to its end, or resumes it; a finished run returns at once.
 
-    def __init__(self, saved: Mapping[str, str] | None = None, count: int = 0):
-        self._sums = {k: float.fromhex(v) for k, v in (saved or {}).items()}
-        self._count = count
+    Args:
+        config: keys `task` and `solver` (see `config.resolve`), `steps`, `seed`, `log_every`,
+            `eval_every` and `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True,
+            False, or None to decide by size), `report` (`module:function` that gives the report's
+            sections).
+        workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard
+            events, `checkpoints/` and `report.html`.
 
-    def add(self, values: Mapping[str, np.ndarray]) -> None:
-        for name, steps in values.items():
-            # Summed one by one: the result must not depend on where chunks end.
-            total = self._sums.get(name, 0.0)
-            for value in steps.tolist():
-                total += value
-            self._sums[name] = total
-        self._count += len(next(iter(values.values())))
+    Returns:
+        The summary, as in `summary.json`.
 
-    def means(self) -> dict[str, float]:
-        return {name: total / self._count for name, total in self._sums.items()}
+    Raises:
+        ConfigError: the config cannot be resolved, or the workdir is another config's or in use.
+        Diverged: a direction was not finite.
+        Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+        CheckpointError: checkpoints cannot be written, or none of those there can be read.
+    """
+    workdir = Path(workdir)
+    _check_counts(config)
+    with workdirs.opened(workdir):
+        workdirs.claim(workdir, configs.plain(config), HARMLESS)
+        if (workdir / "summary.json").exists():
+            _say(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
+            if not (workdir / "report.html").exists():
+                make_report(workdir)
+            return workdirs.read_json(workdir / "summary.json")
 
-    def state(self) -> dict[str, Any]:
-        return {"saved": {k: v.hex() for k, v in self._sums.items()}, "count": self._count}
+        task: Task = configs.resolve(config.task, config=config)
+        solver = make_solver(config.solver, task)
+        state, totals = train(config, workdir, task, solver)
+        summary = {
+            "solver": solver.name,
+            "seed": config.seed,
+            "steps": config.steps,
+            **totals,
+            "seconds_per_step": totals["seconds"] / config.steps,
+            "adjoint_residual": diagnostics.adjoint_residual(
+                task.problem, state.variables, task.inner, task.outer, state.model_state, state.rng
+            ),
+            **task.finish(state, workdir, _say),
+            "versions": versions(),
+        }
+        workdirs.write_json(workdir / "summary.json", summary)
+        make_report(workdir)
+    for name in task.headline:
+        _say(f"{name:28s} {summary[name]:.4f}")
+    _say(f"report: {workdir / 'report.html'}")
+    return summary
 
 
-def _per_step(info: Info) -> dict[str, np.ndarray]:
-    """Info's scalars by the names they have in the log, [steps] each."""
-    named = {
-        "inner_loss": info.inner_loss,
-        "outer_loss": info.outer_loss,
-        "adjoint_residual": info.adjoint_residual,
-        "norm_inner": info.norms.inner,
-        "norm_adjoint": info.norms.adjoint,
-        "norm_outer": info.norms.outer,
-        **info.metrics,
-    }
-    return {name: np.asarray(value, np.float64) for name, value in named.items()}
+def train(
+    config: ml_collections.ConfigDict, workdir: Path, task: Task, solver: BilevelSolver
+) -> tuple[TrainState, dict[str, float]]:
+    """The loop itself: all steps from the newest checkpoint, or from the start.
+
+    Args:
+        config: as for `train_and_evaluate`.
+        workdir: gets the files.
+        task: what to solve.
+        solver: how.
+
+    Returns:
+        The last state, and the totals of all sessions: `oracle_units`, `seconds`, `cpu_seconds`
+        (of updates and refreshes) and `compile_seconds`.
+
+    Raises:
+        Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
+    """
+    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+    start = task.init(init_rng)
+    state = solver.init(
+        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
+    )
+    loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
+    step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
+    progress = Progress(config.steps)
+    messages: list[str] = []
+    with (
+        checkpoint.Checkpointer(
+            workdir / "checkpoints", keep=config.checkpoint.keep, on_event=messages.append
+        ) as checkpointer,
+        SignalGuard() as guard,
+    ):
+        restored = checkpointer.restore(state)
+        if restored is not None:
+            state, step = restored.state, restored.step
+            for sampler, saved in zip(loop.samplers, restored.meta["samplers"], strict=True):
+                sampler.check(saved)
+            window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
+            messages.append(f"resuming {workdir} at step {step}")
+        workdirs.write_json(workdir / "config.json", configs.plain(config))
+        log = writers.JsonlWriter(workdir / "metrics.jsonl")
+        log.truncate_after(step)
+        board = writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1)
+        writer = writers.MultiWriter([log, board])
+
+        def totals_now() -> dict[str, float]:
+            return totals | {name: totals[name] + getattr(loop, name) for name in Loop.CLOCKS}
+
+        def save(state: TrainState, step: int) -> None:
+            if checkpointer.latest_step() != step:
+                meta = {
+                    "config": configs.plain(config),
+                    "samplers": [sampler.state() for sampler in loop.samplers],
+                    "window": window.state(),
+                    "totals": totals_now(),
+                }
+                checkpointer.save(step, state, meta)
+
+        def stop_if_asked(state: TrainState, step: int) -> None:
+            if guard.received is None:
+                return
+            save(state, step)
+            checkpointer.wait()
+            name = signal.Signals(guard.received).name
+            raise Interrupted(
+                f"{name}: saved at step {step}; the same command resumes", guard.received
+            )
+
+        every = (config.log_every, config.eval_every, config.checkpoint.every)
+        try:
+            if step < config.steps:
+                messages.append(f"{solver.name}: {_sizes(task, loop)}; compiling")
+            while step < config.steps:
+                while messages:
+                    progress.say(messages.pop(0))
+                due = int(solver.next_refresh(state))
+                if due <= step:
+                    state, units = loop.refresh(state)
+                    totals["oracle_units"] += units
+                    stop_if_asked(state, step)
+                    continue
+                if not loop.compiled:
+                    loop.compile(state, step)
+                    messages.append(f"compiled in {loop.compile_seconds:.1f} s")
+                    stop_if_asked(state, step)
+                    continue
+                stop = min(config.steps, due, *(step + n - step % n for n in every))
+                state, info = loop.run(state, step, stop)
+                step += len(info.inner_loss) - (not all(side[-1] for side in info.finite))
+                _raise_if_diverged(info, step, checkpointer.latest_step())
+                totals["oracle_units"] += float(np.sum(info.oracle_units, dtype=np.float64))
+                window.add(info)
+                shown = {}
+                if step % config.log_every == 0 or step == config.steps:
+                    shown = window.means() | {"oracle_units": totals["oracle_units"]}
+                    window = Window()
+                if step % config.eval_every == 0 or step == config.steps:
+                    shown |= {k: float(v) for k, v in task.evaluate(state).items()}
+                if shown:
+                    writer.write_scalars(step, shown)
+                progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)})
+                if step % config.checkpoint.every == 0 or step == config.steps:
+                    save(state, step)
+                stop_if_asked(state, step)
+            checkpointer.wait()
+        finally:
+            while messages:
+                progress.say(messages.pop(0))
+            progress.close()
+            loop.close()
+            writer.close()
+    return state, totals_now()
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a value is for the files only; a line on a terminal holds few."""
+    return name.startswith("norm_") or name == "oracle_units"
+
+
+def _sizes(task: Task, loop: Loop) -> str:
+    sides = (f"{side.num_samples}" for side in (task.inner, task.outer))
+    where = "on the device" if loop.on_device else "streamed"
+    return f"{' + '.join(sides)} examples, batches of {task.inner.batch_size}, data {where}"
+
+
+def _check_counts(config: ml_collections.ConfigDict) -> None:
+    for name in _POSITIVE:
+        value = functools.reduce(lambda node, key: node[key], name.split("."), config)
+        if not isinstance(value, int) or value < 1:
+            raise configs.ConfigError(f"--config.{name}={value}: must be an integer of 1 or more")
 
 
 def _raise_if_diverged(info: Info, step: int, kept: int | None) -> None:
@@ -120,32 +278,6 @@ def make_solver(config: Any, task: Task) -> BilevelSolver:
     )
 
 
-def _claim(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Makes the workdir this config's own; returns the summary of a finished run."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError(f"--workdir={workdir}: not writable; choose another folder")
-    path = workdir / "config.json"
-    if path.exists():
-        different = config_diff.config_differences(json.loads(path.read_text()), config, HARMLESS)
-        if different:
-            raise configs.ConfigError(
-                f"--workdir={workdir} holds a run with another config ({'; '.join(different)}): "
-                "use that config to resume it, or another workdir"
-            )
-    else:
-        write_json(path, config)
-    summary = workdir / "summary.json"
-    return json.loads(summary.read_text()) if summary.exists() else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one step: a killed process leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
-    os.replace(partial, path)
-
-
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
     found = {"python": platform.python_version(), "platform": jax.default_backend()}
@@ -155,151 +287,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Runs a config to its end, or resumes it; a finished run returns at once.
-
-    Args:
-        config: keys `task` and `solver` (see `config.resolve`), `steps`, `seed`, `log_every`,
-            `eval_every` and `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True,
-            False, or None to decide by size), `report` (`module:function` that gives the report's
-            sections).
-        workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard events,
-            `checkpoints/` and `report.html`.
-
-    Returns:
-        The summary, as in `summary.json`.
-
-    Raises:
-        ConfigError: the config cannot be resolved, or the workdir is another config's.
-        Diverged: a direction was not finite.
-        Interrupted: SIGTERM or Ctrl-C came; the state is saved.
-        CheckpointError: checkpoints cannot be written, or none of those there can be read.
-    """
-    workdir = Path(workdir)
-    finished = _claim(workdir, configs.plain(config))
-    if finished is not None:
-        print(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
-        if not (workdir / "report.html").exists():
-            make_report(workdir)
-        return finished
-
-    task: Task = configs.resolve(config.task, config=config)
-    solver = make_solver(config.solver, task)
-    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
-    start = task.init(init_rng)
-    state = solver.init(
-        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
-    )
-    loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
-    messages: list[str] = []
-    with (
-        checkpoint.Checkpointer(
-            workdir / "checkpoints", keep=config.checkpoint.keep, on_event=messages.append
-        ) as checkpointer,
-        SignalGuard() as guard,
-    ):
-        restored = checkpointer.restore(state)
-        step, window, totals = 0, _Window(), {"oracle_units": 0.0, "seconds": 0.0}
-        totals |= {"cpu_seconds": 0.0, "compile_seconds": 0.0}
-        if restored is not None:
-            state, step = restored.state, restored.step
-            for sampler, saved in zip(loop.samplers, restored.meta["samplers"], strict=True):
-                sampler.check(saved)
-            window = _Window(**restored.meta["window"])
-            totals = restored.meta["totals"]
-        log = writers.JsonlWriter(workdir / "metrics.jsonl")
-        log.truncate_after(step)
-        board = writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1)
-        writer = writers.MultiWriter([log, board])
-        progress = Progress(config.steps, step)
-        for line in messages:
-            progress.say(line)
-        if restored is not None:
-            progress.say(f"resuming {workdir} at step {step}")
-
-        def totals_now() -> dict[str, float]:
-            return totals | {
-                name: totals[name] + getattr(loop, name)
-                for name in ("seconds", "cpu_seconds", "compile_seconds")
-            }
-
-        def save(state: TrainState, step: int) -> None:
-            if checkpointer.latest_step() != step:
-                meta = {
-                    "config": configs.plain(config),
-                    "samplers": [sampler.state() for sampler in loop.samplers],
-                    "window": window.state(),
-                    "totals": totals_now(),
-                }
-                checkpointer.save(step, state, meta)
-
-        def stop_if_asked(state: TrainState, step: int) -> None:
-            if guard.received is None:
-                return
-            save(state, step)
-            checkpointer.wait()
-            name = signal.Signals(guard.received).name
-            raise Interrupted(
-                f"{name}: saved at step {step}; the same command resumes", guard.received
-            )
-
-        every = (config.log_every, config.eval_every, config.checkpoint.every)
-        try:
-            while step < config.steps:
-                due = int(solver.next_refresh(state))
-                if due <= step:
-                    state, units = loop.refresh(state)
-                    totals["oracle_units"] += units
-                    stop_if_asked(state, step)
-                    continue
-                stop = min(config.steps, due, *(step + n - step % n for n in every))
-                state, info = loop.run(state, step, stop)
-                step += len(info.inner_loss) - (not all(side[-1] for side in info.finite))
-                _raise_if_diverged(info, step, checkpointer.latest_step())
-                totals["oracle_units"] += float(np.sum(info.oracle_units, dtype=np.float64))
-                window.add(_per_step(info))
-                shown = {}
-                if step % config.log_every == 0 or step == config.steps:
-                    shown = window.means() | {"oracle_units": totals["oracle_units"]}
-                    window = _Window()
-                if step % config.eval_every == 0 or step == config.steps:
-                    shown |= {k: float(v) for k, v in task.evaluate(state).items()}
-                if shown:
-                    writer.write_scalars(step, shown)
-                progress.update(step, {k: v for k, v in shown.items() if not k.startswith("norm")})
-                if step % config.checkpoint.every == 0 or step == config.steps:
-                    save(state, step)
-                stop_if_asked(state, step)
-                while messages:
-                    progress.say(messages.pop(0))
-            checkpointer.wait()
-        finally:
-            progress.close()
-            loop.close()
-            writer.close()
-
-        totals = totals_now()
-        results = task.finish(state, workdir, print)
-        summary = {
-            "solver": solver.name,
-            "seed": config.seed,
-            "steps": step,
-            **totals,
-            "seconds_per_step": totals["seconds"] / max(step, 1),
-            "adjoint_residual": diagnostics.adjoint_residual(
-                task.problem, state.variables, task.inner, task.outer, state.model_state, state.rng
-            ),
-            **results,
-            "versions": versions(),
-        }
-        write_json(workdir / "summary.json", summary)
-    make_report(workdir)
-    for name in task.headline:
-        print(f"{name:28s} {summary[name]:.4f}")
-    print(f"report: {workdir / 'report.html'}")
-    return summary
 
 
 def make_report(workdir: Path) -> Path:
@@ -313,6 +300,6 @@ def make_report(workdir: Path) -> Path:
         raise FileNotFoundError(
             f"{workdir} holds no run (no config.json): give the --workdir of one"
         )
-    name = json.loads(path.read_text()).get("report")
+    name = workdirs.read_json(path).get("report")
     sections = configs.imported(name)(workdir) if name else ()
     return report.write_report(workdir, sections=sections)

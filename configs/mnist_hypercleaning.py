@@ -8,13 +8,27 @@ Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Fu
 
 import ml_collections
 
-SOLVERS = ("soba",)
+from bilevel_flax.config import ConfigError, nearest
+
+# The single-loop methods, with what each wants beside the optimisers.
+SOLVERS = {
+    "soba": {},
+    "saba": {},
+    "srba": {"period": 100},
+    "spaba": {"probability": 0.01},
+    "masoba": {},
+    "storm": {},
+    "fsla": {},
+}
 
 
 def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     """The config; the argument names the solver."""
     if solver not in SOLVERS:
-        raise ValueError(f"configs/mnist_hypercleaning.py:{solver}: choose one of {SOLVERS}")
+        raise ConfigError(
+            f"--config=configs/mnist_hypercleaning.py:{solver}: choose one of "
+            f"{', '.join(SOLVERS)}{nearest(solver, list(SOLVERS))}"
+        )
     config = ml_collections.ConfigDict()
     config.name = "mnist_hypercleaning"
     config.seed = 0
@@ -45,6 +59,7 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
             "call": "bilevel_flax.outer:normalized_sgd",
             "learning_rate": decaying(0.5, config),
         },
+        **SOLVERS[solver],
     }
     return config
 
@@ -55,5 +70,5 @@ def decaying(peak: float, config: ml_collections.ConfigDict) -> dict:
         "call": "optax:linear_schedule",
         "init_value": peak,
         "end_value": 0.0,
-        "transition_steps": config.get_ref("steps"),
+        "transition_steps": config.get_oneway_ref("steps"),
     }

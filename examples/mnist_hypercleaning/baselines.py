@@ -12,7 +12,6 @@ Each baseline is stopped where its error on held validation data was lowest:
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import resolve
+from bilevel_flax.config import ConfigError, resolve
 from bilevel_flax.loop import Loop
 from bilevel_flax.solvers.inner_only import inner_only
-from bilevel_flax.train import write_json
+from bilevel_flax.workdirs import read_json, write_json
 from examples.mnist_hypercleaning.model import error
 
 
@@ -61,12 +60,14 @@ class _Trainer:
         state = solver.init(
             start.inner_params, outer_params, model_state=start.model_state, rng=run_rng
         )
-        # The outer minibatches are never read.
-        loop = Loop(solver, parts, parts, seed=config.seed, on_device=config.on_device)
+        unread = data.partition({"nothing": np.zeros(1)}, 1)  # there is no outer loss
+        loop = Loop(solver, parts, unread, seed=config.seed, on_device=config.on_device)
         best_error, best_state, best_step, step = np.inf, None, 0, 0
         while step < total:
             stop = min(total, step + config.eval_every - step % config.eval_every)
             state, info = loop.run(state, step, stop)
+            if not info.finite.inner[-1]:
+                break  # what was best before stands
             step += len(info.inner_loss)
             if step % config.eval_every and step < total:
                 continue
@@ -76,6 +77,11 @@ class _Trainer:
                 # A copy: the loop donates its state.
                 best_state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
         loop.close()
+        if best_state is None:
+            raise ConfigError(
+                f"a baseline diverged before step {config.eval_every}: lower the inner step, or "
+                "leave the baselines out with --config.baselines=false"
+            )
         return best_state, best_step
 
 
@@ -123,11 +129,11 @@ def run(
         "retrained": lambda: train(problem, outer_params, images, examples.given_labels, held)[0],
     }
     path = workdir / "baselines.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for name, job in jobs.items():
+    found = read_json(path) if path.exists() else {}
+    for number, (name, job) in enumerate(jobs.items(), start=1):
         key = f"test_error_{name}"
         if key not in found:
-            say(f"baseline {name} ...")
+            say(f"baseline {number}/{len(jobs)}: {name}")
             found[key] = error(model, job(), examples.test_images, examples.test_labels)
             write_json(path, found)
     return found

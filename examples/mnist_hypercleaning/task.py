@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
+from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.task import Start, Task
 from examples.mnist_hypercleaning import baselines, report
 from examples.mnist_hypercleaning.model import error, make_model
@@ -94,9 +94,14 @@ def load_examples(config: Any) -> Examples:
             raise ConfigError(
                 f"--config.data.splits={splits}: no {part} examples; hypercleaning needs all three"
             )
-    given, is_wrong = data.corrupt_labels(
-        images.train_labels, config.corruption, images.num_classes, config.seed, config.noise
-    )
+    try:
+        given, is_wrong = data.corrupt_labels(
+            images.train_labels, config.corruption, images.num_classes, config.seed, config.noise
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"--config.corruption={config.corruption}, --config.noise={config.noise}: {error}"
+        ) from error
     standardized = data.standardize(
         images.train_images, images.validation_images, images.test_images
     )
@@ -175,6 +180,7 @@ def make_task(config: Any) -> Task:
     if config.weights not in PARAMETRISATIONS:
         raise ConfigError(
             f"--config.weights={config.weights}: choose one of {', '.join(PARAMETRISATIONS)}"
+            f"{nearest(config.weights, list(PARAMETRISATIONS))}"
         )
     weights = PARAMETRISATIONS[config.weights](num_train)
     regularization = REGULARIZATION[config.model]

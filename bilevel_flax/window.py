@@ -1,0 +1,53 @@
+"""Means of per-step values between two log lines; they survive a checkpoint to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bilevel_flax.base import Info
+
+
+class Window:
+    """Adds up per-step values, and gives their means.
+
+    Args:
+        saved: sums as hexadecimal floats, from `state`.
+        count: steps in them.
+    """
+
+    def __init__(self, saved: Mapping[str, str] | None = None, count: int = 0):
+        self._sums = {name: float.fromhex(value) for name, value in (saved or {}).items()}
+        self._count = count
+
+    def add(self, info: Info) -> None:
+        """Adds a chunk of steps, leaves [steps]."""
+        for name, steps in _by_name(info).items():
+            # Summed one by one: the result must not depend on where chunks end.
+            total = self._sums.get(name, 0.0)
+            for value in np.asarray(steps, np.float64).tolist():
+                total += value
+            self._sums[name] = total
+        self._count += len(info.inner_loss)
+
+    def means(self) -> dict[str, float]:
+        """The mean of every value since the window was made."""
+        return {name: total / self._count for name, total in self._sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What `Window(**state)` goes on from, fit for JSON."""
+        return {"saved": {k: v.hex() for k, v in self._sums.items()}, "count": self._count}
+
+
+def _by_name(info: Info) -> dict[str, Any]:
+    return {
+        "inner_loss": info.inner_loss,
+        "outer_loss": info.outer_loss,
+        "adjoint_residual": info.adjoint_residual,
+        "norm_inner": info.norms.inner,
+        "norm_adjoint": info.norms.adjoint,
+        "norm_outer": info.norms.outer,
+        **info.metrics,
+    }
