@@ -57,7 +57,8 @@ class Batch(NamedTuple):
         outer: the minibatch given to the outer loss, any pytree; None in an inner refresh.
         inner_id: int32 scalar, the minibatch's position in the partition of the inner data, or
             None where a solver needs none. With `BilevelSolver.batches = (K, L)` other than
-            (1, 1), the leaves and ids carry a leading [K] and [L].
+            (1, 1), the leaves and ids carry a leading [K] and [L]; a side of one minibatch may
+            come without its axis if its id does too.
         outer_id: the same for the outer data.
     """
 
@@ -298,7 +299,8 @@ class BilevelSolver(NamedTuple):
             no iterate.
         next_refresh: `next_refresh(state) -> int32`: a pass is due when it is <= `state.step`.
         refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass done so far,
-            the inner ones first.
+            the inner ones first. A method that walks over the data several times goes back to 0
+            and stays due: ask again after every chunk.
         batches: (K, L), fresh inner and outer minibatches that one update takes.
         units: gradient units of one update, as configured.
         refresh_units: (inner, outer) gradient units of one minibatch of a refresh.
