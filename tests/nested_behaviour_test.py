@@ -333,7 +333,7 @@ def test_f2sa_tracks_the_adjoint_without_a_hessian(x64):
 
 
 # One of each way in which D_x is put together; the others share amigo's.
-@pytest.mark.parametrize("name", ["amigo", "bsa", "mrbo", "vrbo", "f2sa", "unrolled"])
+@pytest.mark.parametrize("name", ["amigo", "vrbo", "f2sa", "unrolled"])
 def test_rows_of_per_sample_weights_are_the_dense_gradient(name, x64):
     found = []
     for declared in (True, False):
@@ -362,7 +362,10 @@ def test_rows_of_per_sample_weights_are_the_dense_gradient(name, x64):
 
 @pytest.mark.parametrize(
     ("name", "outer_updates"),
-    [*((name, True) for name in METHODS), ("amigo", False), ("bsa", False), ("vrbo", False)],
+    [
+        *((name, True) for name in ("amigo", "bsa", "mrbo", "vrbo", "f2sa", "unrolled")),
+        ("bsa", False),
+    ],
 )
 def test_the_model_state_moves_once_an_update(name, outer_updates):
     def inner_loss(z, x, batch, model_state, rng):
@@ -456,3 +459,40 @@ def test_weights_without_ids_are_refused():
     state = solver.init(jnp.ones(2), jnp.ones(2))
     with pytest.raises(ValueError, match="batch.inner_id is None, but stocbio needs"):
         solver.update(state, bf.Batch(jnp.ones((21, 2)), jnp.ones((1, 2))))
+
+
+@pytest.mark.parametrize("make", [METHODS["amigo"], METHODS["ttsa"]], ids=["amigo", "ttsa"])
+def test_a_row_sparse_outer_optimiser_gets_rows(make, x64):
+    data, found = logistic(), []
+    for outer in (optax.sgd(0.5), bf.outer.lazy_sgd(0.5)):
+        solver = make(data.problem, inner=optax.sgd(0.2), outer=outer)
+        run, rng = Run(solver, data.inner_batches, data.outer_batches), np.random.default_rng(0)
+        state = solver.init(data.inner_params, data.outer_params)
+        for _ in range(3):
+            state, _ = run.update(state, *run.draw(rng, (4, 3)))
+        found.append(state.variables)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+    jax.tree.map(close, *found)
+
+
+def test_a_row_sparse_outer_optimiser_is_refused_where_the_direction_is_dense():
+    with pytest.raises(
+        ValueError, match="row-sparse optimiser, but mrbo's direction of x is dense"
+    ):
+        METHODS["mrbo"](logistic().problem, inner=optax.sgd(0.1), outer=bf.outer.lazy_sgd(0.1))
+    # Without per-sample leaves there is nothing sparse about it.
+    METHODS["mrbo"](PLAIN, inner=optax.sgd(0.1), outer=bf.outer.lazy_sgd(0.1))
+
+
+def test_x_reaches_the_inner_and_adjoint_optimisers():
+    seen = []
+
+    def update(grads, state, params=None, **extra):
+        seen.append(sorted(extra))
+        return jax.tree.map(lambda g: -0.1 * g, grads), state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    solver = bf.amigo(PLAIN, inner=spy, outer=optax.sgd(0.1), inner_steps=1, adjoint_steps=1)
+    state = solver.init(jnp.ones(2), jnp.ones(2))
+    jax.eval_shape(solver.update, state, bf.Batch(jnp.ones((3, 2)), jnp.ones((1, 2))))
+    assert ["outer_params"] in seen and ["inner_opt_state", "outer_params"] in seen
