@@ -34,7 +34,7 @@ HARMLESS = (
     "data.manual_dir",
     "data.data_dir",
 )
-_POSITIVE = ("steps", "log_every", "eval_every", "checkpoint.every", "checkpoint.keep")
+_POSITIVE = ("log_every", "eval_every", "checkpoint.every", "checkpoint.keep")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
 
 _say = functools.partial(print, flush=True)  # in order with the progress lines, in a pipe too
@@ -60,10 +60,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     """Runs a config to its end, or resumes it; a finished run returns at once.
 
     Args:
-        config: keys `task` and `solver` (see `config.resolve`), `steps`, `seed`, `log_every`,
-            `eval_every` and `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True,
-            False, or None to decide by size), `report` (`module:function` that gives the report's
-            sections).
+        config: keys `task` and `solver` (see `config.resolve`), `steps` (None: as many as give
+            `epochs` passes over the inner data), `seed`, `log_every`, `eval_every` and
+            `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True, False, or None to
+            decide by size), `report` (`module:function` that gives the report's sections).
         workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard
             events, `checkpoints/` and `report.html`.
 
@@ -78,8 +78,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
     """
     workdir = Path(workdir)
     _check_counts(config)
+    record = configs.plain(config)
     with workdirs.opened(workdir):
-        workdirs.claim(workdir, configs.plain(config), HARMLESS)
+        workdirs.claim(workdir, record, HARMLESS)
         if (workdir / "summary.json").exists():
             _say(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
             if not (workdir / "report.html").exists():
@@ -87,8 +88,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             return workdirs.read_json(workdir / "summary.json")
 
         task: Task = configs.resolve(config.task, config=config)
+        if config.steps is None:
+            config.steps = max(1, round(config.epochs * task.inner.num_batches))
         solver = make_solver(config.solver, task)
-        state, totals = train(config, workdir, task, solver)
+        state, totals = train(config, workdir, task, solver, record)
         summary = {
             "solver": solver.name,
             "seed": config.seed,
@@ -110,7 +113,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: Path, task: Task, solver: BilevelSolver
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    task: Task,
+    solver: BilevelSolver,
+    record: dict[str, Any],
 ) -> tuple[TrainState, dict[str, float]]:
     """The loop itself: all steps from the newest checkpoint, or from the start.
 
@@ -119,6 +126,7 @@ def train(
         workdir: gets the files.
         task: what to solve.
         solver: how.
+        record: the config as the user gave it, for `config.json` and the checkpoints.
 
     Returns:
         The last state, and the totals of all sessions: `oracle_units`, `seconds`, `cpu_seconds`
@@ -134,6 +142,7 @@ def train(
     )
     loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
     step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
+    residual = diagnostics.residual_estimator(task.problem, task.inner, task.outer)
     progress = Progress(config.steps)
     messages: list[str] = []
     with (
@@ -149,7 +158,7 @@ def train(
                 sampler.check(saved)
             window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
             messages.append(f"resuming {workdir} at step {step}")
-        workdirs.write_json(workdir / "config.json", configs.plain(config))
+        workdirs.write_json(workdir / "config.json", record)
         log = writers.JsonlWriter(workdir / "metrics.jsonl")
         log.truncate_after(step)
         board = writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1)
@@ -161,7 +170,7 @@ def train(
         def save(state: TrainState, step: int) -> None:
             if checkpointer.latest_step() != step:
                 meta = {
-                    "config": configs.plain(config),
+                    "config": record,
                     "samplers": [sampler.state() for sampler in loop.samplers],
                     "window": window.state(),
                     "totals": totals_now(),
@@ -207,6 +216,7 @@ def train(
                     shown = window.means() | {"oracle_units": totals["oracle_units"]}
                     window = Window()
                 if step % config.eval_every == 0 or step == config.steps:
+                    shown |= {"adjoint_residual": float(residual(state))}
                     shown |= {k: float(v) for k, v in task.evaluate(state).items()}
                 if shown:
                     writer.write_scalars(step, shown)
@@ -240,6 +250,9 @@ def _check_counts(config: ml_collections.ConfigDict) -> None:
         value = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not isinstance(value, int) or value < 1:
             raise configs.ConfigError(f"--config.{name}={value}: must be an integer of 1 or more")
+    name = "epochs" if config.steps is None else "steps"
+    if config[name] <= 0:
+        raise configs.ConfigError(f"--config.{name}={config[name]}: must be above 0")
 
 
 def _raise_if_diverged(info: Info, step: int, kept: int | None) -> None:

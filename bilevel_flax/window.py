@@ -45,7 +45,6 @@ def _by_name(info: Info) -> dict[str, Any]:
     return {
         "inner_loss": info.inner_loss,
         "outer_loss": info.outer_loss,
-        "adjoint_residual": info.adjoint_residual,
         "norm_inner": info.norms.inner,
         "norm_adjoint": info.norms.adjoint,
         "norm_outer": info.norms.outer,

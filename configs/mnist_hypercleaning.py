@@ -7,6 +7,7 @@ Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Fu
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from bilevel_flax.config import ConfigError, nearest
 
@@ -32,29 +33,30 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = "mnist_hypercleaning"
     config.seed = 0
-    config.steps = 20_000
+    config.epochs = 64.0  # visits of every training example
+    config.steps = config_dict.placeholder(int)  # None: `epochs` passes over the training data
     config.batch_size = 64
     config.corruption = 0.5
     config.noise = "symmetric"
     config.model = "linear"
     config.weights = "sigmoid"
-    config.regularization = ml_collections.config_dict.placeholder(float)
+    config.regularization = config_dict.placeholder(float)
     config.baselines = True
     config.log_every = 100
-    config.eval_every = 500
+    config.eval_every = 200
     config.checkpoint = {"every": 1000, "keep": 3}
-    config.on_device = ml_collections.config_dict.placeholder(bool)
+    config.on_device = config_dict.placeholder(bool)
     config.data = {
         "name": "mnist5k",
-        "manual_dir": ml_collections.config_dict.placeholder(str),
-        "data_dir": ml_collections.config_dict.placeholder(str),
-        "splits": ml_collections.config_dict.placeholder(tuple),
+        "manual_dir": config_dict.placeholder(str),
+        "data_dir": config_dict.placeholder(str),
+        "splits": config_dict.placeholder(tuple),
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
     config.report = "examples.mnist_hypercleaning.report:sections"
     config.solver = {
         "call": f"bilevel_flax:{solver}",
-        "inner": {"call": "optax:sgd", "learning_rate": decaying(0.003, config)},
+        "inner": {"call": "optax:sgd", "learning_rate": decaying(0.01, config)},
         "outer": {
             "call": "bilevel_flax.outer:normalized_sgd",
             "learning_rate": decaying(0.5, config),
