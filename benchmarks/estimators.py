@@ -88,13 +88,11 @@ def make(name, problem, num_inner, num_outer, steps):
 
 def row(tree, k):
     """Minibatch k, a slice."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 0, keepdims=False), tree
-    )
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, 0, keepdims=False), tree)
 
 
 def compiled(solver, inner, outer, length):
-    """`length` updates in one scan, minibatches drawn on the device; and the state to start from."""
+    """`length` updates in one scan, the minibatches drawn on the device."""
     num_inner, num_outer = (len(jax.tree.leaves(side)[0]) for side in (inner, outer))
 
     def run(state, inner, outer):
@@ -143,10 +141,11 @@ def measure(task, names, rounds, length):
             run[3].append((time.perf_counter() - before) / length * 1e6)
     base = runs["soba"][3]
     for name, (_, state, temp, times) in runs.items():
+        best, middle = min(times), statistics.median(times)
         assert bool(jnp.isfinite(state.step)) and int(state.step) == length * (rounds + 1), name
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
         print(
-            f"{jax.__version__:8} {task:10} {name:8} {min(times):9.1f} {statistics.median(times):9.1f}"
+            f"{jax.__version__:8} {task:10} {name:8} {best:9.1f} {middle:9.1f}"
             f" {ratio:7.2f} {temp / 1e6:10.3f}",
             flush=True,
         )
