@@ -1,4 +1,4 @@
-"""The command line: `bilevel-flax train | report | solvers`.
+"""The command line: `bilevel-flax train | report | bench | solvers`.
 
 What ends in one line, and what in a stack trace:
 
@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _OVERRIDE = "--config."
 
@@ -40,8 +41,36 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, type=Path, metavar="DIR")
     report = commands.add_parser("report", help="write report.html anew from a run's files")
     report.add_argument("workdir", type=Path, metavar="DIR")
+    _add_bench(commands)
     commands.add_parser("solvers", help="the methods: cost, memory, when to use which")
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="compare methods on a task: one budget, one protocol; the same command resumes",
+        description="Compare methods on a task (quadratics, breast_cancer, ijcnn1, covtype, "
+        "mnist_hypercleaning) and write results.csv and bench.html. The same command resumes.",
+    )
+    bench.add_argument("task", metavar="TASK")
+    bench.add_argument(
+        "--solvers", default="soba,saba,srba,amigo", metavar="A,B,...", help="default: %(default)s"
+    )
+    bench.add_argument("--seconds", type=float, metavar="S", help="of a run; default: the task's")
+    bench.add_argument("--seeds", type=int, default=1, metavar="K", help="default: %(default)s")
+    bench.add_argument(
+        "--grid",
+        type=int,
+        default=0,
+        metavar="N",
+        help="each method chooses from N pairs of steps (up to 63); 0, the default: recorded ones",
+    )
+    bench.add_argument("--out", required=True, type=Path, metavar="DIR")
+    bench.add_argument("--manual-dir", metavar="DIR", help="folder of original data files")
+    bench.add_argument(
+        "--clock", default="wall", metavar="wall|cpu", help="what S is counted in; default: wall"
+    )
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,6 +94,22 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         from bilevel_flax import solver_table
 
         print(solver_table.render())
+        return 0
+    if arguments.command == "bench":
+        from bilevel_flax import bench
+
+        bench.run(
+            bench.Options(
+                task=arguments.task,
+                solvers=tuple(filter(None, arguments.solvers.split(","))),
+                out=arguments.out.expanduser(),
+                seconds=arguments.seconds,
+                seeds=arguments.seeds,
+                grid=arguments.grid,
+                manual_dir=arguments.manual_dir,
+                clock=arguments.clock,
+            )
+        )
         return 0
     from bilevel_flax import config, train
 

@@ -30,7 +30,14 @@ from bilevel_flax.report_sections import (
 )
 from bilevel_flax.writers import read_metrics
 
-__all__ = ["Section", "figure_section", "gallery_section", "table_section", "write_report"]
+__all__ = [
+    "Section",
+    "figure_section",
+    "gallery_section",
+    "page",
+    "table_section",
+    "write_report",
+]
 
 # The first of these that a summary holds become cards, in this order.
 _HEADLINES = (
@@ -72,11 +79,11 @@ def write_report(
     body = [_header(workdir, summary, config, rows)]
     body += [_section(section) for section in (_curves(rows), *sections)]
     body += [_pairs("All numbers", summary, rates=True), _pairs("Config", config, rates=False)]
-    page = _page(f"{_title(workdir, config)} · bilevel_flax", "\n".join(filter(None, body)))
+    content = page(f"{_title(workdir, config)} · bilevel_flax", "\n".join(filter(None, body)))
 
     path = workdir / "report.html" if path is None else Path(path)
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(page, encoding="utf-8")
+    fresh.write_text(content, encoding="utf-8")
     return fresh.replace(path)
 
 
@@ -92,7 +99,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A whole HTML file in the report's style.
+
+    Args:
+        title: Plain text.
+        body: HTML, trusted as it is.
+    """
     css = importlib.resources.files("bilevel_flax").joinpath("report.css").read_text()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,0 +1,160 @@
+"""`results.csv` of a bench: one row an evaluation, and a mark on the last row of a run.
+
+A run without its mark was cut off; it is dropped when the file is read and done again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+FINISHED, DIVERGED = "finished", "diverged"
+
+
+class Key(NamedTuple):
+    """What names a run within a bench."""
+
+    solver: str
+    seed: int
+    params: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One evaluation.
+
+    Attributes:
+        task: name of the task.
+        solver: name of the method.
+        seed: of the run.
+        params: the steps, "rho=8,ratio=1".
+        iteration: updates so far.
+        seconds: wall time of updates and full passes, without compilation and evaluation.
+        cpu_seconds: CPU time of all threads, of the same.
+        oracle_units: gradients, HVPs and cross-JVPs of minibatches so far, full passes included.
+        value: h, or the test error in [0, 1]; NaN once diverged.
+        gap: value minus the best one, see `bench_tasks.Measured`.
+        validation: what steps are selected by.
+        status: "" within a run, "finished" or "diverged" in its last row.
+    """
+
+    task: str
+    solver: str
+    seed: int
+    params: str
+    iteration: int
+    seconds: float
+    cpu_seconds: float
+    oracle_units: float
+    value: float
+    gap: float
+    validation: float
+    status: str
+
+    @property
+    def key(self) -> Key:
+        """The run that it belongs to."""
+        return Key(self.solver, self.seed, self.params)
+
+
+Runs = dict[Key, list[Row]]
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Row)}
+COLUMNS = tuple(_FIELDS)
+
+
+def params_text(rho: float, ratio: float) -> str:
+    """The steps as they stand in `params`.
+
+    >>> params_text(8.0, 10 ** -0.5)
+    'rho=8,ratio=0.316228'
+    """
+    return f"rho={rho:.6g},ratio={ratio:.6g}"
+
+
+def read(path: Path) -> Runs:
+    """The complete runs of a file; what was cut off is left out.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return {}
+    runs: Runs = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, ()):
+            raise ValueError(
+                f"{path} has the columns {', '.join(reader.fieldnames or ())}, which no bench "
+                "wrote: use another --out"
+            )
+        for line in reader:
+            row = _parsed(line)
+            if row is not None:
+                runs.setdefault(row.key, []).append(row)
+    return {key: rows for key, rows in runs.items() if rows[-1].status}
+
+
+def _parsed(line: dict[str, str | None]) -> Row | None:
+    values = [line.get(name) for name in COLUMNS]
+    if None in values or len(line) != len(COLUMNS):
+        return None
+    casts = {"str": str, "int": int, "float": float}
+    try:
+        return Row(**{n: casts[str(_FIELDS[n])](v) for n, v in zip(COLUMNS, values, strict=True)})
+    except ValueError:
+        return None
+
+
+def write(path: Path, runs: Runs) -> None:
+    """Replaces the file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        _write_rows(file, (row for rows in runs.values() for row in rows), header=True)
+    os.replace(partial, path)
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows at the end of a file that `write` made."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        _write_rows(file, rows, header=False)
+
+
+def _write_rows(file, rows: Iterable[Row], header: bool) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    if header:
+        writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow([_shown(getattr(row, name)) for name in COLUMNS])
+
+
+def _shown(value) -> str:
+    return repr(float(value)) if isinstance(value, float) else str(value)
+
+
+def score(rows: list[Row]) -> float:
+    """What a run's steps are selected by: its last validation metric; infinite once diverged."""
+    last = rows[-1]
+    good = last.status == FINISHED and math.isfinite(last.validation)
+    return last.validation if good else math.inf
+
+
+def time_below(rows: list[Row], level: float, clock: str) -> float:
+    """When the gap fell below `level` to stay there; infinite if it did not.
+
+    Args:
+        rows: a run, in order.
+        level: in units of `gap`.
+        clock: "seconds", "cpu_seconds" or "oracle_units".
+    """
+    since = math.inf
+    for row in rows:
+        if not row.gap < level:  # NaN is no success
+            since = math.inf
+        elif since == math.inf:
+            since = getattr(row, clock)
+    return since

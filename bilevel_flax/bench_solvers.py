@@ -1,0 +1,125 @@
+"""From a method's name and two step sizes to a solver, for every method of the library.
+
+What a method wants is read from its signature, so a new one joins the bench by being exported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+import bilevel_flax
+from bilevel_flax import config as configs
+from bilevel_flax.base import BilevelSolver
+from bilevel_flax.bench_tasks import BenchTask, Setting
+
+
+class Decay(NamedTuple):
+    """Exponents of the decay of (ρ, γ) in the steps that the authors analyse."""
+
+    inner: float = 0.0
+    outer: float = 0.0
+
+
+# REFERENCES.md; methods that are not listed take constant steps.
+DECAYS = {
+    "soba": Decay(1 / 2, 1 / 2),
+    "masoba": Decay(1 / 2, 1 / 2),
+    "fsla": Decay(1 / 2, 1 / 2),
+    "bsa": Decay(1 / 2, 1 / 2),
+    "ttsa": Decay(2 / 5, 3 / 5),
+    "storm": Decay(1 / 3, 1 / 3),
+    "mrbo": Decay(1 / 3, 1 / 3),
+    "sustain": Decay(1 / 3, 1 / 3),
+    "bsg": Decay(0.0, 1.0),
+    "bsgo": Decay(0.0, 1.0),
+}
+
+
+def names() -> list[str]:
+    """The methods that the bench can run: all exported ones with a problem and two optimisers."""
+    found = []
+    for name in bilevel_flax.__all__:
+        function = getattr(bilevel_flax, name)
+        if inspect.isfunction(function) and _returns_solver(function):
+            parameters = inspect.signature(function).parameters
+            if {"problem", "inner", "outer"} <= set(parameters) and "estimator" not in parameters:
+                found.append(name)
+    return sorted(found)
+
+
+def _returns_solver(function: Callable[..., Any]) -> bool:
+    annotation = function.__annotations__.get("return")
+    return annotation in ("BilevelSolver", BilevelSolver)
+
+
+def check_names(wanted: list[str]) -> None:
+    """Raises unless every name is a method's, each given once.
+
+    Raises:
+        ConfigError: the nearest name is given.
+    """
+    known = names()
+    if not wanted:
+        raise configs.ConfigError(f"--solvers is empty: choose some of {', '.join(known)}")
+    for name in wanted:
+        if name not in known:
+            raise configs.ConfigError(
+                f"solver {name!r} is unknown: choose some of {', '.join(known)}"
+                f"{configs.nearest(name, known)}"
+            )
+        if wanted.count(name) > 1:
+            raise configs.ConfigError(f"--solvers names {name} twice: give each once")
+
+
+def build(name: str, bench_task: BenchTask, rho: float, ratio: float) -> BilevelSolver:
+    """The solver `name` on a task with the steps ρ and γ = ρ / ratio.
+
+    Args:
+        name: one of `names()`.
+        bench_task: gives the problem, the data's sizes and the family of optimisers.
+        rho: ρ.
+        ratio: ρ / γ.
+
+    Raises:
+        ValueError: whatever the solver refuses.
+    """
+    function = getattr(bilevel_flax, name)
+    parameters = inspect.signature(function).parameters
+    task = bench_task.task
+    total = task.inner.num_batches + task.outer.num_batches
+    offered = {
+        "num_inner_batches": task.inner.num_batches,
+        "num_outer_batches": task.outer.num_batches,
+        "inner_weights": task.inner.weights if task.inner.ragged else None,
+        "outer_weights": task.outer.weights if task.outer.ragged else None,
+        # As many steps between two full passes as a pass has minibatches.
+        "period": total,
+        "probability": 1 / total,
+    }
+    settings = {key: value for key, value in offered.items() if key in parameters}
+    explicit = "adjoint_step" in parameters
+    decay = DECAYS.get(name, Decay())
+
+    def solver(units: float, inner, outer, adjoint_step: float) -> BilevelSolver:
+        del units
+        more = {"adjoint_step": adjoint_step} if explicit else {}
+        return function(problem=task.problem, inner=inner, outer=outer, **more, **settings)
+
+    # What an update costs is known once a solver is built; its optimisers do not matter for that.
+    units = solver(0.0, optax.sgd(1.0), optax.sgd(1.0), 1e-3).units
+    setting = Setting(rho, ratio, *decay, units, explicit, _takes_rows(solver))
+    chosen = bench_task.optimizers(setting)
+    return solver(units, chosen.inner, chosen.outer, chosen.adjoint_step)
+
+
+def _takes_rows(solver: Callable[..., BilevelSolver]) -> bool:
+    """Whether the method hands per-sample directions on as rows; those that do not refuse them."""
+    try:
+        solver(0.0, optax.sgd(1.0), bilevel_flax.outer.normalized_sgd(1.0), 1e-3)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""What the bench compares methods on: a task, how to measure a run, which steps to search over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+
+import bilevel_flax
+from bilevel_flax import config as configs
+from bilevel_flax.base import TrainState
+from bilevel_flax.task import Task
+
+# Names on the command line, and the function that makes each: `make(name, context) -> BenchTask`.
+TASKS = {
+    "quadratics": "bilevel_flax.bench_quadratics:make",
+    "breast_cancer": "examples.hyperparameter_selection.bench:make",
+    "ijcnn1": "examples.hyperparameter_selection.bench:make",
+    "covtype": "examples.hyperparameter_selection.bench:make",
+    "covtype10k": "examples.hyperparameter_selection.bench:make",
+    "mnist_hypercleaning": "bilevel_flax.bench_hypercleaning:make",
+}
+
+
+class Context(NamedTuple):
+    """What a task is made from.
+
+    Attributes:
+        seed: of the run: the order of the minibatches, and whatever the task draws.
+        manual_dir: folder of original data files, or None.
+        out: the bench's folder, where a task may cache what is expensive.
+        say: prints a line.
+    """
+
+    seed: int
+    manual_dir: str | None
+    out: Path
+    say: Callable[[str], None]
+
+
+class Setting(NamedTuple):
+    """A method's steps, in the terms that all methods share.
+
+    Attributes:
+        rho: ρ, the step of z and v.
+        ratio: ρ / γ, with γ the step of x.
+        inner_decay: exponent of the decay of ρ that the method's authors analyse; 0 is constant.
+        outer_decay: the same for γ.
+        units: gradient units of one update.
+        explicit_adjoint: v comes from a series with the scalar step ρ, not from an optimiser.
+        sparse_outer: a row-sparse optimiser may be used for x.
+    """
+
+    rho: float
+    ratio: float
+    inner_decay: float
+    outer_decay: float
+    units: float
+    explicit_adjoint: bool
+    sparse_outer: bool
+
+
+class Optimizers(NamedTuple):
+    """What a setting becomes on a task: the same family of optimisers for every method."""
+
+    inner: optax.GradientTransformation
+    outer: optax.GradientTransformation
+    adjoint_step: float
+
+
+class Measured(NamedTuple):
+    """A point's quality.
+
+    Attributes:
+        value: what the task is judged by: h, or the test error in [0, 1].
+        gap: value minus the best possible one where that is known, else the value itself.
+        validation: what steps are selected by; lower is better.
+    """
+
+    value: float
+    gap: float
+    validation: float
+
+
+class BenchTask(NamedTuple):
+    """A task as the bench runs it.
+
+    Attributes:
+        name: on the command line.
+        task: problem, data, start.
+        measure: `measure(state) -> Measured`.
+        optimizers: `optimizers(setting) -> Optimizers`.
+        quantity: what `gap` is, for axes and tables.
+        tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them.
+        default: (ρ, ratio) for all other solvers.
+        seconds: the default budget of a run.
+        published: header and rows of published results, to be shown beside ours.
+        published_note: how these were obtained.
+    """
+
+    name: str
+    task: Task
+    measure: Callable[[TrainState], Measured]
+    optimizers: Callable[[Setting], Optimizers]
+    quantity: str
+    tuned: Mapping[str, tuple[float, float]]
+    default: tuple[float, float]
+    seconds: float = 30.0
+    published: tuple[Sequence[str], Sequence[Sequence[Any]]] = ((), ())
+    published_note: str = ""
+
+
+def check_name(name: str) -> None:
+    """Raises unless `name` is a task's.
+
+    Raises:
+        ConfigError: the nearest name is given.
+    """
+    if name not in TASKS:
+        raise configs.ConfigError(
+            f"bench task {name!r} is unknown: choose one of {', '.join(TASKS)}"
+            f"{configs.nearest(name, list(TASKS))}"
+        )
+
+
+def make(name: str, context: Context) -> BenchTask:
+    """Makes the task called `name`.
+
+    Raises:
+        ConfigError: unknown name; missing data; the examples are not there.
+    """
+    check_name(name)
+    # An editable install finds the examples beside the package from any folder.
+    root = str(Path(bilevel_flax.__file__).resolve().parent.parent)
+    if (Path(root) / "examples").is_dir() and root not in sys.path:
+        sys.path.append(root)
+    return configs.imported(TASKS[name])(name, context)

@@ -1,0 +1,164 @@
+"""h and its gradient in float64, by Newton's method: what a stochastic run is measured against.
+
+    h(x) = F(z*(x)),    z*(x) = argmin_z  data(z) + ½ Σ_k e^{x_k} ‖z_k‖²
+    ∂h/∂x_k = e^{x_k} ⟨z_k, v_k⟩,    v = -H⁻¹ ∇F(z*)
+
+NumPy and SciPy only: it shares no code with the library whose results it judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg, optimize, special
+
+# The box in which the published optimum of ijcnn1 was found: h is flat far out in either direction.
+BOUNDS = (-25.0, 12.0)
+_MAX_NEWTON_STEPS = 200
+
+
+class Data(NamedTuple):
+    """Examples: inputs float64 [n, features], labels int [n] (-1 and 1, or 0 .. classes - 1)."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+class Optimum(NamedTuple):
+    """The lowest h that was found: x, h(x), and h at the end of the search from every start."""
+
+    x: np.ndarray
+    value: float
+    from_each_start: tuple[float, ...]
+
+
+def logistic(z: np.ndarray, data: Data, curvature: bool = True):
+    """Mean logistic loss -> (value, gradient, Hessian or None); z is [features]."""
+    signed = data.inputs * data.labels[:, None]
+    margins = signed @ z
+    value = np.logaddexp(0, -margins).mean()
+    wrong = special.expit(-margins)
+    gradient = -signed.T @ wrong / len(margins)
+    if not curvature:
+        return value, gradient, None
+    return value, gradient, (signed * (wrong * (1 - wrong))[:, None]).T @ signed / len(margins)
+
+
+def softmax(z: np.ndarray, data: Data, curvature: bool = True):
+    """Mean cross-entropy, as `logistic`; z is a flat [features, classes]."""
+    n, features = data.inputs.shape
+    classes = len(z) // features
+    logits = data.inputs @ z.reshape(features, classes)
+    value = (special.logsumexp(logits, axis=1) - logits[np.arange(n), data.labels]).mean()
+    chance = special.softmax(logits, axis=1)
+    residual = chance.copy()
+    residual[np.arange(n), data.labels] -= 1
+    gradient = (data.inputs.T @ residual / n).ravel()
+    if not curvature:
+        return value, gradient, None
+    hessian = np.empty((features, classes, features, classes))
+    for c in range(classes):
+        for d in range(c, classes):
+            weights = chance[:, c] * ((c == d) - chance[:, d])
+            block = (data.inputs * weights[:, None]).T @ data.inputs / n
+            hessian[:, c, :, d] = hessian[:, d, :, c] = block
+    return value, gradient, hessian.reshape(len(z), len(z))
+
+
+def _solve(hessian: np.ndarray, penalty: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(H + diag(penalty))⁻¹ right; H may be singular, and the penalty as small as e^-25."""
+    matrix = hessian + np.diag(penalty)
+    try:
+        return linalg.cho_solve(linalg.cho_factor(matrix), right)
+    except linalg.LinAlgError:
+        # Rounding made it indefinite. What this adds is far below what h resolves.
+        jitter = 1e-14 * np.trace(hessian)
+        matrix[np.diag_indices_from(matrix)] += jitter
+        return linalg.cho_solve(linalg.cho_factor(matrix), right)
+
+
+class Exact:
+    """h of one selection problem.
+
+    Args:
+        loss: `logistic` (one penalty for each feature) or `softmax` (one for each class).
+        train: what the inner loss sees.
+        validation: what the outer loss sees.
+        num_penalties: the length of x.
+    """
+
+    def __init__(self, loss: Callable, train: Data, validation: Data, num_penalties: int):
+        self._loss, self._train, self._validation = loss, train, validation
+        features = train.inputs.shape[1]
+        size = features if loss is logistic else features * num_penalties
+        self._group = np.arange(size) % num_penalties  # the penalty of each entry of a flat z
+        self._last = np.zeros(size)
+
+    def solve(self, x: np.ndarray) -> np.ndarray:
+        """z*(x), flat, by Newton's method with backtracking, from the last solution.
+
+        Raises:
+            ArithmeticError: no minimiser is found, as for an x that is not finite.
+        """
+        penalty = np.exp(np.asarray(x, np.float64))[self._group]
+        if not np.isfinite(penalty).all():
+            raise ArithmeticError(f"x has no finite penalties: {x}")
+        z = self._last if np.isfinite(self._last).all() else np.zeros_like(self._last)
+
+        def objective(point):
+            return self._loss(point, self._train, False)[0] + 0.5 * penalty @ point**2
+
+        now = objective(z)
+        for _ in range(_MAX_NEWTON_STEPS):
+            _, gradient, hessian = self._loss(z, self._train)
+            gradient = gradient + penalty * z
+            step = -_solve(hessian, penalty, gradient)
+            decrease = -gradient @ step
+            if decrease < 1e-24:
+                self._last = z
+                return z
+            size = 1.0
+            # Near the minimum the objective no longer resolves a decrease, and a full step is best.
+            while decrease > 1e-12 and size > 1e-10:
+                if objective(z + size * step) <= now - 1e-4 * size * decrease:
+                    break
+                size /= 2
+            z = z + size * step
+            now = objective(z)
+        raise ArithmeticError(f"Newton's method did not converge in {_MAX_NEWTON_STEPS} steps")
+
+    def value(self, x: np.ndarray) -> float:
+        """h(x)."""
+        return float(self._loss(self.solve(x), self._validation, False)[0])
+
+    def value_and_grad(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """h(x) and ∇h(x), float64 [penalties]."""
+        x = np.asarray(x, np.float64)
+        z = self.solve(x)
+        penalty = np.exp(x)[self._group]
+        value, gradient, _ = self._loss(z, self._validation, False)
+        v = -_solve(self._loss(z, self._train)[2], penalty, gradient)
+        return float(value), np.bincount(self._group, penalty * z * v, minlength=len(x))
+
+    def optimum(self, num_penalties: int, starts: Sequence[float] = (-12.0, -8.0, -5.0)) -> Optimum:
+        """The lowest h in the box, by L-BFGS from several constant x: h is not convex.
+
+        Args:
+            num_penalties: the length of x.
+            starts: the constants.
+        """
+        found = [
+            optimize.minimize(
+                self.value_and_grad,
+                np.full(num_penalties, start),
+                jac=True,
+                method="L-BFGS-B",
+                bounds=[BOUNDS] * num_penalties,
+                options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10},
+            )
+            for start in starts
+        ]
+        best = min(found, key=lambda result: result.fun)
+        return Optimum(best.x, float(best.fun), tuple(float(result.fun) for result in found))

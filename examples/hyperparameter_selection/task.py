@@ -1,0 +1,132 @@
+"""Hyperparameter selection: an l2 penalty for each feature (or class) of a linear classifier.
+
+    G(z, x) = mean_train loss(z) + ½ Σ_k e^{x_k} ‖z_k‖²        F(z) = mean_validation loss(z)
+
+Two labels: logistic loss, z in R^features, one penalty for each feature. More: softmax, z in
+R^{features x classes}, one penalty for each class.
+
+References:
+    F. Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016.
+    M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that enables
+    stochastic and global variance reduction algorithms. NeurIPS 2022 (ijcnn1, covtype).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from bilevel_flax import data
+from bilevel_flax.config import ConfigError
+from bilevel_flax.task import Start, Task
+from examples.hyperparameter_selection import exact, features
+
+
+def losses(z: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """The loss of each example of a minibatch, [batch].
+
+    Args:
+        z: [features], or [features, classes].
+        batch: "input" [batch, features] times the label -1 or 1; or "input" and "label" int.
+    """
+    scores = batch["input"] @ z
+    if z.ndim == 1:
+        return jax.nn.softplus(-scores)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"])
+
+
+def make_problem() -> bf.Problem:
+    """G and F."""
+
+    def inner_loss(z, x, batch):
+        penalties = jnp.broadcast_to(jnp.exp(x), z.shape)
+        penalty = 0.5 * jnp.sum(penalties * z**2)
+        return bf.masked_mean(losses(z, batch), batch.get("mask")) + penalty
+
+    def outer_loss(z, x, batch):
+        del x
+        return bf.masked_mean(losses(z, batch), batch.get("mask"))
+
+    return bf.Problem(inner_loss, outer_loss)
+
+
+def num_penalties(table: features.Features) -> int:
+    """The length of x."""
+    return table.num_classes or table.train.inputs.shape[1]
+
+
+def exact_problem(table: features.Features) -> exact.Exact:
+    """The table's h, in float64."""
+    loss = exact.softmax if table.num_classes else exact.logistic
+    return exact.Exact(loss, table.train, table.validation, num_penalties(table))
+
+
+def as_arrays(part: exact.Data, num_classes: int) -> dict[str, np.ndarray]:
+    """What the losses are given, in JAX's default float type."""
+    dtype = jnp.result_type(float)
+    if num_classes:
+        return {"input": part.inputs.astype(dtype), "label": part.labels.astype(np.int32)}
+    # The label's sign is multiplied in once, not in every step.
+    return {"input": (part.inputs * part.labels[:, None]).astype(dtype)}
+
+
+def make_task(config: Any, table: features.Features | None = None) -> Task:
+    """The task that `configs/hyperparameter_selection.py` describes.
+
+    Args:
+        config: keys `data.name`, `data.manual_dir`, `data.seed`, `batch_size`, `start` (the
+            constant that x starts from), `seed` and `optimum` (whether `finish` computes it).
+        table: the data; None: what `config.data` names.
+
+    Raises:
+        ConfigError: unknown or missing data, a start that is not finite.
+        ValueError: an impossible batch size.
+    """
+    if not np.isfinite(config.start):
+        raise ConfigError(f"--config.start={config.start}: x must start from a finite number")
+    if table is None:
+        table = features.load(config.data.name, config.data.manual_dir, config.data.seed)
+    length, width = num_penalties(table), table.train.inputs.shape[1]
+    reference = exact_problem(table)
+
+    def init(rng: jax.Array) -> Start:
+        del rng
+        shape = (width, length) if table.num_classes else (width,)
+        return Start(jnp.zeros(shape), jnp.full(length, config.start, jnp.result_type(float)))
+
+    def evaluate(state: bf.TrainState) -> dict[str, float]:
+        x = np.asarray(state.outer_params, np.float64)
+        try:
+            return {"validation_loss": reference.value(x)}
+        except ArithmeticError:
+            return {"validation_loss": float("nan")}
+
+    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+        del workdir
+        x = np.asarray(state.outer_params, np.float64)
+        results: dict[str, Any] = {**evaluate(state), "penalties": np.exp(x).tolist()}
+        if config.optimum:
+            say("computing the optimum in float64 (--config.optimum=False leaves it out)")
+            best = reference.optimum(length)
+            results |= {"optimum": best.value, "gap": results["validation_loss"] - best.value}
+        return results
+
+    return Task(
+        problem=make_problem(),
+        init=init,
+        inner=data.partition(
+            as_arrays(table.train, table.num_classes), config.batch_size, seed=config.seed
+        ),
+        outer=data.partition(
+            as_arrays(table.validation, table.num_classes), config.batch_size, seed=config.seed
+        ),
+        evaluate=evaluate,
+        finish=finish,
+        headline=("validation_loss", "optimum", "gap") if config.optimum else ("validation_loss",),
+    )
