@@ -101,7 +101,9 @@ def build(name: str, bench_task: BenchTask, rho: float, ratio: float) -> Bilevel
         "probability": 1 / total,
     }
     settings = {key: value for key, value in offered.items() if key in parameters}
-    explicit = "adjoint_step" in parameters
+    # Where it is optional, another way to v is the default.
+    step = parameters.get("adjoint_step")
+    explicit = step is not None and step.default is step.empty
     decay = DECAYS.get(name, Decay())
 
     def solver(units: float, inner, outer, adjoint_step: float) -> BilevelSolver:

@@ -22,6 +22,8 @@ TASKS = {
     "covtype": "examples.hyperparameter_selection.bench:make",
     "covtype10k": "examples.hyperparameter_selection.bench:make",
     "mnist_hypercleaning": "bilevel_flax.bench_hypercleaning:make",
+    "mnist_hypercleaning_p70": "bilevel_flax.bench_hypercleaning:make",
+    "mnist_hypercleaning_p90": "bilevel_flax.bench_hypercleaning:make",
 }
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn import datasets
 
 from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.data import catalog
@@ -89,6 +88,8 @@ def _missing(name: str, manual_dir: str | None, files) -> ConfigError:
 
 
 def _breast_cancer(seed: int) -> Features:
+    from sklearn import datasets
+
     table = datasets.load_breast_cancer()
     inputs = np.asarray(table.data, np.float64)
     labels = np.where(np.asarray(table.target) > 0, 1, -1)
@@ -106,6 +107,8 @@ def _ijcnn1(manual_dir: str | None) -> Features:
 
 
 def _svmlight(path: Path, num_features: int) -> Data:
+    from sklearn import datasets  # slow to import: a missing file is said first
+
     try:
         inputs, labels = datasets.load_svmlight_file(str(path), n_features=num_features)
     except (OSError, EOFError, ValueError) as error:
@@ -114,6 +117,8 @@ def _svmlight(path: Path, num_features: int) -> Data:
 
 
 def _covtype(seed: int) -> Features:
+    from sklearn import datasets
+
     try:
         table = datasets.fetch_covtype(download_if_missing=False)
     except OSError as error:

@@ -1,0 +1,291 @@
+import csv
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_flax import (
+    bench,
+    bench_quadratics,
+    bench_report,
+    bench_results,
+    bench_solvers,
+    bench_tasks,
+    cli,
+)
+from bilevel_flax.bench_results import DIVERGED, FINISHED, Key, Row
+from bilevel_flax.bench_tasks import Context, Setting
+from bilevel_flax.config import ConfigError
+
+SMALL = {"samples": 128, "outer_samples": 128, "inner_size": 4, "outer_size": 3}
+REQUIRED = ["task", "solver", "seed", "params", "iteration", "seconds", "cpu_seconds"]
+REQUIRED += ["oracle_units", "value", "gap"]
+
+
+def context(tmp_path, seed=0):
+    return Context(seed, None, tmp_path, lambda line: None)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The quadratics task, small enough for a run to take no time."""
+    make = bench_quadratics.make
+    monkeypatch.setattr(bench_quadratics, "make", lambda name, c: make(name, c, **SMALL))
+
+
+def quadratics(tmp_path, **options):
+    # CPU time: a busy machine must not turn a budget into none.
+    settings = {"task": "quadratics", "solvers": ("soba",), "seconds": 0.05, "clock": "cpu"}
+    settings |= options
+    lines = []
+    runs = bench.run(bench.Options(out=tmp_path / "out", **settings), lines.append)
+    return runs, lines
+
+
+def row(gap=1.0, status="", **changes):
+    values = {"task": "t", "solver": "soba", "seed": 0, "params": "rho=1,ratio=1", "iteration": 1}
+    values |= {"seconds": 1.0, "cpu_seconds": 1.0, "oracle_units": 4.0, "value": gap}
+    return Row(**(values | {"gap": gap, "validation": gap, "status": status} | changes))
+
+
+# Quadratics: the closed form.
+
+
+def test_the_closed_form_is_what_the_losses_say(x64):
+    inner, outer = bench_quadratics.draw(0, **SMALL)
+    exact = bench_quadratics.means(inner, outer)
+    z, x = np.random.default_rng(1).normal(size=4), np.random.default_rng(2).normal(size=3)
+
+    inner_loss = lambda z, x: bench_quadratics._inner_loss(z, x, inner)
+    outer_loss = lambda z, x: bench_quadratics._outer_loss(z, x, outer)
+    gradient = exact.hessian @ z + exact.coupling @ x + exact.linear
+    np.testing.assert_allclose(jax.jit(jax.grad(inner_loss))(z, x), gradient, atol=1e-12)
+
+    def h(x):  # by solving the inner problem with JAX, in one Newton step from 0
+        zero = jnp.zeros(4)
+        step = jnp.linalg.solve(jax.hessian(inner_loss)(zero, x), jax.grad(inner_loss)(zero, x))
+        return outer_loss(-step, x)
+
+    value, found = exact.value_and_grad(x)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(h))(x)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(found, expected_gradient, atol=1e-11)
+
+
+def test_no_point_is_better_than_the_minimiser():
+    exact = bench_quadratics.means(*bench_quadratics.draw(0, **SMALL))
+    best = exact.minimiser()
+    value, gradient = exact.value_and_grad(best)
+    np.testing.assert_allclose(gradient, 0, atol=1e-10)
+    for step in np.random.default_rng(0).normal(size=(20, 3)):
+        assert exact.value_and_grad(best + step)[0] > value
+
+
+# Solvers by name.
+
+
+def test_every_method_is_found_and_built(tmp_path):
+    task = bench_quadratics.make("quadratics", context(tmp_path), **SMALL)
+    names = bench_solvers.names()
+    assert {"soba", "saba", "srba", "amigo", "stocbio", "ttsa", "vrbo", "f2sa"} <= set(names)
+    assert not {"single_loop", "grid_search"} & set(names)
+    for name in names:
+        solver = bench_solvers.build(name, task, 0.1, 1.0)
+        assert solver.name.startswith(name)
+
+
+def test_all_methods_are_handed_the_same_steps_up_to_their_published_decay(tmp_path):
+    task = bench_quadratics.make("quadratics", context(tmp_path), **SMALL)
+    seen: dict[str, Setting] = {}
+    for name in ("soba", "saba", "amigo", "stocbio"):
+        record = lambda setting, name=name: (
+            seen.__setitem__(name, setting) or bench_quadratics.optimizers(setting)
+        )
+        bench_solvers.build(name, task._replace(optimizers=record), 0.5, 0.1)
+    assert all((s.rho, s.ratio) == (0.5, 0.1) for s in seen.values())
+    assert seen["soba"].inner_decay == 0.5 and seen["saba"].inner_decay == 0
+    assert seen["saba"].units == 4 and seen["amigo"].units == 22
+    assert seen["stocbio"].explicit_adjoint and not seen["amigo"].explicit_adjoint
+
+
+def test_grid_pairs_are_the_published_ones():
+    pairs = bench.grid(63)
+    assert len(set(pairs)) == 63 and bench.grid(7) == pairs[:7]
+    rhos, ratios = ({pair[k] for pair in pairs} for k in (0, 1))
+    assert (min(rhos), max(rhos), len(rhos)) == (2**-5, 2**3, 9)
+    np.testing.assert_allclose([min(ratios), max(ratios)], [1e-2, 1e1])
+
+
+# A bench: files, columns, resuming.
+
+
+def test_results_have_the_columns_and_count_what_was_spent(small, tmp_path):
+    runs, lines = quadratics(tmp_path, solvers=("soba", "saba"), seeds=2)
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[: len(REQUIRED)] == REQUIRED
+    assert {(r["solver"], r["seed"]) for r in rows} == {
+        (s, k) for s in ("soba", "saba") for k in ("0", "1")
+    }
+    for group in runs.values():
+        assert group[0].iteration == 0 and group[0].oracle_units == 0
+        assert group[-1].status == FINISHED and not any(r.status for r in group[:-1])
+        assert group[-1].cpu_seconds >= 0.05
+        for one in group:
+            assert one.oracle_units == 4 * one.iteration
+        for name in ("iteration", "seconds", "cpu_seconds", "oracle_units"):
+            values = [getattr(one, name) for one in group]
+            assert values == sorted(values)
+        assert group[-1].gap < 0.5 * group[0].gap
+    page = (tmp_path / "out" / "bench.html").read_text()
+    assert "<svg" in page and "saba" in page and "http://" not in page.replace("http://www.w3", "")
+    assert any("saba" in line and "final h - h*" in line for line in lines[-2:])
+
+
+def test_full_passes_are_counted(small, tmp_path):
+    (group,) = quadratics(tmp_path, solvers=("srba",), seconds=0.3)[0].values()
+    # 2 + 2 minibatches: a pass of 3 · 2 + 2 units before every 4 steps of 8 units.
+    last = group[-1]
+    passes = (last.oracle_units - 8 * last.iteration) / 8
+    assert passes == math.ceil(last.iteration / 4) or passes == last.iteration // 4 + 1
+
+
+def test_the_same_command_again_runs_nothing(small, tmp_path, monkeypatch):
+    quadratics(tmp_path, seeds=2)
+    path = tmp_path / "out" / "results.csv"
+    before = path.read_text()
+    monkeypatch.setattr(bench, "run_one", lambda *args: pytest.fail("ran again"))
+    quadratics(tmp_path, seeds=2)
+    assert path.read_text() == before
+
+
+def test_a_run_that_was_cut_off_is_done_again_and_the_others_are_kept(small, tmp_path):
+    quadratics(tmp_path, seeds=2)
+    path = tmp_path / "out" / "results.csv"
+    whole = path.read_text().splitlines(keepends=True)
+    first_of_second = next(i for i, line in enumerate(whole) if ",soba,1," in f",{line}")
+    kept, cut = whole[:first_of_second], whole[first_of_second : first_of_second + 2]
+    path.write_text("".join(kept + cut) + "quadratics,soba,1,rho")
+    runs, lines = quadratics(tmp_path, seeds=2)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[: len(kept)] == kept
+    assert sum("seed 1" in line for line in lines) == 1
+    assert not any("seed 0" in line for line in lines)
+    assert all(group[-1].status == FINISHED for group in runs.values())
+    assert len(runs) == 2
+
+
+def test_the_grid_is_searched_with_equal_effort_and_selects_by_validation(small, tmp_path):
+    runs, _ = quadratics(tmp_path, solvers=("soba", "saba"), grid=3)
+    every = bench_results.read(tmp_path / "out" / "results.csv")
+    tried = {name: [k for k in every if k.solver == name] for name in ("soba", "saba")}
+    texts = {bench_results.params_text(*pair) for pair in bench.grid(3)}
+    assert {k.params for k in tried["soba"]} == {k.params for k in tried["saba"]} == texts
+    for key in runs:
+        scores = {k: bench_results.score(every[k]) for k in tried[key.solver]}
+        assert scores[key] == min(scores.values())
+
+
+def test_a_diverged_run_is_a_row_and_no_crash(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "grid", lambda count: [(1e6, 1.0), (0.25, 1.0)][:count])
+    runs, lines = quadratics(tmp_path, grid=2)
+    every = bench_results.read(tmp_path / "out" / "results.csv")
+    bad = every[Key("soba", 0, "rho=1e+06,ratio=1")]
+    assert bad[-1].status == DIVERGED and math.isnan(bad[-1].gap) and bad[-1].iteration > 0
+    assert [key.params for key in runs] == ["rho=0.25,ratio=1"]
+    assert any("diverged at step" in line for line in lines)
+
+
+# Numbers that are shown.
+
+
+def test_a_level_counts_only_once_the_gap_stays_below():
+    gaps = [1.0, 0.05, 0.2, 0.05, 0.01]
+    rows = [row(gap, seconds=float(i)) for i, gap in enumerate(gaps)]
+    assert bench_results.time_below(rows, 0.1, "seconds") == 3.0
+    assert bench_results.time_below(rows, 1e-3, "seconds") == math.inf
+    assert bench_results.time_below([*rows, row(math.nan)], 0.1, "seconds") == math.inf
+
+
+def test_bands_are_quantiles_of_step_functions_and_a_diverged_run_is_the_worst():
+    places = (0.0, 1.0, 10.0)
+    group = [
+        [row(gap * factor, seconds=place) for gap, place in zip((1, 0.5, 0.1), places, strict=True)]
+        for factor in (1.0, 2.0, 3.0)
+    ]
+    group[2][-1] = row(math.nan, DIVERGED, seconds=10.0)
+    where, middle, low, high = bench_report.band(group, "seconds")
+    assert where[0] == pytest.approx(1.0) and where[-1] == pytest.approx(10.0)
+    assert (middle[0], low[0], high[0]) == (1.0, 0.5, 1.5)
+    assert (middle[100], low[100]) == (1.0, 0.5)
+    assert (middle[-1], low[-1], high[-1]) == (pytest.approx(0.2), 0.1, math.inf)
+
+
+def test_written_rows_are_read_back(tmp_path):
+    rows = [row(0.1 + 0.2), row(math.nan, DIVERGED)]
+    bench_results.write(tmp_path / "r.csv", {rows[0].key: rows})
+    (found,) = bench_results.read(tmp_path / "r.csv").values()
+    assert found[0] == rows[0] and math.isnan(found[1].gap) and found[1].status == DIVERGED
+    assert bench_results.score(found) == math.inf
+
+
+# Mistakes: one line each.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ijcnn"], 'did you mean "ijcnn1"'),
+        (["quadratics", "--solvers", "sabba"], 'did you mean "saba"'),
+        (["quadratics", "--solvers", "soba,soba"], "twice"),
+        (["quadratics", "--solvers", ","], "--solvers is empty"),
+        (["quadratics", "--seconds", "0"], "--seconds=0"),
+        (["quadratics", "--seconds", "nan"], "--seconds=nan"),
+        (["quadratics", "--seeds", "0"], "--seeds=0"),
+        (["quadratics", "--grid", "64"], "--grid=64: there are 63 pairs"),
+        (["quadratics", "--grid", "-1"], "--grid=-1"),
+        (["quadratics", "--clock", "sun"], "--clock=sun"),
+        (["ijcnn1", "--manual-dir", "/nowhere"], "--manual-dir=/nowhere"),
+        (["ijcnn1"], "ijcnn1.trn.bz2"),
+        (["covtype10k"], "covtype.5000.train.csv.gz"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, expected, tmp_path, capsys):
+    assert cli.main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1
+
+
+def test_a_budget_without_a_step_is_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"--seconds=1e-09: soba took .* first step"):
+        quadratics(tmp_path, seconds=1e-9)
+    with pytest.raises(ConfigError, match="full passes count"):
+        quadratics(tmp_path / "b", seconds=1e-9, solvers=("srba",))
+
+
+def test_a_folder_with_another_bench_is_refused(small, tmp_path):
+    quadratics(tmp_path)
+    with pytest.raises(ConfigError, match=r"seconds 0.05, not 0.06"):
+        quadratics(tmp_path, seconds=0.06)
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["task"] == "quadratics"
+    (tmp_path / "out" / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="which no bench wrote"):
+        quadratics(tmp_path)
+
+
+def test_every_task_on_the_list_can_be_imported():
+    from bilevel_flax import config
+
+    for target in bench_tasks.TASKS.values():
+        assert callable(config.imported(target))
+
+
+def test_the_quadratics_task_of_published_size_is_well_conditioned(tmp_path):
+    task = bench_quadratics.make("quadratics", context(tmp_path))
+    assert task.task.inner.num_samples == 32768 and task.task.outer.num_samples == 1024
+    exact = bench_quadratics.means(*bench_quadratics.draw(0, **bench_quadratics.SIZES))
+    eigenvalues = np.linalg.eigvalsh(exact.hessian)
+    assert eigenvalues[0] > 0.08 and eigenvalues[-1] < 1.2
