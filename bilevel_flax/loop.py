@@ -37,13 +37,15 @@ class Feed:
         batches: what the compiled chunk indexes, leaves [rows, batch, ...].
     """
 
-    def __init__(self, finite_sum: data.FiniteSum, sampler: data.Sampler, on_device: bool):
+    def __init__(
+        self, finite_sum: data.FiniteSum, sampler: data.Sampler, on_device: bool, most_steps: int
+    ):
         self._sum, self._sampler, self._on_device = finite_sum, sampler, on_device
         self.batches: PyTree = None
         self._chunk = -1
         self._stream: Any = None
         per_step = sampler.per_step * finite_sum.nbytes // finite_sum.num_batches
-        self.capacity = max(1, _CHUNK_BYTES // max(1, per_step))
+        self.capacity = int(np.clip(_CHUNK_BYTES // max(1, per_step), 1, most_steps))
         if on_device:
             self.batches = jax.device_put(finite_sum.batches)
 
@@ -127,7 +129,7 @@ class Loop:
         self.compile_seconds = self.seconds = self.cpu_seconds = 0.0
         self._solver, self._sums = solver, sums
         self._feeds = tuple(
-            Feed(finite_sum, sampler, on_device)
+            Feed(finite_sum, sampler, on_device, capacity)
             for finite_sum, sampler in zip(sums, self.samplers, strict=True)
         )
         self._capacity = capacity

@@ -48,6 +48,9 @@ class Task:
             the workdir; what takes long is stored there as it comes, so that a killed run goes
             on. `say` prints a line.
         report: `report(workdir) -> sections` of `report.html`, made from files alone.
+        select: the name of a value of `evaluate` that should be low: `finish` is then handed the
+            network (z and the model state) from the evaluation where it was lowest, with the last
+            v and x; None: the last network.
         headline: names in the summary, in the order in which a person wants to read them.
     """
 
@@ -57,4 +60,5 @@ class Task:
     outer: FiniteSum
     evaluate: Callable[[TrainState], Mapping[str, float]]
     finish: Callable[[TrainState, Path, Callable[[str], None]], Mapping[str, Any]] = _nothing
+    select: str | None = None
     headline: Sequence[str] = ()

@@ -5,9 +5,11 @@ config -> task -> solver -> state -> metrics, checkpoints, report.
 
 from __future__ import annotations
 
+import copy
 import functools
 import platform
 import signal
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 from bilevel_flax import checkpoint, diagnostics, report, workdirs, writers
 from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver, Info, TrainState
+from bilevel_flax.best import Best
 from bilevel_flax.loop import Loop
 from bilevel_flax.progress import Progress
 from bilevel_flax.signals import SignalGuard
@@ -77,6 +80,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
         CheckpointError: checkpoints cannot be written, or none of those there can be read.
     """
     workdir = Path(workdir)
+    config = copy.deepcopy(config)  # the caller's stays as it is
     _check_counts(config)
     record = configs.plain(config)
     with workdirs.opened(workdir):
@@ -92,6 +96,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             config.steps = max(1, round(config.epochs * task.inner.num_batches))
         solver = make_solver(config.solver, task)
         state, totals = train(config, workdir, task, solver, record)
+        chosen, at = state, config.steps
+        if task.select is not None:
+            network = (state.inner_params, state.model_state)
+            at, (params, model_state) = Best(workdir / "best.npz").restore(network)
+            chosen = state.replace(inner_params=params, model_state=model_state)
         summary = {
             "solver": solver.name,
             "seed": config.seed,
@@ -101,7 +110,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
             "adjoint_residual": diagnostics.adjoint_residual(
                 task.problem, state.variables, task.inner, task.outer, state.model_state, state.rng
             ),
-            **task.finish(state, workdir, _say),
+            "selected_step": at,
+            **task.finish(chosen, workdir, _say),
             "versions": versions(),
         }
         workdirs.write_json(workdir / "summary.json", summary)
@@ -117,7 +127,7 @@ def train(
     workdir: Path,
     task: Task,
     solver: BilevelSolver,
-    record: dict[str, Any],
+    record: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """The loop itself: all steps from the newest checkpoint, or from the start.
 
@@ -126,7 +136,8 @@ def train(
         workdir: gets the files.
         task: what to solve.
         solver: how.
-        record: the config as the user gave it, for `config.json` and the checkpoints.
+        record: the config as the user gave it, for `config.json` and the checkpoints; None: as
+            `config` is now.
 
     Returns:
         The last state, and the totals of all sessions: `oracle_units`, `seconds`, `cpu_seconds`
@@ -135,6 +146,7 @@ def train(
     Raises:
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
     """
+    record = configs.plain(config) if record is None else record
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     start = task.init(init_rng)
     state = solver.init(
@@ -142,6 +154,7 @@ def train(
     )
     loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
     step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
+    best = Best(workdir / "best.npz")
     residual = diagnostics.residual_estimator(task.problem, task.inner, task.outer)
     progress = Progress(config.steps)
     messages: list[str] = []
@@ -218,6 +231,9 @@ def train(
                 if step % config.eval_every == 0 or step == config.steps:
                     shown |= {"adjoint_residual": float(residual(state))}
                     shown |= {k: float(v) for k, v in task.evaluate(state).items()}
+                    if task.select is not None:
+                        network = (state.inner_params, state.model_state)
+                        best.offer(step, shown[task.select], network)
                 if shown:
                     writer.write_scalars(step, shown)
                 progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)})

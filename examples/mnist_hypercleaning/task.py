@@ -234,6 +234,7 @@ def make_task(config: Any) -> Task:
         outer=data.partition(validation, config.batch_size, seed=config.seed),
         evaluate=evaluate,
         finish=finish,
+        select="validation_error",  # as the baselines: stopped early on validation data
         headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
     )
 
