@@ -59,7 +59,12 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
         "inner": {"call": "optax:sgd", "learning_rate": decaying(0.01, config)},
         "outer": {
             "call": "bilevel_flax.outer:normalized_sgd",
-            "learning_rate": decaying(0.5, config),
+            "learning_rate": {
+                "call": "examples.mnist_hypercleaning.rates:outer_rate",
+                "weights": config.get_oneway_ref("weights"),
+                "steps": config.get_oneway_ref("steps"),
+                "peak": config_dict.placeholder(float),
+            },
         },
         **SOLVERS[solver],
     }
