@@ -1,0 +1,217 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel_flax as bf
+from bilevel_flax import bench_tasks, cli, config
+from bilevel_flax.bench_tasks import Context, Setting
+from bilevel_flax.loop import Loop
+from examples.hyperparameter_selection import bench, exact, features, optimizers, task
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "hyperparameter_selection.py")
+
+
+def small(num_classes=0, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(5, num_classes or 1))
+
+    def draw(n):
+        inputs = rng.normal(size=(n, 5))
+        scores = inputs @ truth + rng.gumbel(size=(n, num_classes or 1))
+        labels = scores.argmax(1) if num_classes else np.where(scores[:, 0] > 0, 1, -1)
+        return exact.Data(inputs, labels)
+
+    return features.Features(draw(60), draw(40), num_classes)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_the_exact_solution_zeroes_the_gradient_of_our_loss(num_classes, x64):
+    table = small(num_classes)
+    reference, problem = task.exact_problem(table), task.make_problem()
+    size = task.num_penalties(table)
+    x = np.random.default_rng(1).normal(size=size)
+    z = reference.solve(x).reshape((5, size) if num_classes else (5,))
+    inner = task.as_arrays(table.train, num_classes)
+    outer = task.as_arrays(table.validation, num_classes)
+    np.testing.assert_allclose(jax.grad(problem.inner_loss)(z, x, inner), 0, atol=1e-11)
+    np.testing.assert_allclose(problem.outer_loss(z, x, outer), reference.value(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_the_exact_gradient_is_the_hypergradient_of_our_losses(num_classes, x64):
+    table = small(num_classes)
+    reference, problem = task.exact_problem(table), task.make_problem()
+    size = task.num_penalties(table)
+    x = np.random.default_rng(1).normal(size=size)
+    z = jnp.asarray(reference.solve(x)).reshape((5, size) if num_classes else (5,))
+    batch = bf.Batch(
+        task.as_arrays(table.train, num_classes), task.as_arrays(table.validation, num_classes)
+    )
+    flat = jax.jit(
+        jax.hessian(lambda point: problem.inner_loss(point.reshape(z.shape), x, batch.inner))
+    )
+    right = jax.grad(problem.outer_loss)(z, x, batch.outer)
+    v = -jnp.linalg.solve(flat(z.ravel()), right.ravel()).reshape(z.shape)
+    found = bf.oracles.evaluate(problem, bf.Variables(z, v, x), batch)
+    hypergradient = found.cross_jvp + found.outer_grad_outer
+    np.testing.assert_allclose(reference.value_and_grad(x)[1], hypergradient, atol=1e-10)
+
+
+def test_the_optimum_is_stationary_or_on_the_box_and_not_above_any_start():
+    table = small()
+    reference = task.exact_problem(table)
+    best = reference.optimum(5, starts=(-6.0, -2.0))
+    _, gradient = reference.value_and_grad(best.x)
+    inside = (best.x > exact.BOUNDS[0]) & (best.x < exact.BOUNDS[1])
+    np.testing.assert_allclose(gradient[inside], 0, atol=1e-6)
+    assert (gradient[best.x == exact.BOUNDS[0]] >= 0).all()
+    assert (gradient[best.x == exact.BOUNDS[1]] <= 0).all()
+    assert best.value == min(best.from_each_start) <= reference.value(np.full(5, -2.0))
+
+
+def test_a_point_that_is_not_finite_has_no_value():
+    reference = task.exact_problem(small())
+    with pytest.raises(ArithmeticError):
+        reference.value(np.full(5, np.nan))
+
+
+def test_a_growing_penalty_destroys_plain_sgd_and_not_ours():
+    x = jnp.full(3, 8.0)
+
+    def descend(inner):
+        z, state = jnp.ones(3), inner.init(jnp.ones(3))
+        for _ in range(50):
+            step, state = inner.update(jnp.exp(x) * z, state, z, outer_params=x)
+            z = optax.apply_updates(z, step)
+        return float(jnp.abs(z).max())
+
+    plain = optax.with_extra_args_support(optax.sgd(0.1))
+    assert not descend(plain) < 1e6
+    assert descend(optimizers.penalty_aware_sgd(0.1)) < 1e-6
+
+
+def test_a_small_penalty_leaves_plain_sgd():
+    inner, z = optimizers.penalty_aware_sgd(0.5), jnp.ones((3, 2))
+    gradient = jnp.arange(6.0).reshape(3, 2)
+    step, _ = inner.update(gradient, inner.init(z), z, outer_params=jnp.full(2, -40.0))
+    np.testing.assert_allclose(step, -0.5 * gradient, rtol=1e-6)
+
+
+def test_penalty_aware_sgd_says_what_it_lacks():
+    inner = optimizers.penalty_aware_sgd(0.5)
+    with pytest.raises(ValueError, match="needs outer_params"):
+        inner.update(jnp.ones(2), inner.init(jnp.ones(2)))
+
+
+def test_saba_finds_the_optimum_of_a_small_problem():
+    table = small()
+    loaded = config.load(CONFIG, ["batch_size=16"])
+    made = task.make_task(loaded, table)
+    reference = task.exact_problem(table)
+    start = made.init(jax.random.PRNGKey(0))
+    solver = bf.saba(
+        made.problem,
+        inner=optimizers.penalty_aware_sgd(0.3),
+        outer=optimizers.penalty_adam(0.02, 2000),
+        num_inner_batches=made.inner.num_batches,
+        num_outer_batches=made.outer.num_batches,
+        inner_weights=made.inner.weights if made.inner.ragged else None,
+        outer_weights=made.outer.weights if made.outer.ragged else None,
+    )
+    state, step = solver.init(start.inner_params, start.outer_params), 0
+    loop = Loop(solver, made.inner, made.outer)
+    before = made.evaluate(state)["validation_loss"]
+    while step < 20_000:
+        state, info = loop.run(state, step, 20_000)
+        step += len(info.inner_loss)
+    after = made.evaluate(state)["validation_loss"]
+    best = reference.optimum(5).value
+    assert after - best < 1e-3 * (before - best)
+
+
+def test_train_writes_the_gap(tmp_path):
+    arguments = ["--config.steps=2000", "--config.eval_every=1000", "--config.log_every=1000"]
+    workdir = tmp_path / "run"
+    code = cli.main(["train", "--config", CONFIG, "--workdir", str(workdir), *arguments])
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert code == 0 and len(summary["penalties"]) == 30
+    assert summary["gap"] == pytest.approx(summary["validation_loss"] - summary["optimum"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.name=ijcnn", 'did you mean "ijcnn1"'),
+        ("data.name=ijcnn1", "ijcnn1.trn.bz2"),
+        ("start=nan", "start=nan"),
+    ],
+)
+def test_mistakes_end_in_one_line(override, expected, tmp_path, capsys):
+    arguments = ["train", "--config", CONFIG, "--workdir", str(tmp_path / "r")]
+    assert cli.main([*arguments, f"--config.{override}"]) == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1
+
+
+def test_an_unknown_solver_names_the_nearest():
+    with pytest.raises(config.ConfigError, match='did you mean "saba"'):
+        config.load(f"{CONFIG}:sabba")
+
+
+def test_damaged_files_are_named(tmp_path):
+    for name in ("ijcnn1.trn.bz2", "ijcnn1.tst.bz2"):
+        (tmp_path / name).write_bytes(b"not bzip2")
+    with pytest.raises(config.ConfigError, match="ijcnn1.trn.bz2 cannot be read as svmlight"):
+        features.load("ijcnn1", str(tmp_path))
+
+
+def test_the_series_of_explicit_methods_stays_stable(tmp_path):
+    setting = Setting(8.0, 1.0, 0.0, 0.0, 22.0, True, True)
+    chosen = bench.make_optimizers("ijcnn1", setting)
+
+    def body(_, carry):
+        x, state = carry
+        step, state = chosen.outer.update(-jnp.ones(3), state, x)
+        return optax.apply_updates(x, step), state
+
+    zero = jnp.zeros(3)
+    x, _ = jax.lax.fori_loop(0, 2000, body, (zero, chosen.outer.init(zero)))
+    assert float(x.max()) < 12
+    assert float(chosen.adjoint_step * jnp.exp(x).max()) < 1
+
+
+def test_the_optimum_is_kept(tmp_path):
+    context = Context(0, None, tmp_path, lambda line: None)
+    reference = task.exact_problem(small())
+    first = bench.optimum("small", context, reference, 5)
+    reference.optimum = lambda *args: pytest.fail("computed again")
+    assert bench.optimum("small", context, reference, 5) == first
+    (tmp_path / "optimum_small.json").write_text("{}")
+    with pytest.raises(config.ConfigError, match="holds no optimum"):
+        bench.optimum("small", context, reference, 5)
+
+
+def test_covtype_subset(data_dir, tmp_path):
+    table = features.load("covtype10k", str(data_dir / "covtype10k"))
+    assert table.train.inputs.shape == (4858, 54) and table.validation.inputs.shape == (5142, 54)
+    assert table.train.labels.sum() == 2386 and table.num_classes == 2
+    (tmp_path / "optimum_covtype10k.json").write_text('{"value": 0.5}')
+    made = bench_tasks.make("covtype10k", Context(0, str(data_dir), tmp_path, lambda line: None))
+    start = made.task.init(jax.random.PRNGKey(0))
+    assert start.inner_params.shape == (54, 2) and start.outer_params.shape == (2,)
+
+
+def test_ijcnn1_files(data_dir):
+    table = features.load("ijcnn1", str(data_dir))
+    assert table.train.inputs.shape == (49_990, 22)
+    assert table.validation.inputs.shape == (91_701, 22)
+    assert (table.train.labels == 1).sum() == 3415 + 1438
+    # x of the optimum that an independent search found, one digit each.
+    x = [-7.91, -7.57, -6.47, -25, -25, -25, -6.6, -25, -25, -25, 12] + [-25] * 5
+    x += [-8.36, -25, -8.78, -25, -25, -25]
+    assert task.exact_problem(table).value(np.array(x)) == pytest.approx(0.2034981, abs=2e-7)
