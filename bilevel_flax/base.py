@@ -241,7 +241,9 @@ class Init(Protocol):
         *,
         model_state: PyTree = None,
         rng: jax.Array | None = None,
-    ) -> TrainState: ...
+    ) -> TrainState:
+        """Makes a fresh state; `rng` None: a fixed key."""
+        ...
 
 
 def _never(state: TrainState) -> jax.Array:
@@ -258,6 +260,7 @@ class Estimator(NamedTuple):
     """Turns oracle calls into directions; it takes the place of `jax.grad`.
 
     The `oracle` that it is handed is `oracle(variables) -> oracles.Evaluation`, on one minibatch.
+    `oracle(variables, evaluate)` evaluates less of it (`oracles.evaluate_block` ...).
     Its quantities are scaled by N·w_i (w_i the minibatch's share of the samples), so that the
     objective is the plain average of N components and no estimator needs to know about ragged
     minibatches.

@@ -84,7 +84,8 @@ def draw(
         "y": 1.0 + rng.normal(size=outer_samples),
     }
     dtype = jnp.result_type(float)
-    return tuple({k: v.astype(dtype) for k, v in side.items()} for side in (inner, outer))
+    inner, outer = ({k: v.astype(dtype) for k, v in side.items()} for side in (inner, outer))
+    return inner, outer
 
 
 def means(inner: dict[str, np.ndarray], outer: dict[str, np.ndarray]) -> Means:

@@ -1,4 +1,4 @@
-"""The network as it was when a validation metric was lowest: early stopping that survives a kill."""
+"""The network from when a validation metric was lowest: early stopping that survives a kill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Best:
         if not value < self._value:
             return
         self._value = value
-        leaves = {f"leaf{i}": np.array(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        leaves: dict[str, Any] = {
+            f"leaf{i}": np.array(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))
+        }
         partial = self._path.with_suffix(".partial.npz")
         np.savez(partial, value=value, step=step, **leaves)
         os.replace(partial, self._path)

@@ -23,6 +23,9 @@ import ml_collections
 
 CALL = "call"
 
+# An `ml_collections.ConfigDict`. Its attributes are dynamic, so a type checker is told nothing.
+Config = Any
+
 
 class ConfigError(ValueError):
     """A mistake in a config or an override; the message is one line that says how to mend it."""
@@ -39,7 +42,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a config file and applies overrides.
 
     Args:
@@ -79,7 +82,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     return config
 
 
-def keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+def keys(config: Config, prefix: str = "") -> list[str]:
     """All leaf keys of nested dicts, joined by dots."""
     found = []
     for key, value in config.items():
@@ -92,7 +95,7 @@ def keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _override(config: ml_collections.ConfigDict, override: str) -> None:
+def _override(config: Config, override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--config.{override}: write --config.{name}=VALUE")
@@ -122,7 +125,7 @@ def _override(config: ml_collections.ConfigDict, override: str) -> None:
         node[last] = value
 
 
-def _options(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+def _options(config: Config, prefix: str = "") -> dict[str, Any]:
     """Arguments with a default that the config's calls take and that it does not mention."""
     found = {}
     for key, value in config.items():
@@ -158,7 +161,7 @@ def _parse(text: str, now: Any, expected: type) -> Any:
     return value
 
 
-def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """The config as JSON would store it: dicts, lists, strings, numbers, None."""
     return json.loads(json.dumps(config.to_dict()))
 
@@ -201,7 +204,7 @@ def resolve(node: Any, **provided: Any) -> Any:
         values = {key: resolve(value) for key, value in node.items() if key != CALL}
         if CALL not in node:
             return values
-        function = imported(node[CALL])
+        function = imported(str(node[CALL]))
         accepted = inspect.signature(function).parameters
         values = {k: v for k, v in provided.items() if k in accepted} | values
         try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from bilevel_flax import checkpoint, diagnostics, report, workdirs, writers
@@ -59,7 +58,7 @@ class Interrupted(RuntimeError):
         self.signal = received
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str, Any]:
     """Runs a config to its end, or resumes it; a finished run returns at once.
 
     Args:
@@ -123,7 +122,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | Path) -
 
 
 def train(
-    config: ml_collections.ConfigDict,
+    config: configs.Config,
     workdir: Path,
     task: Task,
     solver: BilevelSolver,
@@ -261,7 +260,7 @@ def _sizes(task: Task, loop: Loop) -> str:
     return f"{' + '.join(sides)} examples, batches of {task.inner.batch_size}, data {where}"
 
 
-def _check_counts(config: ml_collections.ConfigDict) -> None:
+def _check_counts(config: configs.Config) -> None:
     for name in _POSITIVE:
         value = functools.reduce(lambda node, key: node[key], name.split("."), config)
         if not isinstance(value, int) or value < 1:

@@ -9,6 +9,7 @@ holds ijcnn1.trn.bz2 and ijcnn1.tst.bz2): about 10 s a million steps; see benchm
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from bilevel_flax.config import ConfigError, nearest
 
@@ -43,14 +44,14 @@ def get_config(solver: str = "saba") -> ml_collections.ConfigDict:
     config.log_every = 10_000
     config.eval_every = 20_000
     config.checkpoint = {"every": 100_000, "keep": 3}
-    config.on_device = ml_collections.config_dict.placeholder(bool)
+    config.on_device = config_dict.placeholder(bool)
     config.data = {
         "name": "breast_cancer",
-        "manual_dir": ml_collections.config_dict.placeholder(str),
+        "manual_dir": config_dict.placeholder(str),
         "seed": 0,
     }
     config.task = {"call": "examples.hyperparameter_selection.task:make_task"}
-    config.report = ml_collections.config_dict.placeholder(str)
+    config.report = config_dict.placeholder(str)
     config.solver = {
         "call": f"bilevel_flax:{solver}",
         "inner": {"call": f"{OPTIMIZERS}:penalty_aware_sgd", "learning_rate": 8.0},

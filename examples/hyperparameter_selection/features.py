@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,20 +90,22 @@ def _missing(name: str, manual_dir: str | None, files) -> ConfigError:
 def _breast_cancer(seed: int) -> Features:
     from sklearn import datasets
 
-    table = datasets.load_breast_cancer()
+    table: Any = datasets.load_breast_cancer()
     inputs = np.asarray(table.data, np.float64)
     labels = np.where(np.asarray(table.target) > 0, 1, -1)
     order = np.random.default_rng(seed).permutation(len(labels))
     train, validation = np.array_split(order, 2)
     inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
-    return Features(*(Data(inputs[part], labels[part]) for part in (train, validation)), 0)
+    sides = [Data(inputs[part], labels[part]) for part in (train, validation)]
+    return Features(sides[0], sides[1], 0)
 
 
 def _ijcnn1(manual_dir: str | None) -> Features:
     paths = folder_of(manual_dir, "ijcnn1", _IJCNN1)
     if paths is None:
         raise _missing("ijcnn1", manual_dir, _IJCNN1)
-    return Features(*(_svmlight(path, _IJCNN1_FEATURES) for path in paths), 0)
+    train, validation = (_svmlight(path, _IJCNN1_FEATURES) for path in paths)
+    return Features(train, validation, 0)
 
 
 def _svmlight(path: Path, num_features: int) -> Data:
@@ -128,14 +130,15 @@ def _covtype(seed: int) -> Features:
                 "reached: fetch it where there is a network (sklearn.datasets.fetch_covtype), or "
                 "use covtype10k with --config.data.manual_dir=DIR (bench: --manual-dir DIR)"
             ) from error
-        table = datasets.fetch_covtype()
+        table: Any = datasets.fetch_covtype()
     inputs = np.asarray(table.data, np.float64)
     labels = np.asarray(table.target, np.int64) - 1
     low, high = inputs.min(0), inputs.max(0)
     inputs = (inputs - low) / np.where(high > low, high - low, 1.0)
     order = np.random.default_rng(seed).permutation(len(labels))
     train, validation, _ = np.split(order, np.cumsum(_COVTYPE_SIZES))
-    return Features(*(Data(inputs[part], labels[part]) for part in (train, validation)), 7)
+    sides = [Data(inputs[part], labels[part]) for part in (train, validation)]
+    return Features(sides[0], sides[1], 7)
 
 
 def _covtype_address() -> str:
@@ -150,7 +153,8 @@ def _covtype10k(manual_dir: str | None) -> Features:
     paths = folder_of(manual_dir, "covtype10k", files)
     if paths is None:
         raise _missing("covtype10k", manual_dir, files)
-    return Features(*(_csv(path) for path in paths), 2)
+    train, validation = (_csv(path) for path in paths)
+    return Features(train, validation, 2)
 
 
 def _csv(path: Path) -> Data:

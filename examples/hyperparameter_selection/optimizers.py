@@ -43,7 +43,7 @@ def penalty_aware_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
         del params
         return CountState(jnp.zeros((), jnp.int32))
 
-    def update(directions, state, params=None, *, outer_params=None, **extra_args: Any):
+    def update(updates, state, params=None, *, outer_params=None, **extra_args: Any):
         del params, extra_args
         if outer_params is None:
             raise ValueError(
@@ -56,8 +56,8 @@ def penalty_aware_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
             penalty = jnp.broadcast_to(jnp.exp(outer_params), direction.shape)
             return (-direction / (1 / jnp.asarray(rate) + penalty)).astype(direction.dtype)
 
-        updates = jax.tree.map(step, directions)
-        return updates, CountState(optax.safe_increment(state.count))
+        steps = jax.tree.map(step, updates)
+        return steps, CountState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

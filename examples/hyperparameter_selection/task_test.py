@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def test_the_exact_gradient_is_the_hypergradient_of_our_losses(num_classes, x64)
     )
     right = jax.grad(problem.outer_loss)(z, x, batch.outer)
     v = -jnp.linalg.solve(flat(z.ravel()), right.ravel()).reshape(z.shape)
-    found = bf.oracles.evaluate(problem, bf.Variables(z, v, x), batch)
+    found: Any = bf.oracles.evaluate(problem, bf.Variables(z, v, x), batch)
     hypergradient = found.cross_jvp + found.outer_grad_outer
     np.testing.assert_allclose(reference.value_and_grad(x)[1], hypergradient, atol=1e-10)
 
@@ -84,7 +85,8 @@ def test_a_growing_penalty_destroys_plain_sgd_and_not_ours():
     x = jnp.full(3, 8.0)
 
     def descend(inner):
-        z, state = jnp.ones(3), inner.init(jnp.ones(3))
+        z: Any = jnp.ones(3)
+        state = inner.init(z)
         for _ in range(50):
             step, state = inner.update(jnp.exp(x) * z, state, z, outer_params=x)
             z = optax.apply_updates(z, step)
@@ -96,7 +98,8 @@ def test_a_growing_penalty_destroys_plain_sgd_and_not_ours():
 
 
 def test_a_small_penalty_leaves_plain_sgd():
-    inner, z = optimizers.penalty_aware_sgd(0.5), jnp.ones((3, 2))
+    inner: Any = optimizers.penalty_aware_sgd(0.5)
+    z = jnp.ones((3, 2))
     gradient = jnp.arange(6.0).reshape(3, 2)
     step, _ = inner.update(gradient, inner.init(z), z, outer_params=jnp.full(2, -40.0))
     np.testing.assert_allclose(step, -0.5 * gradient, rtol=1e-6)
@@ -187,7 +190,7 @@ def test_the_series_of_explicit_methods_stays_stable(tmp_path):
 
 def test_the_optimum_is_kept(tmp_path):
     context = Context(0, None, tmp_path, lambda line: None)
-    reference = task.exact_problem(small())
+    reference: Any = task.exact_problem(small())
     first = bench.optimum("small", context, reference, 5)
     reference.optimum = lambda *args: pytest.fail("computed again")
     assert bench.optimum("small", context, reference, 5) == first

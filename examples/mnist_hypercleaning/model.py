@@ -79,7 +79,7 @@ def make_model(name: str, num_classes: int) -> nn.Module:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_errors(model: nn.Module, params, model_state, images, labels) -> jax.Array:
-    logits = model.apply({"params": params, **model_state}, images, train=False)
+    logits = jnp.asarray(model.apply({"params": params, **model_state}, images, train=False))
     return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
 
 

@@ -150,8 +150,8 @@ def make_problem(
     if model.stateful:
         return bf.Problem(inner_loss, outer_loss, stateful=True, per_sample=weights.per_sample)
     return bf.Problem(
-        lambda *args: inner_loss(*args, {}, None)[0],
-        lambda *args: outer_loss(*args, {}, None)[0],
+        lambda z, x, batch: inner_loss(z, x, batch, {}, None)[0],
+        lambda z, x, batch: outer_loss(z, x, batch, {}, None)[0],
         per_sample=weights.per_sample,
     )
 
