@@ -1,0 +1,158 @@
+"""Full directions, the adjoint's residual and the hypergradient check against closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import logistic, quadratics
+
+import bilevel_flax as bf
+from bilevel_flax import data, diagnostics
+from bilevel_flax.solvers.soba import directions
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def finite_sums(source: Any) -> tuple[data.FiniteSum, data.FiniteSum]:
+    sums = []
+    for batches, weights in (
+        (source.inner_batches, source.inner_weights),
+        (source.outer_batches, source.outer_weights),
+    ):
+        num_batches, size = batches["index"].shape
+        leaves = jax.tree.map(np.asarray, batches)
+        count = round(leaves["mask"].sum()) if "mask" in leaves else num_batches * size
+        sums.append(data.FiniteSum(leaves, np.asarray(weights), count, num_batches, size))
+    return sums[0], sums[1]
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+@pytest.fixture(params=[False, True], ids=["full", "ragged"])
+def quadratic(request: pytest.FixtureRequest, x64: None) -> Any:
+    return quadratics(ragged=request.param)
+
+
+def test_full_oracles_give_the_full_directions(quadratic: Any):
+    variables = quadratic.random_variables()
+    found = diagnostics.full_oracles(quadratic.problem, variables, *finite_sums(quadratic))
+    ours, exact = directions(found), quadratic.full_directions(variables)
+    for mine, theirs in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(flat(mine), flat(theirs), rtol=1e-10, atol=1e-12)
+
+
+def test_the_residual_is_zero_at_the_adjoint_and_one_at_zero(quadratic: Any):
+    x = quadratic.outer_params
+    exact = bf.Variables(quadratic.z_star(x), quadratic.v_star(x), x)
+    sums = finite_sums(quadratic)
+    residual = lambda v: diagnostics.adjoint_residual(
+        quadratic.problem, exact._replace(adjoint=v), *sums
+    )
+    assert residual(exact.adjoint) < 1e-10
+    assert residual(jax.tree.map(jnp.zeros_like, exact.adjoint)) == pytest.approx(1, abs=1e-12)
+    # v = t v*: Hv + g = (1 - t) g.
+    assert residual(jax.tree.map(lambda v: 0.25 * v, exact.adjoint)) == pytest.approx(0.75)
+
+
+def test_the_residual_is_that_of_the_closed_form_anywhere(quadratic: Any):
+    variables = quadratic.random_variables(5)
+    zero = jax.tree.map(jnp.zeros_like, variables.adjoint)
+    top = flat(quadratic.full_directions(variables).adjoint)
+    bottom = flat(quadratic.full_directions(variables._replace(adjoint=zero)).adjoint)
+    found = diagnostics.adjoint_residual(quadratic.problem, variables, *finite_sums(quadratic))
+    assert found == pytest.approx(np.linalg.norm(top) / np.linalg.norm(bottom), rel=1e-10)
+
+
+def whole(source: Any) -> bf.Batch:
+    """All data as one batch, padding and mask included."""
+    merged = [
+        {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in side.items()}
+        for side in (source.inner_batches, source.outer_batches)
+    ]
+    return bf.Batch(*merged)
+
+
+def test_the_check_passes_at_the_solution_and_measures_an_error(quadratic: Any):
+    x = quadratic.outer_params
+    exact = bf.Variables(quadratic.z_star(x), quadratic.v_star(x), x)
+    good = diagnostics.hypergradient_check(
+        quadratic.problem, exact, whole(quadratic), tolerance=1e-12
+    )
+    assert good.cosine == pytest.approx(1, abs=1e-10)
+    assert good.relative_error < 1e-8
+    assert good.adjoint_residual < 1e-10
+    assert good.reference_residual < 1e-10
+
+    off = exact._replace(adjoint=jax.tree.map(lambda v: 0.5 * v, exact.adjoint))
+    bad = diagnostics.hypergradient_check(quadratic.problem, off, whole(quadratic), tolerance=1e-12)
+    ours = flat(quadratic.full_directions(off).outer)
+    truth = flat(quadratic.grad_h(x))
+    size = np.linalg.norm(truth)
+    assert bad.relative_error == pytest.approx(np.linalg.norm(ours - truth) / size, rel=1e-6)
+    assert bad.cosine == pytest.approx(ours @ truth / np.linalg.norm(ours) / size, rel=1e-6)
+    assert bad.adjoint_residual == pytest.approx(0.5, rel=1e-6)
+    assert bad.reference_residual < 1e-10
+
+
+def test_damping_enters_the_reference_only(quadratic: Any):
+    x = quadratic.outer_params
+    exact = bf.Variables(quadratic.z_star(x), quadratic.v_star(x), x)
+    damped = diagnostics.hypergradient_check(
+        quadratic.problem, exact, whole(quadratic), damping=0.5, tolerance=1e-12
+    )
+    curvature = quadratic.means["A"]
+    shifted = curvature + 0.5 * np.eye(len(curvature))
+    v = np.linalg.solve(shifted, curvature @ flat(exact.adjoint))
+    shape = ravel_pytree(exact.adjoint)[1]
+    reference = quadratic.full_directions(exact._replace(adjoint=shape(jnp.asarray(v)))).outer
+    ours, reference = flat(quadratic.grad_h(x)), flat(reference)
+    expected = np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+    assert damped.relative_error == pytest.approx(expected, rel=1e-6)
+    assert damped.adjoint_residual < 1e-10
+
+
+def test_a_declared_per_sample_leaf_gives_what_a_dense_one_gives():
+    found = []
+    for per_sample in (True, False):
+        source = logistic(per_sample=per_sample)
+        v = jax.tree.map(jnp.ones_like, source.inner_params)
+        variables = bf.Variables(source.inner_params, v, source.outer_params)
+        sums = finite_sums(source)
+        full = diagnostics.full_oracles(source.problem, variables, *sums)
+        check = diagnostics.hypergradient_check(source.problem, variables, whole(source))
+        residual = diagnostics.adjoint_residual(source.problem, variables, *sums)
+        found.append((full.inner_grad, full.hvp, full.cross_jvp, residual, check))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *found)
+
+
+def test_the_estimate_is_exact_with_all_minibatches(quadratic: Any):
+    solver = bf.soba(quadratic.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    variables = quadratic.random_variables(2)
+    state = solver.init(variables.inner, variables.outer).replace(adjoint=variables.adjoint)
+    sums = finite_sums(quadratic)
+    estimate = diagnostics.residual_estimator(quadratic.problem, *sums)
+    exact = diagnostics.adjoint_residual(quadratic.problem, variables, *sums)
+    assert float(estimate(state)) == pytest.approx(exact, rel=1e-6)
+
+
+def test_the_estimate_is_near_where_one_minibatch_is_all_noise():
+    source = quadratics(num_inner=300, num_outer=200, batch=2)
+    x = source.outer_params
+    exact = bf.Variables(source.z_star(x), source.v_star(x), x)
+    solver = bf.soba(source.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    state = solver.init(exact.inner, x)
+    sums = finite_sums(source)
+    estimate = diagnostics.residual_estimator(source.problem, *sums, batches=64)
+    _, info = jax.jit(solver.update)(state.replace(adjoint=exact.adjoint), source.batch(0, 0))
+    assert float(info.adjoint_residual) > 0.5
+    for share, most in ((1.0, 0.3), (0.0, 0.2)):
+        adjoint = jax.tree.map(lambda v, s=share: s * v, exact.adjoint)
+        assert abs(float(estimate(state.replace(adjoint=adjoint))) - (1 - share)) < most
