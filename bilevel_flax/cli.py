@@ -149,12 +149,13 @@ def _verdict(error: BaseException) -> tuple[str | None, int]:
     """(the line that says all, or None where a stack trace is needed; the exit code)."""
     from bilevel_flax.checkpoint import CheckpointError
     from bilevel_flax.train import Diverged, Interrupted
+    from bilevel_flax.workdirs import NoRoom
 
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signal
-    if isinstance(error, Diverged | CheckpointError):
+    if isinstance(error, Diverged | CheckpointError | NoRoom):
         return f"error: {error}", 1
     if isinstance(error, ValueError | TypeError | OSError) and _is_raised_by_us(error):
         return f"error: {error}", 2

@@ -205,13 +205,19 @@ def resolve(node: Any, **provided: Any) -> Any:
         if CALL not in node:
             return values
         function = imported(str(node[CALL]))
-        accepted = inspect.signature(function).parameters
+        if not callable(function):
+            raise ConfigError(f'"{node[CALL]}" cannot be called: it is {function!r:.60}')
+        signature = inspect.signature(function)
+        accepted = signature.parameters
+        any_name = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        unknown = [key for key in values if key not in accepted and not any_name]
+        if unknown:
+            near = nearest(unknown[0], list(accepted))
+            raise ConfigError(f"{node[CALL]} takes no argument {unknown[0]!r}{near}")
         values = {k: v for k, v in provided.items() if k in accepted} | values
         try:
-            inspect.signature(function).bind(**values)
+            signature.bind(**values)
         except TypeError as error:
-            unknown = [key for key in values if key not in accepted]
-            near = nearest(unknown[0], list(accepted)) if unknown else ""
-            raise ConfigError(f"{node[CALL]}: {error}{near}") from error
+            raise ConfigError(f"{node[CALL]}: {error}") from error
         return function(**values)
     return list(node) if isinstance(node, tuple | list) else node

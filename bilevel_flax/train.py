@@ -153,7 +153,6 @@ def train(
     )
     loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
     step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
-    best = Best(workdir / "best.npz")
     residual = diagnostics.residual_estimator(task.problem, task.inner, task.outer)
     progress = Progress(config.steps)
     messages: list[str] = []
@@ -170,6 +169,9 @@ def train(
                 sampler.check(saved)
             window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
             messages.append(f"resuming {workdir} at step {step}")
+        if step == 0:  # of a run that ended before its first checkpoint, perhaps another config's
+            (workdir / "best.npz").unlink(missing_ok=True)
+        best = Best(workdir / "best.npz")
         workdirs.write_json(workdir / "config.json", record)
         log = writers.JsonlWriter(workdir / "metrics.jsonl")
         log.truncate_after(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -14,6 +15,12 @@ from typing import Any
 from bilevel_flax import checkpoint, config_diff
 from bilevel_flax.config import ConfigError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoom(OSError):
+    """The disk is full; the message names the workdir and says what is kept."""
+
 
 @contextlib.contextmanager
 def opened(workdir: Path) -> Iterator[None]:
@@ -21,6 +28,7 @@ def opened(workdir: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: it cannot be made or written to, or another process trains in it.
+        NoRoom: a file could not be written inside the block because the disk is full.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +49,13 @@ def opened(workdir: Path) -> Iterator[None]:
                 "choose another folder"
             ) from error
         yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or isinstance(error, NoRoom):
+            raise
+        raise NoRoom(
+            f"--workdir={workdir}: {error.strerror}; what was saved is kept: make room, and the "
+            "same command goes on"
+        ) from error
     finally:
         os.close(descriptor)
 
