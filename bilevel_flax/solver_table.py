@@ -11,7 +11,7 @@ class Row(NamedTuple):
     Attributes:
         name: as in `bilevel_flax.NAME`.
         units: gradient units of one step (gradient, HVP and cross-JVP count 1 each).
-        memory: what it keeps beside z, v, x and the optimisers; p parameters, N and M minibatches.
+        memory: floats kept beside z, v, x and the optimisers.
         use: when to choose it.
     """
 
@@ -21,9 +21,28 @@ class Row(NamedTuple):
     use: str
 
 
+# p and d: entries of z and x; N and M: inner and outer minibatches; T inner and S adjoint steps.
 ROWS = (
-    Row("soba", "4", "nothing", "the default: any network, any data, augmentation, BatchNorm"),
-    Row("inner_only", "1", "nothing", "the baseline: plain training with x fixed"),
+    Row("soba", "4", "-", "the start: any network, BatchNorm, augmentation, streams"),
+    Row("saba", "4", "(2N+M)p + (N+M)d", "finite data, constant steps: converges where SOBA stalls"),
+    Row("srba", "8 + passes", "3p + 2d", "as saba, where its tables do not fit"),
+    Row("spaba", "8 + passes", "3p + 2d", "as srba, full passes at random steps"),
+    Row("masoba", "4", "d", "noisy outer gradients"),
+    Row("storm", "8", "4p + 2d", "variance reduction without a finite sum"),
+    Row("fsla", "6", "2p + 2d", "comparison"),
+    Row("amigo", "T+S+2", "-", "two loops, warm-started adjoint"),
+    Row("stocbio", "T+S+2", "-", "two loops, Neumann series"),
+    Row("bsa", "T+2+S/2", "-", "comparison: two loops, randomised Neumann series"),
+    Row("ttsa", "3+S/2", "-", "comparison: two time scales"),
+    Row("mrbo", "2(S+3)", "2p + 2d", "comparison: momentum on z and x"),
+    Row("sustain", "5+S", "2p + 2d", "comparison: as mrbo, randomised Neumann series"),
+    Row("vrbo", "2T(S+3) + passes", "2p + 2d", "comparison: full passes, inner loop on both"),
+    Row("f2sa", "3T+3", "p", "no second derivatives at all"),
+    Row("bsg", "T+S+2", "-", "comparison: per-sample Hessian inverses; see its bias"),
+    Row("bsgo", "T+S+2", "-", "comparison: as bsg, z from the full inner problem"),
+    Row("implicit", "T+S+2", "-", "small problems: conjugate gradients or Neumann"),
+    Row("unrolled", "3T+1", "T p", "few inner steps; backprop through them"),
+    Row("inner_only", "1", "-", "the baseline: plain training with x fixed"),
 )
 
 

@@ -6,6 +6,7 @@ from bilevel_flax.solvers.bsg import bsg, bsgo
 from bilevel_flax.solvers.f2sa import f2sa
 from bilevel_flax.solvers.fsla import fsla
 from bilevel_flax.solvers.implicit import implicit
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.solvers.masoba import masoba
 from bilevel_flax.solvers.mrbo import mrbo
 from bilevel_flax.solvers.saba import saba
@@ -29,6 +30,7 @@ __all__ = [
     "fsla",
     "grid_search",
     "implicit",
+    "inner_only",
     "masoba",
     "mrbo",
     "random_search",
