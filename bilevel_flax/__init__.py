@@ -4,7 +4,8 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import oracles, outer
+from bilevel_flax import adjoint, oracles, outer
+from bilevel_flax.auto import auto
 from bilevel_flax.base import (
     Aux,
     Batch,
@@ -58,7 +59,9 @@ __all__ = [
     "Table",
     "TrainState",
     "Variables",
+    "adjoint",
     "amigo",
+    "auto",
     "bsa",
     "bsg",
     "bsgo",

@@ -282,8 +282,8 @@ def single_loop(
             by_outer = scale_outer[batch.outer_id]
             shared = dataclasses.replace(shared, outer_loss=times(problem.outer_loss, by_outer))
 
-        def oracle(variables: Variables) -> oracles.Evaluation:
-            found = oracles.evaluate_all(shared, variables, batch, state.model_state, rngs)
+        def oracle(variables: Variables, evaluate=oracles.evaluate_all) -> oracles.Evaluation:
+            found = evaluate(shared, variables, batch, state.model_state, rngs)
             if found.inner_loss is not None:
                 found = found._replace(inner_loss=found.inner_loss / by_inner)
             if found.outer_loss is not None:
@@ -345,7 +345,9 @@ def single_loop(
             outer_loss=found.outer_loss,
             norms=norms,
             finite=finite,
-            adjoint_residual=residual(found.oracles),
+            adjoint_residual=(
+                residual(found.oracles) if found.residual is None else found.residual
+            ),
             oracle_units=jnp.float32(estimator.units),
             metrics=found.metrics,
         )

@@ -3,6 +3,7 @@
 from bilevel_flax.outer import sample_weights
 from bilevel_flax.outer.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.normalized import normalized_sgd
+from bilevel_flax.outer.robust import robust_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "lazy_adam",
     "lazy_sgd",
     "normalized_sgd",
+    "robust_sgd",
     "sample_weights",
     "sigmoid",
     "softmax",

@@ -1,0 +1,177 @@
+"""Cheaper steps: D_v and D_x on a part of the minibatch, or in every k-th step only.
+
+Every direction is linear in the losses, so a part of the minibatch gives an unbiased direction. One
+step costs
+
+    1 + 3 s / k      gradient units
+
+with s the share of the examples that D_v and D_x use and k the steps between two of their updates.
+z's gradient always uses the whole minibatch. The block of the minibatch is drawn anew in each
+update, so that every example's row of x is visited. In the steps between, v, x and the states of
+their optimisers stand still, bit for bit.
+
+Only for estimators without memory: SABA's and SRBA's variance reduction compares visits of one and
+the same minibatch, and a block drawn anew adds noise that it cannot remove.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import oracles, rows
+from bilevel_flax.base import Estimator
+from bilevel_flax.single_loop import (
+    RowTransformation,
+    frozen_unless,
+    muted_unless,
+    residual,
+)
+from bilevel_flax.solvers.soba import directions
+from bilevel_flax.solvers.soba import estimator as plain
+
+_STREAM = 7  # keeps the blocks apart from a run's other draws
+
+
+class ThriftyState(NamedTuple):
+    """Estimator state of `estimator`."""
+
+    count: jax.Array  # int32, steps taken
+    outer_loss: jax.Array  # float32, F when it was last evaluated
+    residual: jax.Array  # float32, the adjoint's when it was last evaluated
+
+
+class GatedState(NamedTuple):
+    """State of `gated`."""
+
+    count: jax.Array  # int32, steps seen
+    inner: Any
+
+
+def parts_of(fraction: float) -> int:
+    """The number of blocks, 1 / fraction.
+
+    Raises:
+        ValueError: `fraction` is not 1/m for an integer m >= 1.
+    """
+    parts = round(1 / fraction) if 0 < fraction <= 1 else 0
+    if not parts or abs(parts * fraction - 1) > 1e-6:
+        raise ValueError(f"fraction={fraction} must be 1/m for an integer m >= 1, e.g. 0.5 or 0.25")
+    return parts
+
+
+def _checked(every: int) -> int:
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r} must be an integer >= 1")
+    return every
+
+
+def units(fraction: float = 1.0, every: int = 1) -> float:
+    """Gradient units of a step, on average: 1 + 3·fraction / every."""
+    return 1.0 + 3.0 / parts_of(fraction) / _checked(every)
+
+
+def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
+    """SOBA's directions, D_v and D_x on a share of the minibatch in every k-th step.
+
+    Args:
+        fraction: s = 1/m; the minibatches' leading lengths must be divisible by m.
+        every: k >= 1. Between two updates D_v and D_x are 0.
+
+    Raises:
+        ValueError: `fraction` or `every` is out of range; at trace time a minibatch that m does
+            not divide.
+    """
+    parts, every = parts_of(fraction), _checked(every)
+    if parts == every == 1:
+        return plain()
+
+    def init(variables):
+        del variables
+        return ThriftyState(jnp.int32(0), jnp.float32(jnp.nan), jnp.float32(1.0))
+
+    def update(oracle, variables, batch, state):
+        del batch
+        key = jax.random.fold_in(jax.random.PRNGKey(_STREAM), state.count)
+        block = jax.random.randint(key, (), 0, parts)
+
+        def active():
+            if parts == 1:
+                found = oracle(variables)
+            else:
+
+                def on_block(*args):
+                    return oracles.evaluate_block(*args, block=block, parts=parts)
+
+                found = oracle(variables, on_block)
+            now = residual(found.oracles).astype(jnp.float32)
+            # A block of padding alone has no ∇₁F to compare with.
+            now = jnp.where(jnp.isfinite(now), now, state.residual)
+            return found._replace(outer_loss=found.outer_loss.astype(jnp.float32), residual=now)
+
+        def idle():
+            def alone(*args):
+                return oracles.evaluate_inner(*args, jax.eval_shape(active))
+
+            return oracle(variables, alone)._replace(
+                outer_loss=state.outer_loss, residual=state.residual
+            )
+
+        if every == 1:
+            found = active()
+        else:
+            found = jax.lax.cond(state.count % every == 0, active, idle)
+        memory = ThriftyState(state.count + 1, found.outer_loss, found.residual)
+        return directions(found.oracles), memory, found
+
+    return Estimator(init=init, update=update, units=units(fraction, every))
+
+
+def _clocks(own: Any, inner: Any) -> Any:
+    """`own` with the integer leaves of z's optimiser state: one schedule for both."""
+    if jax.tree.structure(own) != jax.tree.structure(inner):
+        return own
+    return jax.tree.map(lambda a, b: a if oracles.is_inexact(a) else b, own, inner)
+
+
+def gated(
+    transform: optax.GradientTransformation, every: int, *, like_inner: bool = False
+) -> optax.GradientTransformation:
+    """Updates in every k-th step; in the others nothing moves, its state included.
+
+    Args:
+        transform: of v or x.
+        every: k >= 1; 1 gives back the transformation itself.
+        like_inner: the transformation is a copy of z's: its step count, and so its schedule,
+            follows z's.
+    """
+    if _checked(every) == 1:
+        return transform
+    step = optax.with_extra_args_support(transform)
+
+    def init(params):
+        return GatedState(jnp.int32(0), step.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        now = state.count % every == 0
+        before = state.inner
+        if like_inner:
+            before = _clocks(before, extra_args["inner_opt_state"])
+        moved, after = step.update(muted_unless(now, updates), before, params, **extra_args)
+        kept = muted_unless(now, moved)
+        kept = jax.tree.map(
+            lambda node: node if rows.is_rows(node) else jnp.where(now, node, jnp.zeros_like(node)),
+            kept,
+            is_leaf=rows.is_rows,
+        )
+        return kept, GatedState(state.count + 1, frozen_unless(now, after, state.inner))
+
+    kind = (
+        RowTransformation
+        if isinstance(transform, RowTransformation)
+        else optax.GradientTransformationExtraArgs
+    )
+    return kind(init, update)

@@ -1,0 +1,405 @@
+"""bf.auto: v's system, unbiased cheap steps, the scale-free step of x."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel_flax as bf
+from bilevel_flax import oracles, rows, thrifty
+from bilevel_flax.outer import robust_sgd
+
+A = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.6]])
+B = np.array([[1.0, 0.3], [-0.4, 0.8], [0.2, -1.0]])
+X = np.array([0.7, -1.2])
+TARGET = np.array([1.0, -2.0, 0.5])
+OPTIMISERS = {
+    "sgd": lambda lr: optax.sgd(lr),
+    "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
+    "adam": lambda lr: optax.adam(lr),
+    "rmsprop": lambda lr: optax.rmsprop(lr),
+    "clipped": lambda lr: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr)),
+}
+
+
+def quadratic():
+    """G = ½zᵀAz - zᵀBx, F = ½‖z - target‖²: v* = -A⁻¹(z* - target), ∇h = -Bᵀv*."""
+    return bf.Problem(
+        inner_loss=lambda z, x, batch: 0.5 * z @ A @ z - z @ (B @ x),
+        outer_loss=lambda z, x, batch: 0.5 * jnp.sum((z - TARGET) ** 2),
+    )
+
+
+def solved(damping=0.0):
+    z = np.linalg.solve(A, B @ X)
+    return z, np.linalg.solve(A + damping * np.eye(3), TARGET - z)
+
+
+def run(solver, steps, z=None):
+    state = solver.init(jnp.zeros(3) if z is None else jnp.asarray(z, jnp.float32), jnp.asarray(X))
+
+    def body(state, _):
+        return solver.update(state, bf.Batch(jnp.zeros(1), jnp.zeros(1)))
+
+    return jax.jit(lambda state: jax.lax.scan(body, state, None, length=steps))(state)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("way", ["own", "derivative"])
+def test_fixed_point_is_v_star_whatever_the_preconditioner(name, way):
+    inner = OPTIMISERS[name](optax.cosine_decay_schedule(0.03, 4000))
+    adjoint = None if way == "own" else bf.adjoint.like_inner(inner)
+    solver = bf.auto(quadratic(), inner=inner, steps=4000, dense_learning_rate=0.0, adjoint=adjoint)
+    state, _ = run(solver, 4000)
+    z, v = solved()
+    np.testing.assert_allclose(state.inner_params, z, atol=2e-3)
+    np.testing.assert_allclose(state.adjoint, v, atol=5e-3)
+
+
+def test_derivative_of_adamw_solves_the_system_with_decay_over_the_preconditioner():
+    decay, gradient = 0.2, jnp.array([0.3, -2.0, 1.0])
+    inner = optax.adamw(optax.cosine_decay_schedule(0.03, 6000), weight_decay=decay)
+    adjoint = bf.adjoint.like_inner(inner)
+    z, g = jnp.ones(3), jnp.asarray(TARGET, jnp.float32)
+
+    def body(carry, _):
+        v, opt_state, adjoint_state = carry
+        d_v = jnp.asarray(A, jnp.float32) @ v + g
+        step, adjoint_state = adjoint.update(
+            d_v,
+            adjoint_state,
+            v,
+            inner_direction=gradient,
+            inner_opt_state=opt_state,
+            inner_params=z,
+        )
+        _, opt_state = inner.update(gradient, opt_state, z)
+        return (v + step, opt_state, adjoint_state), None
+
+    start = (jnp.zeros(3), inner.init(z), adjoint.init(z))
+    (v, _, _), _ = jax.jit(lambda s: jax.lax.scan(body, s, None, length=6000))(start)
+    system = A + decay * np.diag(np.abs(gradient))  # a constant gradient: P⁻¹ = |gradient|
+    np.testing.assert_allclose(v, np.linalg.solve(system, -TARGET), rtol=2e-3, atol=2e-3)
+    without = np.linalg.solve(A, -TARGET)
+    assert np.abs(v - without).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_derivative_of_sgd_is_a_copy_of_it(name):
+    inner = OPTIMISERS[name](0.1)
+    make = {"own": None, "derivative": bf.adjoint.like_inner(inner)}
+    states = [
+        run(bf.auto(quadratic(), inner=inner, steps=50, adjoint=a), 50)[0] for a in make.values()
+    ]
+    np.testing.assert_allclose(states[0].adjoint, states[1].adjoint, rtol=1e-5)
+    np.testing.assert_allclose(states[0].outer_params, states[1].outer_params, rtol=1e-5)
+
+
+def test_preconditioner_stays_finite_where_z_has_no_gradient():
+    inner = optax.adam(0.01)
+    adjoint = bf.adjoint.like_inner(inner)
+    z = jnp.zeros(2)
+    step, _ = adjoint.update(
+        jnp.array([5.0, 5.0]),
+        adjoint.init(z),
+        z,
+        inner_direction=jnp.array([0.0, 1.0]),
+        inner_opt_state=inner.init(z),
+        inner_params=z,
+    )
+    assert np.abs(step).max() < 1.0
+
+
+def test_derivative_names_what_it_lacks():
+    adjoint = bf.adjoint.like_inner(optax.sgd(0.1))
+    with pytest.raises(TypeError, match="inner_direction"):
+        adjoint.update(jnp.ones(2), adjoint.init(jnp.ones(2)), jnp.ones(2))
+
+
+def test_hypergradient_error_vanishes_with_the_damping():
+    z, v = solved()
+    exact = -B.T @ v
+    errors = []
+    for damping in (0.3, 0.03, 0.003, 0.0):
+        solver = bf.auto(
+            quadratic(), inner=optax.sgd(0.5), steps=10**6, dense_learning_rate=0.0, damping=damping
+        )
+        state, _ = run(solver, 400, z)
+        np.testing.assert_allclose(state.adjoint, solved(damping)[1], atol=1e-4)
+        batch = bf.Batch(jnp.zeros(1), jnp.zeros(1))
+        found = oracles.evaluate(quadratic(), state.variables, batch)
+        errors.append(np.linalg.norm(found.cross_jvp - exact) / np.linalg.norm(exact))
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] > 0
+    assert errors[3] < 1e-5
+
+
+def cleaning(n=24, batch=8, ragged=False, seed=0):
+    """Weighted logistic regression, a third of the labels flipped, in minibatches of `batch`."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=3)
+    features = rng.normal(size=(n, 3)).astype(np.float32)
+    labels = np.sign(features @ truth).astype(np.float32)
+    wrong = rng.random(n) < 1 / 3
+    labels = np.where(wrong, -labels, labels)
+
+    def inner_loss(z, x, batch):
+        losses = jax.nn.sigmoid(x) * jax.nn.softplus(-batch["b"] * (batch["a"] @ z))
+        return bf.masked_mean(losses, batch.get("mask")) + 0.05 * z @ z
+
+    def outer_loss(z, x, batch):
+        return bf.masked_mean(jax.nn.softplus(-batch["b"] * (batch["a"] @ z)), batch.get("mask"))
+
+    problem = bf.Problem(inner_loss, outer_loss, per_sample=True)
+    data = {"a": features, "b": labels, "index": np.arange(n, dtype=np.int32)}
+    if ragged:
+        data["mask"] = (np.arange(n) % batch < batch - 3).astype(np.float32)
+    inner = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf.reshape(n // batch, batch, *leaf.shape[1:])), data
+    )
+    held = rng.normal(size=(n, 3)).astype(np.float32)
+    outer = {"a": held, "b": np.sign(held @ truth).astype(np.float32)}
+    if ragged:
+        outer["mask"] = (np.arange(n) % batch < batch - 1).astype(np.float32)
+    outer = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf.reshape(n // batch, batch, *leaf.shape[1:])), outer
+    )
+    return problem, inner, outer, wrong
+
+
+def minibatch(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_blocks_average_to_the_whole_minibatch(parts, ragged):
+    problem, inner, outer, _ = cleaning(ragged=ragged)
+    rng = np.random.default_rng(1)
+    point = bf.Variables(*(jnp.asarray(rng.normal(size=k), jnp.float32) for k in (3, 3, 24)))
+    batch = bf.Batch(minibatch(inner, 1), minibatch(outer, 2))
+
+    def dense(found):
+        return found._replace(cross_jvp=rows.densify(found.cross_jvp, point.outer))
+
+    whole = dense(oracles.evaluate_all(problem, point, batch).oracles)
+    found = [
+        dense(
+            oracles.evaluate_block(problem, point, batch, block=jnp.int32(b), parts=parts).oracles
+        )
+        for b in range(parts)
+    ]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / parts, *found)
+    for name in ("inner_grad", "hvp", "cross_jvp", "outer_grad_inner"):
+        np.testing.assert_allclose(
+            getattr(mean, name), getattr(whole, name), rtol=2e-4, atol=2e-5, err_msg=name
+        )
+    assert not np.allclose(found[0].hvp, whole.hvp, rtol=1e-3)  # a block alone is another number
+
+
+def test_every_block_is_drawn_about_equally_often():
+    problem, inner, outer, _ = cleaning()
+    point = bf.Variables(jnp.ones(3), jnp.ones(3), jnp.zeros(24))
+    batch = bf.Batch(minibatch(inner, 0), minibatch(outer, 0))
+    estimator = thrifty.estimator(0.25)
+
+    @jax.jit
+    def step(memory, _):
+        def oracle(variables, evaluate=oracles.evaluate_all):
+            return evaluate(problem, variables, batch, None, (None, None))
+
+        directions, memory, _ = estimator.update(oracle, point, batch, memory)
+        return memory, directions.outer.index[0]
+
+    _, first = jax.lax.scan(step, estimator.init(point), None, length=2000)
+    blocks, counts = np.unique(np.asarray(first), return_counts=True)
+    assert blocks.tolist() == [0, 2, 4, 6]
+    assert (np.abs(counts / 2000 - 0.25) < 0.04).all()
+
+
+def test_directions_of_every_kth_step_are_unbiased():
+    problem, inner, outer, _ = cleaning()
+    rng = np.random.default_rng(2)
+    point = bf.Variables(*(jnp.asarray(rng.normal(size=k), jnp.float32) for k in (3, 3, 24)))
+    estimator = thrifty.estimator(every=3)
+    memory = estimator.init(point)._replace(count=jnp.int32(6))
+
+    def directions(batch):
+        def oracle(variables, evaluate=oracles.evaluate_all):
+            return evaluate(problem, variables, batch, None, (None, None))
+
+        found, _, _ = estimator.update(oracle, point, batch, memory)
+        return found._replace(outer=rows.densify(found.outer, point.outer))
+
+    pairs = [bf.Batch(minibatch(inner, i), minibatch(outer, j)) for i in range(3) for j in range(3)]
+    mean = jax.tree.map(lambda *d: sum(d) / 9, *map(directions, pairs))
+
+    flat = [
+        jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), side)
+        for side in (inner, outer)
+    ]
+    whole = oracles.evaluate_all(problem, point, bf.Batch(*flat)).oracles
+    np.testing.assert_allclose(mean.inner, whole.inner_grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        mean.adjoint, whole.hvp + whole.outer_grad_inner, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        mean.outer, rows.densify(whole.cross_jvp, point.outer), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("outer", ["default", "lazy_adam", "dense"])
+def test_between_updates_v_x_and_their_optimisers_stand_still(outer):
+    problem, inner, held, _ = cleaning()
+    chosen = {
+        "default": None,
+        "lazy_adam": bf.outer.lazy_adam(0.1),
+        "dense": optax.adam(0.1),
+    }[outer]
+    optimiser = optax.adam(optax.linear_schedule(0.1, 0.0, 12))
+    solver = bf.auto(problem, inner=optimiser, steps=12, every=3, outer=chosen)
+    assert solver.units == 2.0
+    state = solver.init(jnp.zeros(3), jnp.zeros(24))
+    update = jax.jit(solver.update)
+    moved = []
+    for t in range(9):
+        batch = bf.Batch(minibatch(inner, t % 3), minibatch(held, t % 3))
+        before, (state, info) = state, update(state, batch)
+        kept = (before.adjoint, before.adjoint_opt_state.inner, before.outer_opt_state.inner)
+        now = (state.adjoint, state.adjoint_opt_state.inner, state.outer_opt_state.inner)
+        same = [
+            bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (kept, now)), strict=True)
+        ]
+        moved.append(not all(same))
+        if t:  # v starts at 0, and with it D_x
+            assert bool((before.outer_params == state.outer_params).all()) == (t % 3 != 0)
+        assert not (before.inner_params == state.inner_params).all()
+        assert np.isfinite(info.outer_loss) and np.isfinite(info.adjoint_residual)
+    assert moved == [t % 3 == 0 for t in range(9)]
+    counts = optax.tree.get_all_with_path(state.adjoint_opt_state.inner, "count")
+    assert {int(value) for _, value in counts} == {7}  # z's clock at step 6, not 3 steps of its own
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_the_outer_loss_does_not_matter(scale):
+    problem, inner, outer, _ = cleaning()
+    found = []
+    for factor in (1.0, scale):
+        scaled = bf.Problem(
+            problem.inner_loss,
+            lambda z, x, batch, c=factor: c * problem.outer_loss(z, x, batch),
+            per_sample=True,
+        )
+        solver = bf.auto(scaled, inner=optax.sgd(0.05), steps=100)
+        state = solver.init(jnp.zeros(3), jnp.zeros(24))
+        update = jax.jit(solver.update)
+        for t in range(3):
+            batch = bf.Batch(minibatch(inner, t % 3), minibatch(outer, t % 3))
+            state, _ = update(state, batch)
+        found.append(np.asarray(state.outer_params))
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"every": 2}, {"warmup": 0.2}])
+@pytest.mark.parametrize("inner", [optax.sgd(0.05), optax.adamw(0.03)], ids=["sgd", "adamw"])
+def test_finds_wrong_labels_with_nothing_tuned(inner, options):
+    problem, parts, held, wrong = cleaning(n=96, batch=8, seed=3)
+    steps = 600
+    solver = bf.auto(problem, inner=inner, steps=steps, **options)
+    state = solver.init(jnp.zeros(3), jnp.zeros(96))
+    order = np.random.default_rng(0)
+    picks = jnp.asarray(
+        np.stack([order.permutation(12) for _ in range(steps // 12 + 1)]).ravel()[:steps]
+    )
+
+    def body(state, i):
+        return solver.update(state, bf.Batch(minibatch(parts, i), minibatch(held, i)))
+
+    state, info = jax.jit(lambda s: jax.lax.scan(body, s, picks))(state)
+    x = np.asarray(state.outer_params)
+    assert bool(info.finite.adjoint.all())
+    auc = (x[~wrong][:, None] > x[wrong]).mean()
+    assert auc > 0.85  # examples near the boundary cannot be told
+
+
+def test_x_stands_still_in_warm_up():
+    problem, inner, outer, _ = cleaning()
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, warmup=0.3)
+    state = solver.init(jnp.zeros(3), jnp.zeros(24))
+    for t in range(4):
+        assert (state.outer_params == 0).all()
+        state, _ = solver.update(state, bf.Batch(minibatch(inner, t % 3), minibatch(outer, t % 3)))
+    assert (state.outer_params != 0).any()
+
+
+def test_v_is_kept_within_its_bound():
+    transform = bf.adjoint.bounded(optax.sgd(1.0), 10.0)
+    v, z = jnp.array([3.0, 4.0]), jnp.zeros(2)
+    near, _ = transform.update(-jnp.ones(2), transform.init(v), v, inner_params=z)
+    np.testing.assert_allclose(near, jnp.ones(2))
+    far, _ = transform.update(-1e3 * v, transform.init(v), v, inner_params=z)
+    np.testing.assert_allclose(v + far, jnp.array([6.0, 8.0]), rtol=1e-5)
+
+
+def test_robust_step_ignores_outliers_and_padding():
+    outer = robust_sgd(0.5, dense_learning_rate=0.1)
+    x = {"w": jnp.zeros(10), "c": jnp.zeros(2)}
+    state = outer.init({"w": bf.Table(x["w"]), "c": x["c"]})
+    values = jnp.array([1.0, -1.0, 1e6, 1e30])
+    direction = {"w": bf.Rows(jnp.array([3, 5, 7, 10]), values), "c": jnp.array([2.0, -2.0])}
+    update, _ = outer.update(direction, state, x)
+    assert update["w"].index.tolist() == [3, 5, 7, 10]
+    np.testing.assert_allclose(update["w"].values[2], -0.5)  # the clip, not the padded row's 1e30
+    assert abs(float(update["w"].values[0])) < 1e-5
+    np.testing.assert_allclose(update["c"], jnp.array([-0.1, 0.1]), rtol=1e-6)
+
+
+def test_no_direction_no_move():
+    outer = robust_sgd(0.5)
+    update, _ = outer.update(jnp.zeros(3), outer.init(jnp.zeros(3)), jnp.zeros(3))
+    assert (update == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"warmup": 1.0}, "warmup=1.0"),
+        ({"fraction": 0.3}, "fraction=0.3"),
+        ({"every": 0}, "every=0"),
+        ({"damping": -1.0}, "damping=-1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        bf.auto(quadratic(), **({"inner": optax.sgd(0.1), "steps": 10} | options))
+
+
+@pytest.mark.parametrize("cheap", [{"fraction": 0.5}, {"every": 2}])
+def test_estimators_with_memory_refuse_cheap_steps(cheap):
+    from bilevel_flax.solvers.masoba import estimator
+
+    with pytest.raises(ValueError, match="memory"):
+        bf.auto(
+            quadratic(),
+            inner=optax.sgd(0.1),
+            steps=10,
+            estimator=estimator(quadratic(), 0.1),
+            **cheap,
+        )
+
+
+def test_a_minibatch_that_cannot_be_cut_is_named():
+    problem, inner, outer, _ = cleaning()
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, fraction=1 / 3)
+    state = solver.init(jnp.zeros(3), jnp.zeros(24))
+    with pytest.raises(ValueError, match="1/3"):
+        solver.update(state, bf.Batch(minibatch(inner, 0), minibatch(outer, 0)))
+
+
+def test_the_cost_is_the_configured_one():
+    assert bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10).units == 4
+    solver = bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10, fraction=0.25, every=3)
+    assert solver.units == 1.25
