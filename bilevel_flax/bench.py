@@ -245,9 +245,9 @@ def _rows(
         found = nothing if status == DIVERGED else bench_task.measure(state)
         if not all(map(math.isfinite, found)):
             status, found = DIVERGED, nothing
-        value, gap, selection = map(float, found)
-        times = (loop.seconds, loop.cpu_seconds)
-        return Row(bench_task.name, *key, step, *times, units, value, gap, selection, status)
+        value, gap, validation = map(float, found)
+        spent = (loop.seconds, loop.cpu_seconds, units)
+        return Row(bench_task.name, *key, step, *spent, value, gap, validation, status)
 
     yield row()
     times = iter(np.geomspace(seconds * _FIRST_EVALUATION, seconds, _EVALUATIONS)[:-1])

@@ -13,6 +13,7 @@ from bilevel_flax.config import ConfigError
 from examples.hyperparameter_selection import exact, features, optimizers, task
 
 START = -3.0
+STARTS = (-12.0, -8.0, -5.0)  # of the search for h*
 BATCH_SIZE = 64
 # ρ = 8 in the grid is about half the inverse of the loss's curvature on ijcnn1; the other tables
 # have larger curvatures.
@@ -43,6 +44,11 @@ _NOTE = (
 )
 
 
+def bounds(name: str) -> tuple[float, float]:
+    """The box for x on a table."""
+    return exact.SEPARABLE_BOUNDS if name == "breast_cancer" else exact.BOUNDS
+
+
 def optimum(name: str, context: Context, reference: exact.Exact, length: int) -> float:
     """h*, computed once and kept in the bench's folder."""
     path = context.out / f"optimum_{name}.json"
@@ -54,8 +60,8 @@ def optimum(name: str, context: Context, reference: exact.Exact, length: int) ->
         raise ConfigError(f"{path} holds no optimum: remove it, it is computed again")
     context.say(f"{name}: computing h* in float64 (once; kept in {path})")
     # Small tables have many local minima and cost nothing; the large ones were found to have few.
-    starts = {"breast_cancer": tuple(range(-12, 0)), "covtype": (-10.0,)}.get(name)
-    best = reference.optimum(length, *([] if starts is None else [starts]))
+    starts = {"breast_cancer": tuple(range(-8, 0)), "covtype": (-10.0,)}.get(name, STARTS)
+    best = reference.optimum(length, starts, bounds(name))
     content = {"value": best.value, "from_each_start": best.from_each_start, "x": best.x.tolist()}
     context.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -69,7 +75,7 @@ def make_optimizers(name: str, setting: Setting) -> Optimizers:
     inner = optimizers.penalty_aware_sgd(
         optimizers.decaying(rho, patience, setting.inner_decay) if setting.inner_decay else rho
     )
-    low, high = exact.BOUNDS
+    low, high = bounds(name)
     if setting.explicit_adjoint:
         # Their series has a scalar step η and diverges where η e^x > 2.
         high = min(high, math.log(1 / rho))
@@ -91,6 +97,7 @@ def make(name: str, context: Context) -> BenchTask:
             "seed": context.seed,
             "batch_size": BATCH_SIZE,
             "start": START,
+            "bounds": bounds(name),
             "optimum": False,
         }
     )

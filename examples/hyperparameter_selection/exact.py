@@ -16,6 +16,8 @@ from scipy import linalg, optimize, special
 
 # The box in which the published optimum of ijcnn1 was found: h is flat far out in either direction.
 BOUNDS = (-25.0, 12.0)
+# Without a penalty a linear classifier separates breast_cancer's examples, and has no minimiser.
+SEPARABLE_BOUNDS = (-8.0, 12.0)
 _MAX_NEWTON_STEPS = 200
 
 
@@ -142,20 +144,26 @@ class Exact:
         v = -_solve(self._loss(z, self._train)[2], penalty, gradient)
         return float(value), np.bincount(self._group, penalty * z * v, minlength=len(x))
 
-    def optimum(self, num_penalties: int, starts: Sequence[float] = (-12.0, -8.0, -5.0)) -> Optimum:
+    def optimum(
+        self,
+        num_penalties: int,
+        starts: Sequence[float] = (-12.0, -8.0, -5.0),
+        bounds: tuple[float, float] = BOUNDS,
+    ) -> Optimum:
         """The lowest h in the box, by L-BFGS from several constant x: h is not convex.
 
         Args:
             num_penalties: the length of x.
-            starts: the constants.
+            starts: the constants; one outside the box starts at its edge.
+            bounds: the box, for every coordinate of x.
         """
         found = [
             optimize.minimize(
                 self.value_and_grad,
-                np.full(num_penalties, start),
+                np.full(num_penalties, np.clip(start, *bounds)),
                 jac=True,
                 method="L-BFGS-B",
-                bounds=[BOUNDS] * num_penalties,
+                bounds=[bounds] * num_penalties,
                 options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10},
             )
             for start in starts

@@ -15,20 +15,26 @@ class CountState(NamedTuple):
     count: jax.Array  # int32 scalar
 
 
-def penalty_aware_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def penalty_aware_sgd(
+    learning_rate: optax.ScalarOrSchedule, *, margin: float = 3.0
+) -> optax.GradientTransformation:
     """SGD on z (or v) with the penalty's curvature e^x divided out.
 
-        z_k -= g_k / (1/ρ + e^{x_k})
+        z_k -= g_k / (1/ρ + m e^{x_k})
 
     Where a penalty is small this is SGD with step ρ. Where it grows beyond 1/ρ, plain SGD has
-    ρ e^x > 2 and diverges; here the step shrinks to the penalty's own Newton step.
+    ρ e^x > 2 and diverges; here the step shrinks to 1/m of the penalty's own Newton step.
 
     Args:
         learning_rate: ρ, or a schedule of the step count.
+        margin: m >= 1. SAGA is stable for steps up to 1/(3L): with m = 1 SABA diverges.
 
     Returns:
         A transformation that takes the extra argument `outer_params`, x, whose shape broadcasts
         against z's. The solvers hand it to the inner and the adjoint optimiser.
+
+    Raises:
+        ValueError: `margin` is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,8 +42,10 @@ def penalty_aware_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
         >>> z, x = jnp.ones(2), jnp.array([-20.0, 20.0])
         >>> step, _ = inner.update(jnp.exp(x) * z, inner.init(z), z, outer_params=x)
         >>> [round(float(value), 3) for value in step]
-        [-0.0, -1.0]
+        [-0.0, -0.333]
     """
+    if not margin >= 1:
+        raise ValueError(f"margin={margin} must be at least 1")
 
     def init(params):
         del params
@@ -54,7 +62,7 @@ def penalty_aware_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
 
         def step(direction):
             penalty = jnp.broadcast_to(jnp.exp(outer_params), direction.shape)
-            return (-direction / (1 / jnp.asarray(rate) + penalty)).astype(direction.dtype)
+            return (-direction / (1 / jnp.asarray(rate) + margin * penalty)).astype(direction.dtype)
 
         steps = jax.tree.map(step, updates)
         return steps, CountState(jnp.asarray(optax.safe_increment(state.count)))

@@ -81,7 +81,8 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
 
     Args:
         config: keys `data.name`, `data.manual_dir`, `data.seed`, `batch_size`, `start` (the
-            constant that x starts from), `seed` and `optimum` (whether `finish` computes it).
+            constant that x starts from), `bounds` (the box for x), `seed` and `optimum` (whether
+            `finish` computes it).
         table: the data; None: what `config.data` names.
 
     Raises:
@@ -113,7 +114,7 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
         results: dict[str, Any] = {**evaluate(state), "penalties": np.exp(x).tolist()}
         if config.optimum:
             say("computing the optimum in float64 (--config.optimum=False leaves it out)")
-            best = reference.optimum(length)
+            best = reference.optimum(length, bounds=tuple(config.bounds))
             results |= {"optimum": best.value, "gap": results["validation_loss"] - best.value}
         return results
 

@@ -105,6 +105,11 @@ def test_a_small_penalty_leaves_plain_sgd():
     np.testing.assert_allclose(step, -0.5 * gradient, rtol=1e-6)
 
 
+def test_a_margin_below_newtons_step_is_refused():
+    with pytest.raises(ValueError, match="margin=0.5"):
+        optimizers.penalty_aware_sgd(1.0, margin=0.5)
+
+
 def test_penalty_aware_sgd_says_what_it_lacks():
     inner = optimizers.penalty_aware_sgd(0.5)
     with pytest.raises(ValueError, match="needs outer_params"):
@@ -164,6 +169,8 @@ def test_mistakes_end_in_one_line(override, expected, tmp_path, capsys):
 def test_an_unknown_solver_names_the_nearest():
     with pytest.raises(config.ConfigError, match='did you mean "saba"'):
         config.load(f"{CONFIG}:sabba")
+    with pytest.raises(config.ConfigError, match='did you mean "ijcnn1"'):
+        config.load(f"{CONFIG}:saba,ijcn1")
 
 
 def test_damaged_files_are_named(tmp_path):
