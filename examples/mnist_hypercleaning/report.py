@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from sklearn.metrics import auc, roc_curve
 
 from bilevel_flax.curves import COLOURS, PERCENT, new_figure
 from bilevel_flax.report import Section, figure_section, gallery_section
+from examples.mnist_hypercleaning import ranking
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]
 
@@ -191,8 +191,8 @@ def _roc(learned: Mapping[str, np.ndarray]) -> list[Section]:
     wrong = learned["is_wrong"].astype(bool)
     if wrong.all() or not wrong.any():
         return []
-    false_alarms, found, _ = roc_curve(wrong, -learned["weights"])
-    area = float(auc(false_alarms, found))
+    false_alarms, found = ranking.roc_curve(learned["weights"], wrong)
+    area = ranking.wrong_label_auc(learned["weights"], wrong)
     figure = _roc_figure(false_alarms, found, area)
     caption = (
         f"Examples are called suspicious from the lowest weight upwards; the area under the "

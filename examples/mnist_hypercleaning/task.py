@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.metrics import roc_auc_score
 
 import bilevel_flax as bf
 from bilevel_flax import data
@@ -33,6 +32,7 @@ from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.task import Start, Task
 from examples.mnist_hypercleaning import baselines, report
 from examples.mnist_hypercleaning.model import error, make_model
+from examples.mnist_hypercleaning.ranking import wrong_label_auc
 
 # The published sizes; `mnist5k` has its own.
 SPLITS = (20_000, 5_000, 10_000)
@@ -154,13 +154,6 @@ def make_problem(
         lambda z, x, batch: outer_loss(z, x, batch, {}, None)[0],
         per_sample=weights.per_sample,
     )
-
-
-def wrong_label_auc(weights: np.ndarray, is_wrong: np.ndarray) -> float:
-    """Area under the ROC curve of -weight for "is wrong"; NaN unless there are both kinds."""
-    if is_wrong.all() or not is_wrong.any():
-        return float("nan")
-    return float(roc_auc_score(is_wrong, -weights))
 
 
 def make_task(config: Any) -> Task:
