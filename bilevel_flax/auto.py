@@ -92,15 +92,16 @@ def auto(
         ValueError: an argument out of range; `estimator` together with `fraction` or `every`.
 
     Example:
-        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
         >>> problem = bf.Problem(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> solver = bf.auto(problem, inner=optax.adam(0.1), steps=1000)
         >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
+        >>> update = jax.jit(solver.update)
         >>> for _ in range(1000):
-        ...     state, info = solver.update(state, bf.Batch(jnp.ones(3), jnp.full(3, 2.0)))
+        ...     state, info = update(state, bf.Batch(jnp.ones(3), jnp.full(3, 2.0)))
         >>> [round(float(value), 1) for value in state.outer_params]
         [2.0, 2.0, 2.0]
 

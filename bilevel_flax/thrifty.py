@@ -16,6 +16,7 @@ the same minibatch, and a block drawn anew adds noise that it cannot remove.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -102,10 +103,7 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
             if parts == 1:
                 found = oracle(variables)
             else:
-
-                def on_block(*args):
-                    return oracles.evaluate_block(*args, block=block, parts=parts)
-
+                on_block = functools.partial(oracles.evaluate_block, block=block, parts=parts)
                 found = oracle(variables, on_block)
             now = residual(found.oracles).astype(jnp.float32)
             # A block of padding alone has no ∇₁F to compare with.
@@ -113,9 +111,7 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
             return found._replace(outer_loss=found.outer_loss.astype(jnp.float32), residual=now)
 
         def idle():
-            def alone(*args):
-                return oracles.evaluate_inner(*args, jax.eval_shape(active))
-
+            alone = functools.partial(oracles.evaluate_inner, like=jax.eval_shape(active))
             return oracle(variables, alone)._replace(
                 outer_loss=state.outer_loss, residual=state.residual
             )

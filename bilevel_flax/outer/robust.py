@@ -92,7 +92,7 @@ def robust_sgd(
             return move(node, size, dense)
 
         def move(values, size, rate):
-            rate = rate(state.count) if callable(rate) else rate
+            rate = jnp.asarray(rate(state.count) if callable(rate) else rate)
             unit = size / correction
             # 0 / 0 where a direction was zero ever since: no move.
             relative = values.astype(jnp.float32) / jnp.where(unit > 0, unit, 1.0)
