@@ -12,11 +12,14 @@ from bilevel_flax.signals import SignalGuard
 
 @pytest.fixture(autouse=True)
 def handlers_as_before() -> Iterator[None]:
+    # A job started in the background ignores Ctrl-C; these tests are about one that does not.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     after = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.signal(signal.SIGINT, inherited)
     assert after == before
 
 
