@@ -2,6 +2,8 @@
 
     bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/clean
 
+`:soba`, `:saba`, `:srba` ... are the papers' methods with SGD on z, for the linear model; `:auto` is
+`bf.auto` with AdamW, for `--config.model=mlp` and `cnn` (docs/auto.md says what it reaches).
 Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Full MNIST
 (`--config.data.name=mnist --config.data.manual_dir=DIR`): see benchmarks/README.md.
 """
@@ -20,6 +22,7 @@ SOLVERS = {
     "masoba": {},
     "storm": {},
     "fsla": {},
+    "auto": {},
 }
 
 
@@ -54,6 +57,11 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
     config.report = "examples.mnist_hypercleaning.report:sections"
+    if solver == "auto":
+        inner = {"call": "optax:adamw", "learning_rate": decaying(1e-3, config)}
+        steps = config.get_oneway_ref("steps")
+        config.solver = {"call": "bilevel_flax:auto", "steps": steps, "inner": inner}
+        return config
     config.solver = {
         "call": f"bilevel_flax:{solver}",
         "inner": {"call": "optax:sgd", "learning_rate": decaying(0.01, config)},
