@@ -41,17 +41,22 @@ def start(workdir: str, overrides: list[str], log: Path) -> int:
         os._exit(code)
 
 
+def signal_at(process: int, sent: signal.Signals, step: int, delay: float, workdir: Path) -> None:
+    """Sends the signal, unless the process ends before its moment comes."""
+    awaited = max(step, newest(workdir) + 1) if step >= 0 else -1
+    while newest(workdir) < awaited:
+        time.sleep(0.002)
+        # Leaves its exit code to be asked for again.
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+    time.sleep(delay)
+    os.kill(process, sent)
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
-        folder, name, step, delay = line.split()
-        awaited = max(int(step), newest(Path(folder)) + 1) if int(step) >= 0 else -1
-        process = start(folder, sys.argv[1:], Path(folder + ".log"))
+        folder, name, after, wait = line.split()
+        pid = start(folder, sys.argv[1:], Path(folder + ".log"))
         if name != "-":
-            while newest(Path(folder)) < awaited:
-                time.sleep(0.002)
-                if os.waitpid(process, os.WNOHANG)[0]:
-                    sys.exit(f"{folder} ended before step {step}")
-            time.sleep(float(delay))
-            os.kill(process, getattr(signal, name))
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+            signal_at(pid, signal.Signals[name], int(after), float(wait), Path(folder))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
