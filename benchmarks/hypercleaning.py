@@ -56,9 +56,7 @@ def main() -> None:
                 f"baselines={not options.no_baselines}",
             ]
             if not (workdir / "summary.json").exists():
-                train_and_evaluate(
-                    configs.load(f"{CONFIG}:{options.solver}", overrides), workdir
-                )
+                train_and_evaluate(configs.load(f"{CONFIG}:{options.solver}", overrides), workdir)
             summaries.append(json.loads((workdir / "summary.json").read_text()))
         cells = []
         for column in columns:

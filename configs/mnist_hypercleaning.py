@@ -2,8 +2,9 @@
 
     bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/clean
 
-`:soba`, `:saba`, `:srba` ... are the papers' methods with SGD on z, for the linear model; `:auto` is
-`bf.auto` with AdamW, for `--config.model=mlp` and `cnn` (docs/auto.md says what it reaches).
+`:soba`, `:saba`, `:srba` ... are the papers' methods with SGD on z, for the linear model; `:auto`
+is `bf.auto` with AdamW, for `--config.model=mlp` and `cnn` (docs/auto.md: what it reaches).
+
 Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Full MNIST
 (`--config.data.name=mnist --config.data.manual_dir=DIR`): see benchmarks/README.md.
 """

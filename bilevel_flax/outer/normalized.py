@@ -77,9 +77,7 @@ def normalized_sgd(
             lambda old, new: decay * old + (1 - decay) * new, state.mean_square, now
         )
         count = jnp.asarray(optax.safe_increment(state.count))
-        rate = jnp.asarray(
-            learning_rate(state.count) if callable(learning_rate) else learning_rate
-        )
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
         correction = 1 - decay ** count.astype(jnp.float32)
 
         def step(node, square):
