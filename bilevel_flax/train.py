@@ -290,7 +290,7 @@ def _raise_if_diverged(info: Info, step: int, kept: int | None) -> None:
         f"the checkpoint of step {kept} is kept" if kept is not None else "nothing was saved yet"
     )
     raise Diverged(
-        f"step {step}: the direction of {', '.join(lost)} is not finite "
+        f"step {step}: not finite: the direction of {', '.join(lost)} "
         f"(norms inner {info.norms.inner[-1]:.3g}, adjoint {info.norms.adjoint[-1]:.3g}, "
         f"outer {info.norms.outer[-1]:.3g}); {where}; try {first}"
     )

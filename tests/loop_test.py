@@ -242,7 +242,7 @@ def test_the_run_names_step_direction_and_what_to_try(side: str, tmp_path):
     with pytest.raises(train.Diverged) as caught:
         train.train(config, tmp_path, task, solver)
     message = str(caught.value)
-    assert message.startswith(f"step {first}: the direction of ")
+    assert message.startswith(f"step {first}: not finite: the direction of ")
     assert ("inner (D_z)" in message) == (side == "inner")
     assert ("adjoint (D_v)" in message) == (side == "outer")
     assert "try a lower" in message

@@ -5,6 +5,7 @@ version, features, addresses and registered checksums stay TFDS's and the result
 that TFDS itself would prepare; only the reading is replaced.
 """
 
+import contextlib
 import gzip
 import io
 import pathlib
@@ -69,19 +70,21 @@ def prepare(
         )
     if not configs and config is not None:
         raise ValueError(f'data set "{name}" has no configuration "{config}": use "{name}"')
-    if not sys.stderr.isatty():
+    if manual_dir is not None or not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    print(f"preparing {name} in {data_dir} (once)", file=sys.stderr, flush=True)
     folder = data_dir / name / (config or "") / str(cls.VERSION)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         builder = cls(data_dir=str(data_dir), config=config, file_format="array_record")
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                manual_dir=str(manual_dir) if manual_dir else None,
-                try_download_gcs=False,
-                force_checksums_validation=True,
+        with contextlib.redirect_stdout(io.StringIO()):  # says the same at greater length
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    manual_dir=str(manual_dir) if manual_dir else None,
+                    try_download_gcs=False,
+                    force_checksums_validation=True,
+                )
             )
-        )
     except (tfds.download.DownloadError, NonMatchingChecksumError) as error:
         raise ValueError(f'data set "{name}": {" ".join(str(error).split())}') from error
     except OSError as error:
