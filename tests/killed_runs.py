@@ -35,6 +35,8 @@ def start(workdir: str, overrides: list[str], log: Path) -> int:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        # A job started in the background would ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = cli.main(["train", "--config", CONFIG, "--workdir", workdir, *overrides])
         sys.stdout.flush()
         sys.stderr.flush()
