@@ -151,7 +151,8 @@ def test_full_passes_are_counted(small, tmp_path):
     # 2 + 2 minibatches: a pass of 3 · 2 + 2 units before every 4 steps of 8 units.
     last = group[-1]
     passes = (last.oracle_units - 8 * last.iteration) / 8
-    assert passes == math.ceil(last.iteration / 4) or passes == last.iteration // 4 + 1
+    # The budget may end within the pass that is due next.
+    assert math.ceil(last.iteration / 4) <= passes <= last.iteration // 4 + 1
 
 
 def test_the_same_command_again_runs_nothing(small, tmp_path, monkeypatch):
