@@ -7,17 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_flax import (
-    bench,
-    bench_quadratics,
-    bench_report,
-    bench_results,
-    bench_solvers,
-    bench_tasks,
-    cli,
-)
-from bilevel_flax.bench_results import DIVERGED, FINISHED, Key, Row
-from bilevel_flax.bench_tasks import Context, Setting
+from bilevel_flax import bench, cli
+from bilevel_flax.bench import methods, one_run, protocol, results, tasks
+from bilevel_flax.bench import quadratics as quadratic_task
+from bilevel_flax.bench import report as bench_report
+from bilevel_flax.bench.options import grid
+from bilevel_flax.bench.results import DIVERGED, FINISHED, Key, Row
+from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.config import ConfigError
 
 SMALL = {"samples": 128, "outer_samples": 128, "inner_size": 4, "outer_size": 3}
@@ -32,8 +28,8 @@ def context(tmp_path, seed=0):
 @pytest.fixture
 def small(monkeypatch):
     """The quadratics task, small enough for a run to take no time."""
-    make = bench_quadratics.make
-    monkeypatch.setattr(bench_quadratics, "make", lambda name, c: make(name, c, **SMALL))
+    make = quadratic_task.make
+    monkeypatch.setattr(quadratic_task, "make", lambda name, c: make(name, c, **SMALL))
 
 
 def quadratics(tmp_path, **options):
@@ -55,12 +51,12 @@ def row(gap=1.0, status="", **changes):
 
 
 def test_the_closed_form_is_what_the_losses_say(x64):
-    inner, outer = bench_quadratics.draw(0, **SMALL)
-    exact = bench_quadratics.means(inner, outer)
+    inner, outer = quadratic_task.draw(0, **SMALL)
+    exact = quadratic_task.means(inner, outer)
     z, x = np.random.default_rng(1).normal(size=4), np.random.default_rng(2).normal(size=3)
 
-    inner_loss = lambda z, x: bench_quadratics._inner_loss(z, x, inner)
-    outer_loss = lambda z, x: bench_quadratics._outer_loss(z, x, outer)
+    inner_loss = lambda z, x: quadratic_task._inner_loss(z, x, inner)
+    outer_loss = lambda z, x: quadratic_task._outer_loss(z, x, outer)
     gradient = exact.hessian @ z + exact.coupling @ x + exact.linear
     np.testing.assert_allclose(jax.jit(jax.grad(inner_loss))(z, x), gradient, atol=1e-12)
 
@@ -76,7 +72,7 @@ def test_the_closed_form_is_what_the_losses_say(x64):
 
 
 def test_no_point_is_better_than_the_minimiser():
-    exact = bench_quadratics.means(*bench_quadratics.draw(0, **SMALL))
+    exact = quadratic_task.means(*quadratic_task.draw(0, **SMALL))
     best = exact.minimiser()
     value, gradient = exact.value_and_grad(best)
     np.testing.assert_allclose(gradient, 0, atol=1e-10)
@@ -88,23 +84,23 @@ def test_no_point_is_better_than_the_minimiser():
 
 
 def test_every_method_is_found_and_built(tmp_path):
-    task = bench_quadratics.make("quadratics", context(tmp_path), **SMALL)
-    names = bench_solvers.names()
+    task = quadratic_task.make("quadratics", context(tmp_path), **SMALL)
+    names = methods.names()
     assert {"soba", "saba", "srba", "amigo", "stocbio", "ttsa", "vrbo", "f2sa"} <= set(names)
     assert not {"single_loop", "grid_search"} & set(names)
     for name in names:
-        solver = bench_solvers.build(name, task, 0.1, 1.0)
+        solver = methods.build(name, task, 0.1, 1.0)
         assert solver.name.startswith(name)
 
 
 def test_all_methods_are_handed_the_same_steps_up_to_their_published_decay(tmp_path):
-    task = bench_quadratics.make("quadratics", context(tmp_path), **SMALL)
+    task = quadratic_task.make("quadratics", context(tmp_path), **SMALL)
     seen: dict[str, Setting] = {}
     for name in ("soba", "saba", "amigo", "stocbio"):
         record = lambda setting, name=name: (
-            seen.__setitem__(name, setting) or bench_quadratics.optimizers(setting)
+            seen.__setitem__(name, setting) or quadratic_task.optimizers(setting)
         )
-        bench_solvers.build(name, task._replace(optimizers=record), 0.5, 0.1)
+        methods.build(name, task._replace(optimizers=record), 0.5, 0.1)
     assert all((s.rho, s.ratio) == (0.5, 0.1) for s in seen.values())
     assert seen["soba"].inner_decay == 0.5 and seen["saba"].inner_decay == 0
     assert seen["saba"].units == 4 and seen["amigo"].units == 22
@@ -112,8 +108,8 @@ def test_all_methods_are_handed_the_same_steps_up_to_their_published_decay(tmp_p
 
 
 def test_grid_pairs_are_the_published_ones():
-    pairs = bench.grid(63)
-    assert len(set(pairs)) == 63 and bench.grid(7) == pairs[:7]
+    pairs = grid(63)
+    assert len(set(pairs)) == 63 and grid(7) == pairs[:7]
     rhos, ratios = ({pair[k] for pair in pairs} for k in (0, 1))
     assert (min(rhos), max(rhos), len(rhos)) == (2**-5, 2**3, 9)
     np.testing.assert_allclose([min(ratios), max(ratios)], [1e-2, 1e1])
@@ -159,7 +155,7 @@ def test_the_same_command_again_runs_nothing(small, tmp_path, monkeypatch):
     quadratics(tmp_path, seeds=2)
     path = tmp_path / "out" / "results.csv"
     before = path.read_text()
-    monkeypatch.setattr(bench, "run_one", lambda *args: pytest.fail("ran again"))
+    monkeypatch.setattr(one_run, "run_one", lambda *args: pytest.fail("ran again"))
     quadratics(tmp_path, seeds=2)
     assert path.read_text() == before
 
@@ -182,19 +178,19 @@ def test_a_run_that_was_cut_off_is_done_again_and_the_others_are_kept(small, tmp
 
 def test_the_grid_is_searched_with_equal_effort_and_selects_by_validation(small, tmp_path):
     runs, _ = quadratics(tmp_path, solvers=("soba", "saba"), grid=3)
-    every = bench_results.read(tmp_path / "out" / "results.csv")
+    every = results.read(tmp_path / "out" / "results.csv")
     tried = {name: [k for k in every if k.solver == name] for name in ("soba", "saba")}
-    texts = {bench_results.params_text(*pair) for pair in bench.grid(3)}
+    texts = {results.params_text(*pair) for pair in grid(3)}
     assert {k.params for k in tried["soba"]} == {k.params for k in tried["saba"]} == texts
     for key in runs:
-        scores = {k: bench_results.score(every[k]) for k in tried[key.solver]}
+        scores = {k: results.score(every[k]) for k in tried[key.solver]}
         assert scores[key] == min(scores.values())
 
 
 def test_a_diverged_run_is_a_row_and_no_crash(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "grid", lambda count: [(1e6, 1.0), (0.25, 1.0)][:count])
+    monkeypatch.setattr(protocol, "grid", lambda count: [(1e6, 1.0), (0.25, 1.0)][:count])
     runs, lines = quadratics(tmp_path, grid=2)
-    every = bench_results.read(tmp_path / "out" / "results.csv")
+    every = results.read(tmp_path / "out" / "results.csv")
     bad = every[Key("soba", 0, "rho=1e+06,ratio=1")]
     assert bad[-1].status == DIVERGED and math.isnan(bad[-1].gap) and bad[-1].iteration > 0
     assert [key.params for key in runs] == ["rho=0.25,ratio=1"]
@@ -207,9 +203,9 @@ def test_a_diverged_run_is_a_row_and_no_crash(small, tmp_path, monkeypatch):
 def test_a_level_counts_only_once_the_gap_stays_below():
     gaps = [1.0, 0.05, 0.2, 0.05, 0.01]
     rows = [row(gap, seconds=float(i)) for i, gap in enumerate(gaps)]
-    assert bench_results.time_below(rows, 0.1, "seconds") == 3.0
-    assert bench_results.time_below(rows, 1e-3, "seconds") == math.inf
-    assert bench_results.time_below([*rows, row(math.nan)], 0.1, "seconds") == math.inf
+    assert results.time_below(rows, 0.1, "seconds") == 3.0
+    assert results.time_below(rows, 1e-3, "seconds") == math.inf
+    assert results.time_below([*rows, row(math.nan)], 0.1, "seconds") == math.inf
 
 
 def test_bands_are_quantiles_of_step_functions_and_a_diverged_run_is_the_worst():
@@ -228,10 +224,10 @@ def test_bands_are_quantiles_of_step_functions_and_a_diverged_run_is_the_worst()
 
 def test_written_rows_are_read_back(tmp_path):
     rows = [row(0.1 + 0.2), row(math.nan, DIVERGED)]
-    bench_results.write(tmp_path / "r.csv", {rows[0].key: rows})
-    (found,) = bench_results.read(tmp_path / "r.csv").values()
+    results.write(tmp_path / "r.csv", {rows[0].key: rows})
+    (found,) = results.read(tmp_path / "r.csv").values()
     assert found[0] == rows[0] and math.isnan(found[1].gap) and found[1].status == DIVERGED
-    assert bench_results.score(found) == math.inf
+    assert results.score(found) == math.inf
 
 
 # Mistakes: one line each.
@@ -281,13 +277,13 @@ def test_a_folder_with_another_bench_is_refused(small, tmp_path):
 def test_every_task_on_the_list_can_be_imported():
     from bilevel_flax import config
 
-    for target in bench_tasks.TASKS.values():
+    for target in tasks.TASKS.values():
         assert callable(config.imported(target))
 
 
 def test_the_quadratics_task_of_published_size_is_well_conditioned(tmp_path):
-    task = bench_quadratics.make("quadratics", context(tmp_path))
+    task = quadratic_task.make("quadratics", context(tmp_path))
     assert task.task.inner.num_samples == 32768 and task.task.outer.num_samples == 1024
-    exact = bench_quadratics.means(*bench_quadratics.draw(0, **bench_quadratics.SIZES))
+    exact = quadratic_task.means(*quadratic_task.draw(0, **quadratic_task.SIZES))
     eigenvalues = np.linalg.eigvalsh(exact.hessian)
     assert eigenvalues[0] > 0.08 and eigenvalues[-1] < 1.2

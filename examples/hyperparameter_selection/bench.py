@@ -8,7 +8,7 @@ import math
 import ml_collections
 import numpy as np
 
-from bilevel_flax.bench_tasks import BenchTask, Context, Measured, Optimizers, Setting
+from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
 from bilevel_flax.config import ConfigError
 from examples.hyperparameter_selection import exact, features, optimizers, task
 

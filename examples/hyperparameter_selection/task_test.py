@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import bench_tasks, cli, config
-from bilevel_flax.bench_tasks import Context, Setting
+from bilevel_flax import cli, config
+from bilevel_flax.bench import tasks as bench_tasks
+from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.loop import Loop
 from examples.hyperparameter_selection import bench, exact, features, optimizers, task
 

@@ -14,7 +14,7 @@ import optax
 import bilevel_flax
 from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver
-from bilevel_flax.bench_tasks import BenchTask, Setting
+from bilevel_flax.bench.tasks import BenchTask, Setting
 
 
 class Decay(NamedTuple):

@@ -16,14 +16,14 @@ from bilevel_flax.task import Task
 
 # Names on the command line, and the function that makes each: `make(name, context) -> BenchTask`.
 TASKS = {
-    "quadratics": "bilevel_flax.bench_quadratics:make",
+    "quadratics": "bilevel_flax.bench.quadratics:make",
     "breast_cancer": "examples.hyperparameter_selection.bench:make",
     "ijcnn1": "examples.hyperparameter_selection.bench:make",
     "covtype": "examples.hyperparameter_selection.bench:make",
     "covtype10k": "examples.hyperparameter_selection.bench:make",
-    "mnist_hypercleaning": "bilevel_flax.bench_hypercleaning:make",
-    "mnist_hypercleaning_p70": "bilevel_flax.bench_hypercleaning:make",
-    "mnist_hypercleaning_p90": "bilevel_flax.bench_hypercleaning:make",
+    "mnist_hypercleaning": "bilevel_flax.bench.hypercleaning:make",
+    "mnist_hypercleaning_p70": "bilevel_flax.bench.hypercleaning:make",
+    "mnist_hypercleaning_p90": "bilevel_flax.bench.hypercleaning:make",
 }
 
 

@@ -38,7 +38,7 @@ class Row:
         cpu_seconds: CPU time of all threads, of the same.
         oracle_units: gradients, HVPs and cross-JVPs of minibatches so far, full passes included.
         value: h, or the test error in [0, 1]; NaN once diverged.
-        gap: value minus the best one, see `bench_tasks.Measured`.
+        gap: value minus the best one, see `tasks.Measured`.
         validation: what steps are selected by.
         status: "" within a run, "finished" or "diverged" in its last row.
     """

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bilevel_flax import config as configs
-from bilevel_flax.bench_tasks import BenchTask, Context, Measured, Optimizers, Setting
+from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
 from bilevel_flax.outer import normalized_sgd
 
 # The share of training labels that are drawn anew.

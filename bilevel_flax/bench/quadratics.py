@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from bilevel_flax.base import Problem
-from bilevel_flax.bench_tasks import BenchTask, Context, Measured, Optimizers, Setting
+from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
 from bilevel_flax.data import partition
 from bilevel_flax.losses import masked_mean
 from bilevel_flax.task import Start, Task

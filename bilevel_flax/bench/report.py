@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bilevel_flax import report
-from bilevel_flax.bench_results import DIVERGED, Row, Runs, score, time_below
-from bilevel_flax.bench_tasks import BenchTask
+from bilevel_flax.bench.results import DIVERGED, Row, Runs, score, time_below
+from bilevel_flax.bench.tasks import BenchTask
 from bilevel_flax.curves import COLOURS, PERCENT, as_title, is_rate, new_figure
 from bilevel_flax.report_sections import figure_html, note_html
 

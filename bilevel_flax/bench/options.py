@@ -1,0 +1,76 @@
+"""What a bench is asked for, and the pairs of steps that its grids are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from bilevel_flax.bench import methods, tasks
+from bilevel_flax.config import ConfigError
+
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
+RHOS = tuple(2.0**k for k in range(-5, 4))
+RATIOS = tuple(10 ** (k / 2) for k in range(-4, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        task: name of the task.
+        solvers: names of the methods.
+        out: the folder for results.
+        seconds: budget of a run; None: the task's own.
+        seeds: runs with the chosen steps, seeds 0, 1, ...
+        grid: pairs (ρ, ρ/γ) that each method chooses from; 0 takes the recorded pair.
+        manual_dir: folder of original data files.
+        clock: "wall" or "cpu", what the budget is counted in.
+    """
+
+    task: str
+    solvers: tuple[str, ...]
+    out: Path
+    seconds: float | None = None
+    seeds: int = 1
+    grid: int = 0
+    manual_dir: str | None = None
+    clock: str = "wall"
+
+    def check(self) -> None:
+        """Raises on a mistake.
+
+        Raises:
+            ConfigError: names the option, its value and the fix.
+        """
+        tasks.check_name(self.task)
+        methods.check_names(list(self.solvers))
+        if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
+            raise ConfigError(f"--seconds={self.seconds}: give a positive number of seconds")
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds={self.seeds}: give 1 or more")
+        if not 0 <= self.grid <= len(RHOS) * len(RATIOS):
+            raise ConfigError(
+                f"--grid={self.grid}: there are {len(RHOS) * len(RATIOS)} pairs of steps; give a "
+                "number up to that, or 0 for the recorded pair"
+            )
+        if self.clock not in CLOCKS:
+            raise ConfigError(f"--clock={self.clock}: choose one of {', '.join(CLOCKS)}")
+        if self.manual_dir is not None and not Path(self.manual_dir).expanduser().is_dir():
+            raise ConfigError(f"--manual-dir={self.manual_dir}: no such folder")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out={self.out}: a file is in the way, choose a folder")
+
+
+def grid(count: int) -> list[tuple[float, float]]:
+    """`count` of the 63 published pairs (ρ, ρ/γ); a larger grid contains the smaller ones.
+
+    >>> len(set(grid(63))), grid(5) == grid(9)[:5]
+    (63, True)
+    """
+    pairs = [(rho, ratio) for rho in RHOS for ratio in RATIOS]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[i] for i in order[:count]]

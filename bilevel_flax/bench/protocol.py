@@ -1,0 +1,131 @@
+"""`bilevel-flax bench`: methods on one task, with one budget, one family of optimisers, one loop.
+
+Each method gets the same seconds for a run (compilation and evaluation apart), the same number of
+pairs (ρ, ρ/γ) to choose its steps from, and the same data in the same order. The pair is chosen by
+the task's own validation metric at the end of a run with seed 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel_flax.bench import one_run, report, results, tasks
+from bilevel_flax.bench.options import CLOCKS, Options, grid
+from bilevel_flax.bench.results import DIVERGED, Key, Row, Runs, params_text
+from bilevel_flax.bench.tasks import BenchTask, Context
+from bilevel_flax.config import ConfigError
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> Runs:
+    """Runs what is missing in `options.out`, then writes the table and `bench.html`.
+
+    Args:
+        options: what to compare.
+        say: prints a line.
+
+    Returns:
+        The chosen runs of every method, as they stand in `results.csv`.
+
+    Raises:
+        ConfigError: a mistake in the options, a folder that holds another bench, a budget in which
+            a method cannot take one step.
+    """
+    options.check()
+    maker = _TaskMaker(options, say)
+    seconds = options.seconds if options.seconds is not None else maker(0).seconds
+    _claim(options, seconds)
+    path = options.out / "results.csv"
+    done = results.read(path)
+    results.write(path, done)
+
+    def ensure(solver: str, seed: int, pair: tuple[float, float], where: str) -> list[Row]:
+        key = Key(solver, seed, params_text(*pair))
+        if key not in done:
+            say(f"[{where}] {solver}, seed {seed}, {key.params}")
+            rows = one_run.run_one(maker(seed), key, pair, seconds, options.clock)
+            results.append(path, rows)
+            done[key] = rows
+            say(_last_line(rows, maker(seed).quantity))
+        return done[key]
+
+    chosen: Runs = {}
+    searched = grid(options.grid)
+    per_solver = len(searched) + options.seeds
+    for number, solver in enumerate(options.solvers):
+        before, total = number * per_solver, len(options.solvers) * per_solver
+        pairs = searched or [maker(0).tuned.get(solver, maker(0).default)]
+        scores = []
+        for count, pair in enumerate(searched, start=before + 1):
+            scores.append(results.score(ensure(solver, 0, pair, f"{count}/{total}")))
+        best = pairs[int(np.argmin(scores))] if scores else pairs[0]
+        for seed in range(options.seeds):
+            where = f"{before + len(searched) + seed + 1}/{total}"
+            key = Key(solver, seed, params_text(*best))
+            chosen[key] = ensure(solver, seed, best, where)
+    report.write(options.out, maker(0), chosen, done, seconds, options.clock, options.grid)
+    say(report.table_text(maker(0), chosen, CLOCKS[options.clock]))
+    say(f"{path}, {options.out / 'bench.html'}")
+    return chosen
+
+
+class _TaskMaker:
+    """The task for a seed, made once."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]):
+        self._options, self._say = options, say
+        self._seed, self._made = -1, None
+
+    def __call__(self, seed: int) -> BenchTask:
+        # Two at a time would hold the data twice.
+        if self._made is None or self._seed != seed:
+            options, self._made = self._options, None
+            context = Context(seed, options.manual_dir, options.out, self._say)
+            self._made, self._seed = tasks.make(options.task, context), seed
+        return self._made
+
+
+def _claim(options: Options, seconds: float) -> None:
+    """Makes the folder this bench's own: rows of different budgets must not be compared."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "bench.json"
+    content: dict[str, Any] = {
+        "task": options.task,
+        "seconds": seconds,
+        "clock": options.clock,
+        "float": str(jax.dtypes.canonicalize_dtype(float)),
+        "full_data": options.manual_dir is not None,
+    }
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
+        different = [
+            f"{key} {before.get(key)!r}, not {value!r}"
+            for key, value in content.items()
+            if before.get(key) != value
+        ]
+        if different:
+            raise ConfigError(
+                f"--out={options.out} holds another bench ({'; '.join(different)}): give the same "
+                "options to go on with it, or another --out"
+            )
+    else:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _last_line(rows: Sequence[Row], quantity: str) -> str:
+    last = rows[-1]
+    if last.status == DIVERGED:
+        good = [row.gap for row in rows[:-1]]
+        best = f"; best {quantity} before {min(good):.3g}" if good else ""
+        return f"    diverged at step {last.iteration:,} after {last.seconds:.3g} s{best}"
+    return (
+        f"    {quantity} {last.gap:.3g} after {last.seconds:.3g} s ({last.cpu_seconds:.3g} s of "
+        f"CPU time), {last.iteration:,} steps, {last.oracle_units:.3g} units"
+    )
