@@ -183,12 +183,12 @@ def dense_of(problem, point, batch, model_state, rng):
     inner = plain(problem.inner_loss, batch.inner, keys[0])
     outer = plain(problem.outer_loss, batch.outer, keys[1])
     # Integer leaves are constants: ravel only the others.
-    z_split, x_split = oracles._split(z), oracles._split(x)
+    z_split, x_split = oracles.split(z), oracles.split(x)
     found = dense_oracles(
         lambda a, b: inner(z_split.merge(a), x_split.merge(b)),
         lambda a, b: outer(z_split.merge(a), x_split.merge(b)),
         z_split.leaves,
-        oracles._split(v).leaves,
+        oracles.split(v).leaves,
         x_split.leaves,
     )
     as_z, as_x = z_split.complete, x_split.complete

@@ -1,0 +1,107 @@
+"""The user's losses as functions of their differentiable leaves, checked at trace time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax import rows
+from bilevel_flax.base import Aux, Problem
+from bilevel_flax.oracles.leaves import is_inexact, split
+
+
+class _NotInOuterLoss:
+    """Stands in the outer loss for a per-sample leaf; any use of it raises."""
+
+    def __init__(self, shape):
+        self._described = f"outer_loss uses a per-sample leaf of outer_params (shape {shape})"
+
+    def _refuse(self, *args, **kwargs):
+        raise ValueError(
+            f"{self._described}, but only the inner loss is handed its rows: move the term to "
+            "inner_loss, or leave the leaf out of Problem(per_sample=...)"
+        )
+
+    def __getattr__(self, name):
+        if name.startswith("__") and name not in ("__array__", "__jax_array__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __len__ = __iter__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __abs__ = __float__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __hash__ = object.__hash__
+
+
+def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context: tuple):
+    """Runs a user's loss; checks what it returns at trace time."""
+    out = loss(*args, *context) if stateful else loss(*args)
+    if stateful:
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux)):
+            raise TypeError(
+                f"{name} of a stateful Problem must return (loss, bilevel_flax.Aux(model_state, "
+                f"metrics)), got {type(out).__name__}"
+            )
+        value, aux = out
+    else:
+        if isinstance(out, tuple):
+            raise TypeError(
+                f"{name} returned a tuple; a loss returns a scalar, or (loss, Aux) with "
+                "Problem(stateful=True)"
+            )
+        value, aux = out, Aux()
+    if jnp.shape(value) != () or not is_inexact(value):
+        raise TypeError(
+            f"{name} must return a real scalar, got shape {jnp.shape(value)} "
+            f"dtype {jnp.result_type(value)}: take the mean over the minibatch"
+        )
+    return value, aux
+
+
+def inner(problem: Problem, z, x, batch, model_state, rng):
+    """G as a function of the differentiable leaves of z and of x's rows -> (loss, aux)."""
+    z_split = split(z)
+    x_split = split(rows.gather(problem.per_sample, x, batch))
+
+    def loss(z_leaves, x_leaves):
+        args = (z_split.merge(z_leaves), x_split.merge(x_leaves), batch)
+        return checked_call(
+            problem.inner_loss, "inner_loss", problem.stateful, args, (model_state, rng)
+        )
+
+    if problem.remat:
+        loss = jax.checkpoint(loss)
+
+    def as_outer(leaves):
+        return rows.wrap(problem.per_sample, x_split.complete(leaves), x, batch)
+
+    return loss, z_split, x_split, as_outer
+
+
+def outer(problem: Problem, z, x, batch, model_state, rng):
+    """F as a function of the differentiable leaves of z and of x's visible ones -> (loss, aux)."""
+    z_split = split(z)
+    visible = rows.map_prefix(problem.per_sample, lambda _: None, lambda leaf: leaf, x)
+    x_split = split(visible)
+    hidden = rows.map_prefix(
+        problem.per_sample, lambda leaf: _NotInOuterLoss(jnp.shape(leaf)), lambda _: None, x
+    )
+
+    def restore(visible):
+        return jax.tree.map(
+            lambda seen, stand_in: stand_in if seen is None else seen,
+            visible,
+            hidden,
+            is_leaf=lambda node: node is None,
+        )
+
+    def loss(z_leaves, x_leaves):
+        args = (z_split.merge(z_leaves), restore(x_split.merge(x_leaves)), batch)
+        return checked_call(
+            problem.outer_loss, "outer_loss", problem.stateful, args, (model_state, rng)
+        )
+
+    return loss, z_split, x_split
