@@ -785,7 +785,10 @@ def test_an_id_outside_the_partition_stops_the_run():
 def test_tables_that_do_not_fit_are_refused_with_ways_out(caplog):
     data = quadratics()
     solver = bf.saba(data.problem, **ONE, **counts(data), max_table_bytes=100)
-    with pytest.raises(ValueError, match=r"232 B.*max_table_bytes is 100 B.*bfloat16.*bf\.srba"):
+    with pytest.raises(
+        ValueError,
+        match=r"232 B.*max_table_bytes is 100 B.*bfloat16.*pinned_host.*minibatches.*bf\.srba",
+    ):
         solver.init(data.inner_params, data.outer_params)
     with caplog.at_level(logging.INFO, logger="bilevel_flax"):
         bf.saba(data.problem, **ONE, **counts(data)).init(data.inner_params, data.outer_params)

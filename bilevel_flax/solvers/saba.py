@@ -37,7 +37,7 @@ from bilevel_flax import rows
 from bilevel_flax.base import NEVER, BilevelSolver, Estimator, Oracles, Problem, PyTree
 from bilevel_flax.checks import check_partition, warn_unless_finite_sum
 from bilevel_flax.single_loop import RowTransformation, single_loop
-from bilevel_flax.solvers import running, saga_memory
+from bilevel_flax.solvers import running, saga_memory, tables
 from bilevel_flax.solvers.soba import directions
 
 _TABLE_DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))
@@ -93,30 +93,35 @@ def estimator(
     lazy: bool = False,
     init_tables: str = "zero",
     table_dtype: Any = None,
+    table_memory: str = tables.DEVICE,
     max_table_bytes: int | None = None,
 ) -> Estimator:
     """SAGA's estimate of each quantity; `lazy`: the outer optimiser takes `Rows` as they are."""
     total = num_inner_batches + num_outer_batches
 
-    def memories(z, x):
+    def memories(z, x, memory=tables.DEVICE, traced=True):
         grad = saga_memory.storable(z)
         shared = rows.map_prefix(problem.per_sample, lambda _: None, saga_memory.storable, x)
         inner = Oracles(grad, grad, shared, None, None)
         outer = Oracles(None, None, None, grad, shared)
+        place = {"dtype": table_dtype, "memory": memory, "traced": traced}
         return {
-            "inner": saga_memory.empty(inner, num_inner_batches, table_dtype),
-            "outer": saga_memory.empty(outer, num_outer_batches, table_dtype),
+            "inner": saga_memory.empty(inner, num_inner_batches, **place),
+            "outer": saga_memory.empty(outer, num_outer_batches, **place),
         }
 
     def init(variables):
         z, _, x = variables
-        saga_memory.check_size(jax.eval_shape(memories, z, x), max_table_bytes, z)
+        traced = tables.is_traced(z)
+        tables.check_memory(table_memory)
+        sizes = {side: memory.table for side, memory in jax.eval_shape(memories, z, x).items()}
+        tables.check_size(sizes, max_table_bytes, table_memory, traced)
 
         def vector(leaf):
             return None if lazy else jnp.zeros(leaf.shape, running.wide(leaf))
 
         return SABAState(
-            **memories(z, x),
+            **memories(z, x, table_memory, traced),
             per_sample=rows.map_prefix(problem.per_sample, vector, lambda _: None, x),
             cursor=jnp.int32(0),
             next_refresh=jnp.int32(0 if init_tables == "refresh" else NEVER),
@@ -180,6 +185,7 @@ def saba(
     outer_weights: Any = None,
     init_tables: str = "zero",
     table_dtype: Any = None,
+    table_memory: str = tables.DEVICE,
     max_table_bytes: int | None = None,
 ) -> BilevelSolver:
     """SABA with an Optax optimiser for each variable (4 gradient units a step).
@@ -199,12 +205,15 @@ def saba(
         table_dtype: jnp.bfloat16 halves the tables (rows are rounded, the means follow the
             rounded rows, so the estimate stays unbiased, but its variance no longer vanishes);
             None: the parameters' own.
-        max_table_bytes: refuse larger tables; None: the memory of JAX's local devices.
+        table_memory: "device", or "pinned_host": the tables lie in the host's memory, and a step
+            moves one row of each there and back.
+        max_table_bytes: refuse larger tables; None: the memory of JAX's local devices, or the
+            host's.
 
     Raises:
         ValueError: no positive number of minibatches, weights of another length, an unknown
-            `init_tables` or `table_dtype`; from `init`, tables that do not fit; from `update`,
-            ids missing from the batch.
+            `init_tables`, `table_dtype` or `table_memory`; from `init`, tables that do not fit, or
+            a memory that the device does not have; from `update`, ids missing from the batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
@@ -234,6 +243,10 @@ def saba(
             f"table_dtype={table_dtype!r} is not among {[d.name for d in _TABLE_DTYPES]} "
             "(float16 overflows); None keeps the parameters' own"
         )
+    if table_memory not in tables.MEMORIES:
+        raise ValueError(
+            f"table_memory={table_memory!r} is unknown: choose one of {tables.MEMORIES}"
+        )
     warn_unless_finite_sum(problem, "saba")
     return single_loop(
         problem,
@@ -244,6 +257,7 @@ def saba(
             lazy=isinstance(outer, RowTransformation),
             init_tables=init_tables,
             table_dtype=table_dtype,
+            table_memory=table_memory,
             max_table_bytes=max_table_bytes,
         ),
         inner=inner,

@@ -20,33 +20,31 @@ References:
 
 from __future__ import annotations
 
-import logging
-import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
-from jax.core import Tracer
 
 from bilevel_flax.base import PyTree, Table
 from bilevel_flax.oracles import is_inexact
 from bilevel_flax.rows import is_rows
+from bilevel_flax.solvers import tables
 from bilevel_flax.solvers.running import wide
-
-_log = logging.getLogger(__name__)
 
 
 @struct.dataclass
 class Memory:
     """The memory of N components; integer leaves and `Rows` have no part in it (None).
 
+    A table may hold a component's code instead, from which a linear `decode` makes it; the mean
+    is always that of the components.
+
     Attributes:
         table: leaves [N, *leaf.shape], in the leaf's dtype or the one that was asked for; the row
             of `pending_id` is stale.
-        mean: leaves [*leaf.shape], the mean over the components (the pending row included), in
-            float32 at least.
+        mean: the mean over the components (the pending row included), in float32 at least.
         pending: leaves [*leaf.shape], in the table's dtype: the row of the last visit.
         pending_id: int32 scalar, where it belongs.
     """
@@ -66,33 +64,51 @@ def storable(tree: PyTree) -> PyTree:
     return jax.tree.map(keep, tree, is_leaf=is_rows)
 
 
-def empty(like: PyTree, num_batches: int, dtype: Any = None) -> Memory:
+def empty(
+    like: PyTree,
+    num_batches: int,
+    dtype: Any = None,
+    *,
+    mean_like: PyTree = None,
+    memory: str = tables.DEVICE,
+    traced: bool = True,
+) -> Memory:
     """A memory of zeros.
 
     Args:
-        like: a tree of the components' shapes and dtypes.
+        like: a tree of the shapes and dtypes of what is stored for each component.
         num_batches: N.
         dtype: dtype of the table's rows; None: each leaf's own.
+        mean_like: a tree of the components' shapes and dtypes; None: as `like`.
+        memory: where the table lies, as in `tables.zeros`.
+        traced: whether this is part of a jitted function.
     """
 
-    def zeros(leading):
-        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), dtype or x.dtype), like)
+    def rows(leaf):
+        return tables.zeros((num_batches, *leaf.shape), dtype or leaf.dtype, memory, traced)
 
+    components = like if mean_like is None else mean_like
     return Memory(
-        table=Table(zeros((num_batches,))),
-        mean=jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x)), like),
-        pending=zeros(()),
+        table=Table(jax.tree.map(rows, like)),
+        mean=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), components),
+        pending=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like),
         pending_id=jnp.int32(0),
     )
 
 
-def visit(memory: Memory, position: jax.Array, new: PyTree) -> tuple[PyTree, Memory]:
+def visit(
+    memory: Memory,
+    position: jax.Array,
+    new: PyTree,
+    decode: Callable[[PyTree], PyTree] = lambda stored: stored,
+) -> tuple[PyTree, Memory]:
     """Replaces component `position` by `new`.
 
     Args:
         memory: the memory.
         position: int32 scalar in [0, N); outside, the estimate is NaN (which stops the run).
-        new: the component's value now, a tree as `memory.mean`.
+        new: what is stored for the component, now; a tree as the table.
+        decode: makes the component out of what is stored; linear.
 
     Returns:
         `(estimate, memory)`, the estimate in the dtypes of `memory.mean`.
@@ -103,26 +119,27 @@ def visit(memory: Memory, position: jax.Array, new: PyTree) -> tuple[PyTree, Mem
     num_batches = leaves[0].shape[0]
     inside = (position >= 0) & (position < num_batches)
     table = jax.tree.map(
-        lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, memory.pending_id, 0),
+        lambda rows, row: tables.write_row(rows, row, memory.pending_id),
         memory.table.rows,
         memory.pending,
     )
 
-    def read(rows, mean):
-        row = lax.dynamic_index_in_dim(rows, position, 0, keepdims=False)
-        return jnp.where(inside, row.astype(mean.dtype), jnp.nan)
+    def read(rows, value):
+        row = tables.read_row(rows, position).astype(wide(value))
+        return jnp.where(inside, row, jnp.nan)
 
-    old = jax.tree.map(read, table, memory.mean)
+    def change(values):
+        moved = jax.tree.map(lambda value, row: value.astype(row.dtype) - row, values, old)
+        return decode(moved)
+
+    old = jax.tree.map(read, table, new)
     stored = jax.tree.map(lambda value, rows: value.astype(rows.dtype), new, table)
     estimate = jax.tree.map(
-        lambda value, row, mean: value.astype(mean.dtype) - row + mean, new, old, memory.mean
+        lambda part, mean: part.astype(mean.dtype) + mean, change(new), memory.mean
     )
     # The mean follows what the table holds, so that rounding to its dtype leaves no bias.
     mean = jax.tree.map(
-        lambda mean, value, row: mean + (value.astype(mean.dtype) - row) / num_batches,
-        memory.mean,
-        stored,
-        old,
+        lambda part, mean: mean + part.astype(mean.dtype) / num_batches, change(stored), memory.mean
     )
     return estimate, Memory(Table(table), mean, stored, jnp.asarray(position, jnp.int32))
 
@@ -130,57 +147,7 @@ def visit(memory: Memory, position: jax.Array, new: PyTree) -> tuple[PyTree, Mem
 def settled(memory: Memory) -> PyTree:
     """The N components with the pending row in place, leaves [N, *leaf.shape] (a copy)."""
     return jax.tree.map(
-        lambda rows, row: rows.at[memory.pending_id].set(row), memory.table.rows, memory.pending
+        lambda rows, row: tables.write_row(rows, row, memory.pending_id),
+        memory.table.rows,
+        memory.pending,
     )
-
-
-def check_size(memories: dict[str, Memory], max_bytes: int | None, like: PyTree) -> None:
-    """Logs the size of tables and refuses what does not fit; before they are made.
-
-    Args:
-        memories: by name; shapes suffice (`jax.eval_shape`).
-        max_bytes: the limit; None: the memory of JAX's local devices (the machine's on CPU),
-            which is not applied while tracing, as the state may then be for other devices.
-        like: arrays that tell whether this is being traced.
-
-    Raises:
-        ValueError: the size, the limit, and the ways out.
-    """
-    sizes = {name: _num_bytes(memory) for name, memory in memories.items()}
-    total = sum(sizes.values())
-    parts = ", ".join(f"{name} {_in_words(size)}" for name, size in sizes.items())
-    _log.info("tables take %s (%s)", _in_words(total), parts)
-    limit = max_bytes
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(like))
-    if limit is None and not traced:
-        limit = _capacity()
-    if limit is not None and total > limit:
-        given = "max_table_bytes" if max_bytes is not None else "the memory at hand"
-        raise ValueError(
-            f"the tables take {_in_words(total)} and {given} is {_in_words(limit)}: store them in "
-            "half the space (table_dtype=jnp.bfloat16), cut the data into fewer, larger "
-            "minibatches, or take bf.srba, which keeps no table"
-        )
-
-
-def _num_bytes(memory: Memory) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(memory.table))
-
-
-def _in_words(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} GB"
-
-
-def _capacity() -> int | None:
-    devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
-    stats = devices[0].memory_stats() or {}
-    return stats["bytes_limit"] * len(devices) if "bytes_limit" in stats else None
