@@ -4,7 +4,7 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import adjoint, oracles, outer
+from bilevel_flax import adjoint, diagnostics, oracles, outer
 from bilevel_flax.auto import auto
 from bilevel_flax.base import (
     Aux,
@@ -65,6 +65,7 @@ __all__ = [
     "bsa",
     "bsg",
     "bsgo",
+    "diagnostics",
     "f2sa",
     "fsla",
     "grid_search",
@@ -72,6 +73,7 @@ __all__ = [
     "masked_mean",
     "masoba",
     "mrbo",
+    "nnx",
     "oracles",
     "outer",
     "random_search",

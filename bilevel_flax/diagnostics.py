@@ -1,4 +1,4 @@
-"""How good is the hypergradient: full directions, the adjoint's residual, a CG reference.
+"""How good is the hypergradient: full directions, the adjoint's residual, a reference.
 
 None of this runs inside a training step.
 """
@@ -7,34 +7,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.sparse.linalg import cg
+import optax
 
 from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
+from bilevel_flax.hypergradient import HypergradientCheck, hypergradient_check
 from bilevel_flax.single_loop import norm, residual
-from bilevel_flax.solvers.soba import directions
 
-
-class HypergradientCheck(NamedTuple):
-    """D_x at the tracked adjoint beside the implicit gradient at the same (z, x).
-
-    Attributes:
-        cosine: between the two; 1 is right.
-        relative_error: ‖D_x - reference‖ / ‖reference‖.
-        adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ of the tracked adjoint.
-        reference_residual: the same of the reference's adjoint: how far CG came.
-    """
-
-    cosine: jax.Array
-    relative_error: jax.Array
-    adjoint_residual: jax.Array
-    reference_residual: jax.Array
+__all__ = [
+    "HypergradientCheck",
+    "adjoint_residual",
+    "decoupled_decay",
+    "full_oracles",
+    "hypergradient_check",
+    "residual_estimator",
+    "thinned",
+]
 
 
 def full_oracles(
@@ -105,6 +98,57 @@ def adjoint_residual(
     return float(residual(full_oracles(problem, variables, inner, outer, model_state, rng)))
 
 
+def thinned(side: FiniteSum, most: int) -> FiniteSum:
+    """At most `most` of the minibatches, evenly spaced: always the same ones.
+
+    Args:
+        side: all of them.
+        most: >= 1. A padded last minibatch is among them only if all are.
+
+    Returns:
+        A `FiniteSum` of its own, whose shares sum to 1.
+    """
+    if side.num_batches <= most:
+        return side
+    # A padded minibatch would count its examples twice.
+    ids = np.linspace(0, side.num_batches - 1 - side.ragged, most).astype(int)
+    return FiniteSum(
+        jax.tree.map(lambda leaf: leaf[ids], side.batches),
+        side.weights[ids] / side.weights[ids].sum(),
+        len(ids) * side.batch_size,
+        len(ids),
+        side.batch_size,
+    )
+
+
+def decoupled_decay(inner_opt_state: PyTree, weight_decay: float, eps: float = 1e-8) -> PyTree:
+    """λP⁻¹ of AdamW's z, a tree like z: the `damping` that belongs to decay outside the loss.
+
+    P = 1 / (√ν̂ + ε) is what AdamW multiplies its gradient with.
+
+    Args:
+        inner_opt_state: of `optax.adamw`, or a chain with one `optax.scale_by_adam` in it.
+        weight_decay: λ.
+        eps: ε.
+
+    Raises:
+        ValueError: there is no Adam state in it.
+    """
+    states = [
+        node
+        for node in jax.tree.leaves(
+            inner_opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState)
+        )
+        if isinstance(node, optax.ScaleByAdamState)
+    ]
+    if len(states) != 1:
+        raise ValueError(
+            f"inner_opt_state holds {len(states)} Adam states, not 1: pass that of optax.adamw"
+        )
+    # β₂ is not in the state; once training is under way, ν needs no correction any more.
+    return jax.tree.map(lambda nu: weight_decay * (jnp.sqrt(nu) + eps), states[0].nu)
+
+
 def residual_estimator(
     problem: Problem, inner: FiniteSum, outer: FiniteSum, batches: int = 32
 ) -> Callable[[TrainState], jax.Array]:
@@ -129,13 +173,9 @@ def residual_estimator(
     """
 
     def sample(side: FiniteSum):
-        # A padded minibatch would count its examples twice: only where all are used is it needed.
-        everything = side.num_batches <= batches
-        last = side.num_batches - (1 if everything or not side.ragged else 2)
-        ids = np.linspace(0, last, min(batches, side.num_batches)).astype(int)
-        weights = side.weights[ids] / side.weights[ids].sum()
-        chosen = jax.tree.map(lambda leaf: leaf[ids], side.batches)
-        return jax.device_put((chosen, weights)), 1.0 - len(ids) / side.num_batches
+        chosen = thinned(side, batches)
+        held = jax.device_put((chosen.batches, chosen.weights))
+        return held, 1.0 - chosen.num_batches / side.num_batches
 
     def mean_and_error(quantity, state, chosen, remaining):
         """The mean over a side's minibatches, and the expected square of its error."""
@@ -175,67 +215,3 @@ def residual_estimator(
         return jnp.where(size > 0, jnp.sqrt(square / jnp.where(size > 0, size, 1.0)), 0.0)
 
     return lambda state: estimate(state, inner_chosen, outer_chosen)
-
-
-def hypergradient_check(
-    problem: Problem,
-    variables: Variables,
-    batch: Batch,
-    *,
-    model_state: PyTree = None,
-    rng: jax.Array | None = None,
-    damping: float = 0.0,
-    max_iterations: int = 200,
-    tolerance: float = 1e-6,
-) -> HypergradientCheck:
-    """Compares D_x with the implicit gradient at the same z and x, on one held batch.
-
-    The reference solves (H + damping·I) v = -∇₁F by conjugate gradients, which needs H positive
-    definite: `reference_residual` far above `tolerance` says that it is not, or that more
-    iterations are needed.
-
-    Args:
-        problem: the problem.
-        variables: the point (z, v, x).
-        batch: one inner and one outer batch, as large as fits; not those of the last step.
-        model_state: of a stateful problem, held fixed.
-        rng: of a stateful problem.
-        damping: δ >= 0, added to H in the reference only.
-        max_iterations: CG steps at most.
-        tolerance: CG stops at this relative residual.
-
-    References:
-        F. Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016.
-    """
-
-    @jax.jit
-    def check(variables):
-        rngs = (rng, rng)
-        found = oracles.evaluate_all(problem, variables, batch, model_state, rngs).oracles
-
-        def product(v):
-            point = variables._replace(adjoint=v)
-            curved = oracles.hvp(problem, point, batch.inner, model_state, rng)
-            return jax.tree.map(lambda hv, u: hv + damping * u, curved, v)
-
-        target = jax.tree.map(jnp.negative, found.outer_grad_inner)
-        solution, _ = cg(
-            product, target, x0=variables.adjoint, tol=tolerance, maxiter=max_iterations
-        )
-        at_solution = variables._replace(adjoint=solution)
-        exact = oracles.evaluate_all(problem, at_solution, batch, model_state, rngs).oracles
-        ours = rows.densify(directions(found).outer, variables.outer)
-        reference = rows.densify(directions(exact).outer, variables.outer)
-        inner = sum(
-            jnp.vdot(a, b)
-            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
-        )
-        difference = norm(jax.tree.map(jnp.subtract, ours, reference))
-        return HypergradientCheck(
-            cosine=inner / (norm(ours) * norm(reference)),
-            relative_error=difference / norm(reference),
-            adjoint_residual=residual(found),
-            reference_residual=residual(exact),
-        )
-
-    return check(variables)
