@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,71 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax import data
-from bilevel_flax.base import Batch, BilevelSolver, Info, PyTree, TrainState
-
-_CHUNK_BYTES = 64 * 2**20  # of streamed data; two chunks wait while one computes
-
-
-def _minibatch(batches: PyTree, position: jax.Array) -> PyTree:
-    """One minibatch (a contiguous slice), or K of them with a leading [K] (a gather)."""
-    if position.ndim == 0:
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, position, keepdims=False), batches
-        )
-    return jax.tree.map(lambda leaf: leaf[position], batches)
+from bilevel_flax.base import Batch, BilevelSolver, Info, TrainState
+from bilevel_flax.feed import Feed, minibatch
 
 
-class Feed:
-    """The minibatches of one side, on the device at once or streamed in aligned chunks.
-
-    Attributes:
-        batches: what the compiled chunk indexes, leaves [rows, batch, ...].
-    """
-
-    def __init__(
-        self, finite_sum: data.FiniteSum, sampler: data.Sampler, on_device: bool, most_steps: int
-    ):
-        self._sum, self._sampler, self._on_device = finite_sum, sampler, on_device
-        self.batches: PyTree = None
-        self._chunk = -1
-        self._stream: Any = None
-        per_step = sampler.per_step * finite_sum.nbytes // finite_sum.num_batches
-        self.capacity = int(np.clip(_CHUNK_BYTES // max(1, per_step), 1, most_steps))
-        if on_device:
-            self.batches = jax.device_put(finite_sum.batches)
-
-    def seek(self, step: int) -> int:
-        """Makes the minibatches of update `step` available; returns the first update without."""
-        if self._on_device:
-            return step + 2**30
-        chunk = step // self.capacity
-        if chunk != self._chunk:
-            if self._stream is None or chunk != self._chunk + 1:
-                self.close()
-                self._stream = data.chunks(self._sum, self._aligned(chunk))
-            self.batches = None  # frees the chunk before
-            self.batches = next(self._stream)
-            self._chunk = chunk
-        return (chunk + 1) * self.capacity
-
-    def _aligned(self, chunk: int) -> Iterator[np.ndarray]:
-        while True:
-            yield self._sampler.ids(chunk * self.capacity, (chunk + 1) * self.capacity)
-            chunk += 1
-
-    def positions(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of `batches`, ids in the partition) of the updates start .. stop - 1."""
-        ids = self._sampler.ids(start, stop)
-        if self._on_device:
-            return ids, ids
-        first = start - self._chunk * self.capacity
-        return np.arange(first, first + stop - start, dtype=np.int32), ids
-
-    def close(self) -> None:
-        """Ends the background thread, if there is one."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
+    """(result, seconds until it was there)."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return result, time.perf_counter() - began
 
 
 class Loop:
@@ -154,7 +98,7 @@ class Loop:
             ValueError: whatever the solver and the oracles refuse about the losses.
         """
         if self._chunk is None:
-            args = self._arguments(start, start + 1)
+            args = self.arguments(start, start + 1)
             self._chunk = self._compiled(self._make_chunk(), state, *args)
 
     def run(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, Info]:
@@ -170,7 +114,7 @@ class Loop:
             `info.finite` has a False, the state is that before the failed step.
         """
         self.compile(state, start)
-        args = self._arguments(start, min(stop, start + self._count))
+        args = self.arguments(start, min(stop, start + self._count))
         began, cpu_began = time.perf_counter(), time.process_time()
         state, infos, done = self._chunk(state, *args)
         done = int(done)
@@ -180,6 +124,23 @@ class Loop:
         pace = max(taken / done, 1e-9)
         self._count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
         return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
+
+    def rehearse(self, state: TrainState, start: int, steps: int) -> tuple[TrainState, int, float]:
+        """As `run`, on a copy of the state: nothing moves, and no clock but compilation's counts.
+
+        Args:
+            state: it is not used up.
+            start: `int(state.step)`.
+            steps: at most; streamed data may give fewer.
+
+        Returns:
+            The copy after the updates, their number, and their seconds.
+        """
+        self.compile(state, start)
+        args = self.arguments(start, start + min(steps, self._capacity))
+        copy = jax.block_until_ready(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state))
+        (copy, _, done), seconds = clocked(lambda: self._chunk(copy, *args))
+        return copy, int(done), seconds
 
     def refresh(self, state: TrainState) -> tuple[TrainState, float]:
         """One chunk of the full pass that is due.
@@ -212,17 +173,22 @@ class Loop:
         self.cpu_seconds += time.process_time() - cpu_began
         return state, count * self._solver.refresh_units[side]
 
-    def close(self) -> None:
-        """Ends the background threads of streamed data."""
-        for feed in self._feeds:
-            feed.close()
+    def rewind(self) -> None:
+        """Sets the clocks to zero, for another run of the compiled chunk from step 0."""
+        self.compile_seconds = self.seconds = self.cpu_seconds = 0.0
+        self._count = 1
 
-    def _arguments(self, start: int, stop: int) -> tuple[Any, ...]:
+    def arguments(self, start: int, stop: int) -> tuple[Any, ...]:
         """What the compiled chunk takes for updates start .. stop - 1, or as many as are there."""
         stop = min([stop, *(feed.seek(start) for feed in self._feeds)])
         positions = [values for feed in self._feeds for values in feed.positions(start, stop)]
         padded = [self._padded(values) for values in positions]
         return *(feed.batches for feed in self._feeds), *padded, np.int32(stop - start)
+
+    def close(self) -> None:
+        """Ends the background threads of streamed data."""
+        for feed in self._feeds:
+            feed.close()
 
     def _padded(self, values: np.ndarray) -> np.ndarray:
         out = np.zeros((self._capacity, *values.shape[1:]), np.int32)
@@ -245,8 +211,8 @@ class Loop:
             @functools.partial(jax.jit, inline=True)
             def update(i, state):
                 batch = Batch(
-                    _minibatch(inner, inner_rows[i]),
-                    _minibatch(outer, outer_rows[i]),
+                    minibatch(inner, inner_rows[i]),
+                    minibatch(outer, outer_rows[i]),
                     inner_ids[i],
                     outer_ids[i],
                 )
@@ -278,8 +244,8 @@ class Loop:
 
         def full_pass(state, batches, rows, ids, count):
             def body(i, state):
-                minibatch = _minibatch(batches, rows[i])
-                return solver.refresh(state, Batch(**{side: minibatch, f"{side}_id": ids[i]}))
+                one = minibatch(batches, rows[i])
+                return solver.refresh(state, Batch(**{side: one, f"{side}_id": ids[i]}))
 
             return jax.lax.fori_loop(0, count, body, state)
 

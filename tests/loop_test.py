@@ -14,7 +14,7 @@ import pytest
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import data, loop, train
+from bilevel_flax import data, feed, train
 from bilevel_flax.base import Info
 from bilevel_flax.loop import Loop
 from bilevel_flax.task import Start, Task
@@ -85,7 +85,7 @@ def test_neither_capacity_nor_streaming_changes_a_bit(
     source, solver, _ = shared()
     sums = finite_sums(source)
     # Streamed chunks of 3 and 4 updates, which never end where the compiled ones do.
-    monkeypatch.setattr(loop, "_CHUNK_BYTES", 4 * sums[0].nbytes // sums[0].num_batches)
+    monkeypatch.setattr(feed, "_CHUNK_BYTES", 4 * sums[0].nbytes // sums[0].num_batches)
     chunks = Loop(solver, *sums, seed=3, on_device=on_device, capacity=capacity)
     state = solver.init(source.inner_params, source.outer_params)
     state, info = run_all(chunks, state, STEPS)
