@@ -74,6 +74,7 @@ __all__ = [
     "masoba",
     "mrbo",
     "nnx",
+    "nnx",
     "oracles",
     "outer",
     "random_search",
