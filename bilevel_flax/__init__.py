@@ -4,7 +4,7 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import adjoint, diagnostics, oracles, outer
+from bilevel_flax import adjoint, diagnostics, nnx, oracles, outer
 from bilevel_flax.auto import auto
 from bilevel_flax.base import (
     Aux,

@@ -207,6 +207,11 @@ class TrainState(struct.PyTreeNode):
         """The point (z, v, x)."""
         return Variables(self.inner_params, self.adjoint, self.outer_params)
 
+    @property
+    def params(self) -> PyTree:
+        """Z under the name that it has in Flax's TrainState: code that evaluates stays as it is."""
+        return self.inner_params
+
 
 class Info(NamedTuple):
     """Diagnostics of one update, apart from the state; all scalars.
