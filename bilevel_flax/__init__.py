@@ -19,6 +19,7 @@ from bilevel_flax.base import (
     TrainState,
     Variables,
 )
+from bilevel_flax.linear import linear_problem
 from bilevel_flax.losses import masked_mean
 from bilevel_flax.single_loop import single_loop
 from bilevel_flax.solvers import (
@@ -70,6 +71,7 @@ __all__ = [
     "fsla",
     "grid_search",
     "implicit",
+    "linear_problem",
     "masked_mean",
     "masoba",
     "mrbo",

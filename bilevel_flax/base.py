@@ -143,6 +143,7 @@ class Problem:
             differentiate, or "finite_differences" (approximate; see `oracles`).
         remat: recompute the inner loss's forward pass in the backward one
             (`jax.checkpoint`): less memory, about 1.2 times the FLOPs.
+        linear: the parts of a model that is linear in its parameters; set by `linear_problem`.
 
     Raises:
         ValueError: `derivatives` is not one of the three.
@@ -164,6 +165,7 @@ class Problem:
     per_sample: PyTree = None
     derivatives: str = "forward_over_reverse"
     remat: bool = False
+    linear: Any = None
 
     def __post_init__(self):
         for name in ("inner_loss", "outer_loss"):

@@ -72,6 +72,15 @@ def times(loss: Callable[..., Any], factor: jax.Array) -> Callable[..., Any]:
     return scaled_loss
 
 
+def scaled_problem(problem: Problem, factor: jax.Array, side: str) -> Problem:
+    """The problem with its `side` loss ("inner", "outer") times a scalar."""
+    linear = problem.linear
+    if linear is not None:  # the penalties are no matter of minibatches
+        linear = linear._replace(**{f"{side}_data": times(getattr(linear, f"{side}_data"), factor)})
+    loss = times(getattr(problem, f"{side}_loss"), factor)
+    return dataclasses.replace(problem, **{f"{side}_loss": loss}, linear=linear)
+
+
 def scaled(tree: PyTree, factor: Any) -> PyTree:
     """The float leaves times a scalar, in their own dtypes; None: as they are."""
     if factor is None:
@@ -277,10 +286,10 @@ def single_loop(
         shared = problem
         if scale_inner is not None and batch.inner is not None:
             by_inner = scale_inner[batch.inner_id]
-            shared = dataclasses.replace(shared, inner_loss=times(problem.inner_loss, by_inner))
+            shared = scaled_problem(shared, by_inner, "inner")
         if scale_outer is not None and batch.outer is not None:
             by_outer = scale_outer[batch.outer_id]
-            shared = dataclasses.replace(shared, outer_loss=times(problem.outer_loss, by_outer))
+            shared = scaled_problem(shared, by_outer, "outer")
 
         def oracle(variables: Variables, evaluate=oracles.evaluate_all) -> oracles.Evaluation:
             found = evaluate(shared, variables, batch, state.model_state, rngs)

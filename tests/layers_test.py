@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bilevel_flax"
 # Lowest first; a module may import its own layer and those below. Anything else is on top.
 LAYERS = (
     {"base"},
-    {"rows", "losses", "oracles"},
+    {"rows", "losses", "linear", "oracles"},
     {"checks", "single_loop"},
     {"outer", "adjoint", "solvers"},
 )
@@ -35,7 +35,7 @@ DERIVATIVES = {
     "hvp",
 }
 # The files of `oracles` that differentiate; its others call losses and put results together.
-DERIVATIVE_CODE = {"products", "pieces"}
+DERIVATIVE_CODE = {"products", "pieces", "linear"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -20,7 +20,7 @@ COUNTS = {"num_inner_batches": 4, "num_outer_batches": 3}
 
 
 def solver_of(data, memory, **more):
-    return bf.saba(data.problem, **OPTIMISERS, **COUNTS, table_memory=memory, **more)
+    return bf.saba(data.problem, **OPTIMISERS, **COUNTS, table_placement=memory, **more)
 
 
 def scan(solver, data, length=12):
@@ -99,7 +99,7 @@ def test_only_the_visited_rows_cross():
 
 def test_a_memory_that_is_not_there_is_named(monkeypatch):
     data = logistic()
-    with pytest.raises(ValueError, match=r"table_memory='host' is unknown.*pinned_host"):
+    with pytest.raises(ValueError, match=r"table_placement='host' is unknown.*pinned_host"):
         solver_of(data, "host")
     monkeypatch.setattr(tables, "memory_kinds", lambda: ["device", "unpinned_host"])
     with pytest.raises(ValueError, match=r"reaches only device, unpinned_host.*bfloat16"):

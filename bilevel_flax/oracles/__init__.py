@@ -21,8 +21,9 @@ pays for a quantity that it does not use.
 
 from bilevel_flax.base import Oracles
 from bilevel_flax.oracles.evaluation import Evaluation, evaluate, evaluate_all
-from bilevel_flax.oracles.leaves import is_inexact, split
+from bilevel_flax.oracles.leaves import is_inexact, split, uses
 from bilevel_flax.oracles.less import evaluate_block, evaluate_inner
+from bilevel_flax.oracles.linear import Components, check_linear, evaluate_linear, plus
 from bilevel_flax.oracles.pieces import (
     cross_jvp,
     directional,
@@ -37,14 +38,17 @@ from bilevel_flax.oracles.pieces import (
 )
 
 __all__ = [
+    "Components",
     "Evaluation",
     "Oracles",
+    "check_linear",
     "cross_jvp",
     "directional",
     "evaluate",
     "evaluate_all",
     "evaluate_block",
     "evaluate_inner",
+    "evaluate_linear",
     "hvp",
     "inner_grad",
     "inner_grad_outer",
@@ -53,6 +57,8 @@ __all__ = [
     "is_inexact",
     "outer_grads",
     "outer_value_and_grads",
+    "plus",
     "split",
     "unrolled_value_and_grad",
+    "uses",
 ]

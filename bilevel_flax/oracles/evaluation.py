@@ -20,6 +20,7 @@ class Evaluation(NamedTuple):
         model_state: the mutable state after the step (stateful problems).
         metrics: the user's scalars, `inner_` and `outer_` before their names.
         residual: the adjoint's relative residual; None: that of `oracles`.
+        components: the oracles taken apart (`linear.Components`), or None.
     """
 
     oracles: Oracles
@@ -28,6 +29,7 @@ class Evaluation(NamedTuple):
     model_state: PyTree
     metrics: Metrics
     residual: Any = None
+    components: Any = None
 
 
 def merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from bilevel_flax.base import PyTree
 
@@ -39,3 +40,10 @@ def split(tree: PyTree) -> Split:
         return rebuild(new, [None if is_inexact(x) else jnp.zeros_like(x) for x in leaves])
 
     return Split([leaves[i] for i in chosen], lambda new: rebuild(new, leaves), complete)
+
+
+def uses(function: Callable, *args: Any) -> list[bool]:
+    """For each leaf of the arguments, whether the function's result can depend on it."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return list(used)

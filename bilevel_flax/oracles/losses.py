@@ -12,11 +12,11 @@ from bilevel_flax.base import Aux, Problem
 from bilevel_flax.oracles.leaves import is_inexact, split
 
 
-class _NotInOuterLoss:
-    """Stands in the outer loss for a per-sample leaf; any use of it raises."""
+class _NotHere:
+    """Stands for a per-sample leaf where none may be used; any use of it raises."""
 
-    def __init__(self, shape):
-        self._described = f"outer_loss uses a per-sample leaf of outer_params (shape {shape})"
+    def __init__(self, shape, name):
+        self._described = f"{name} uses a per-sample leaf of outer_params (shape {shape})"
 
     def _refuse(self, *args, **kwargs):
         raise ValueError(
@@ -38,7 +38,16 @@ class _NotInOuterLoss:
 
 def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context: tuple):
     """Runs a user's loss; checks what it returns at trace time."""
-    out = loss(*args, *context) if stateful else loss(*args)
+    try:
+        out = loss(*args, *context) if stateful else loss(*args)
+    except KeyError as error:
+        batch, key = args[-1], error.args[0] if error.args else None
+        if not isinstance(batch, dict) or not isinstance(key, str) or key in batch:
+            raise
+        raise ValueError(
+            f'{name} reads batch["{key}"], but its minibatch has {sorted(batch)}: add the entry to '
+            f"the data of {name.replace('_loss', '')} minibatches, or batch.get where it may lack"
+        ) from error
     if stateful:
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux)):
             raise TypeError(
@@ -81,27 +90,32 @@ def inner(problem: Problem, z, x, batch, model_state, rng):
     return loss, z_split, x_split, as_outer
 
 
-def outer(problem: Problem, z, x, batch, model_state, rng):
-    """F as a function of the differentiable leaves of z and of x's visible ones -> (loss, aux)."""
-    z_split = split(z)
-    visible = rows.map_prefix(problem.per_sample, lambda _: None, lambda leaf: leaf, x)
-    x_split = split(visible)
+def visible(problem: Problem, x, name: str):
+    """The leaves of x that the loss `name` may use, and the way to x with stand-ins for others."""
+    shown = rows.map_prefix(problem.per_sample, lambda _: None, lambda leaf: leaf, x)
     hidden = rows.map_prefix(
-        problem.per_sample, lambda leaf: _NotInOuterLoss(jnp.shape(leaf)), lambda _: None, x
+        problem.per_sample, lambda leaf: _NotHere(jnp.shape(leaf), name), lambda _: None, x
     )
 
-    def restore(visible):
+    def restore(shown):
         return jax.tree.map(
             lambda seen, stand_in: stand_in if seen is None else seen,
-            visible,
+            shown,
             hidden,
             is_leaf=lambda node: node is None,
         )
 
+    return split(shown), restore
+
+
+def outer(problem: Problem, z, x, batch, model_state, rng):
+    """F as a function of the differentiable leaves of z and of x's visible ones -> (loss, aux)."""
+    z_split = split(z)
+    x_split, restore = visible(problem, x, "outer_loss")
+
     def loss(z_leaves, x_leaves):
         args = (z_split.merge(z_leaves), restore(x_split.merge(x_leaves)), batch)
-        return checked_call(
-            problem.outer_loss, "outer_loss", problem.stateful, args, (model_state, rng)
-        )
+        context = (model_state, rng)
+        return checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)
 
     return loss, z_split, x_split

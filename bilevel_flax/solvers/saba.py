@@ -33,11 +33,19 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bilevel_flax import rows
-from bilevel_flax.base import NEVER, BilevelSolver, Estimator, Oracles, Problem, PyTree
+from bilevel_flax import oracles, rows
+from bilevel_flax.base import (
+    NEVER,
+    Batch,
+    BilevelSolver,
+    Estimator,
+    Oracles,
+    Problem,
+    PyTree,
+)
 from bilevel_flax.checks import check_partition, warn_unless_finite_sum
 from bilevel_flax.single_loop import RowTransformation, single_loop
-from bilevel_flax.solvers import running, saga_memory, tables
+from bilevel_flax.solvers import components, running, saga_memory, tables
 from bilevel_flax.solvers.soba import directions
 
 _TABLE_DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))
@@ -70,21 +78,6 @@ def _outer_part(found: Oracles) -> Oracles:
     return found._replace(inner_grad=None, hvp=None, cross_jvp=None)
 
 
-def _visit_rows(memory: PyTree, cross: PyTree, num_batches: int) -> tuple[PyTree, PyTree]:
-    """SAGA for rows that live in one component each -> (dense estimate, memory)."""
-
-    def replace(last, node):
-        if last is None:
-            return None
-        # Cleared and added to, not set: examples may be repeated within a minibatch.
-        cleared = last.at[node.index].set(0, mode="drop")
-        return cleared.at[node.index].add(node.values.astype(last.dtype), mode="drop")
-
-    fresh = jax.tree.map(replace, memory, cross, is_leaf=lambda node: node is None)
-    estimate = jax.tree.map(lambda new, last: (new - last) + last / num_batches, fresh, memory)
-    return estimate, fresh
-
-
 def estimator(
     problem: Problem,
     num_inner_batches: int,
@@ -93,68 +86,83 @@ def estimator(
     lazy: bool = False,
     init_tables: str = "zero",
     table_dtype: Any = None,
-    table_memory: str = tables.DEVICE,
+    table_placement: str = tables.DEVICE,
     max_table_bytes: int | None = None,
+    coded_like: Batch | None = None,
 ) -> Estimator:
-    """SAGA's estimate of each quantity; `lazy`: the outer optimiser takes `Rows` as they are."""
-    total = num_inner_batches + num_outer_batches
+    """SAGA's estimate of each quantity; the arguments are `saba`'s, and two more.
 
-    def memories(z, x, memory=tables.DEVICE, traced=True):
-        grad = saga_memory.storable(z)
-        shared = rows.map_prefix(problem.per_sample, lambda _: None, saga_memory.storable, x)
-        inner = Oracles(grad, grad, shared, None, None)
-        outer = Oracles(None, None, None, grad, shared)
-        place = {"dtype": table_dtype, "memory": memory, "traced": traced}
+    `lazy`: the outer optimiser takes `Rows` as they are. `coded_like`: a pair of minibatches, where
+    codes are memorised.
+    """
+    total = num_inner_batches + num_outer_batches
+    evaluate = oracles.evaluate_all if coded_like is None else oracles.evaluate_linear
+
+    def memories(stored, decoded, **place):
+        place |= {"dtype": table_dtype}
         return {
-            "inner": saga_memory.empty(inner, num_inner_batches, **place),
-            "outer": saga_memory.empty(outer, num_outer_batches, **place),
+            "inner": saga_memory.empty(
+                _inner_part(stored), _inner_part(decoded), num_inner_batches, **place
+            ),
+            "outer": saga_memory.empty(
+                _outer_part(stored), _outer_part(decoded), num_outer_batches, **place
+            ),
         }
 
     def init(variables):
         z, _, x = variables
+        shapes = components.shapes(problem, variables, coded_like)
+        tables.check_memory(table_placement)
+        sizes = jax.eval_shape(lambda: memories(*shapes, traced=True))
+        sizes = {side: memory.table for side, memory in sizes.items()}
         traced = tables.is_traced(z)
-        tables.check_memory(table_memory)
-        sizes = {side: memory.table for side, memory in jax.eval_shape(memories, z, x).items()}
-        tables.check_size(sizes, max_table_bytes, table_memory, traced)
+        tables.check_size(sizes, max_table_bytes, table_placement, traced)
 
         def vector(leaf):
             return None if lazy else jnp.zeros(leaf.shape, running.wide(leaf))
 
         return SABAState(
-            **memories(z, x, table_memory, traced),
+            **memories(*shapes, memory=table_placement, traced=traced),
             per_sample=rows.map_prefix(problem.per_sample, vector, lambda _: None, x),
             cursor=jnp.int32(0),
             next_refresh=jnp.int32(0 if init_tables == "refresh" else NEVER),
         )
 
-    def visit_inner(found, position, state):
-        new = saga_memory.storable(_inner_part(found))
-        estimate, inner = saga_memory.visit(state.inner, position, new)
-        dense, per_sample = _visit_rows(state.per_sample, found.cross_jvp, num_inner_batches)
-        cross = running.handed_on(dense, found.cross_jvp)
+    def visit_inner(parts, position, state):
+        new = saga_memory.storable(_inner_part(parts.codes))
+        estimate, inner = saga_memory.visit(
+            state.inner, position, new, components.storable(parts.decode)
+        )
+        dense, per_sample = saga_memory.visit_rows(
+            state.per_sample, parts.codes.cross_jvp, num_inner_batches
+        )
+        cross = running.handed_on(dense, parts.codes.cross_jvp)
         cross = running.handed_on(estimate.cross_jvp, cross)
         state = state.replace(inner=inner, per_sample=per_sample)
         return estimate._replace(cross_jvp=cross), state
 
-    def visit_outer(found, position, state):
-        new = saga_memory.storable(_outer_part(found))
-        estimate, outer = saga_memory.visit(state.outer, position, new)
+    def visit_outer(parts, position, state):
+        new = saga_memory.storable(_outer_part(parts.codes))
+        estimate, outer = saga_memory.visit(
+            state.outer, position, new, components.storable(parts.decode)
+        )
         return estimate, state.replace(outer=outer)
 
     def update(oracle, variables, batch, state):
-        found = oracle(variables)
-        inner, state = visit_inner(found.oracles, batch.inner_id, state)
-        outer, state = visit_outer(found.oracles, batch.outer_id, state)
-        own = found.oracles._replace(cross_jvp=inner.cross_jvp)
-        estimates = running.handed_on(Oracles(*inner[:3], *outer[3:]), own)
-        return directions(estimates), state, found
+        found = oracle(variables, evaluate)
+        parts = components.of(found)
+        inner, state = visit_inner(parts, batch.inner_id, state)
+        outer, state = visit_outer(parts, batch.outer_id, state)
+        estimates = oracles.plus(Oracles(*inner[:3], *outer[3:]), parts.exact)
+        own = found.oracles._replace(cross_jvp=estimates.cross_jvp)
+        return directions(running.handed_on(estimates, own)), state, found
 
     def refresh(oracle, variables, batch, state):
-        found = oracle(variables).oracles
+        parts = components.of(oracle(variables, evaluate))
         if batch.inner is not None:
-            _, state = visit_inner(found, batch.inner_id, state)
+            _, state = visit_inner(parts, batch.inner_id, state)
         else:
-            _, state = visit_outer(found, batch.outer_id, state)
+            _, state = visit_outer(parts, batch.outer_id, state)
         done = state.cursor + 1 == total
         return state.replace(
             cursor=jnp.where(done, 0, state.cursor + 1),
@@ -185,8 +193,10 @@ def saba(
     outer_weights: Any = None,
     init_tables: str = "zero",
     table_dtype: Any = None,
-    table_memory: str = tables.DEVICE,
+    table_placement: str = tables.DEVICE,
     max_table_bytes: int | None = None,
+    memory: str = "full",
+    example_batch: Batch | None = None,
 ) -> BilevelSolver:
     """SABA with an Optax optimiser for each variable (4 gradient units a step).
 
@@ -205,14 +215,18 @@ def saba(
         table_dtype: jnp.bfloat16 halves the tables (rows are rounded, the means follow the
             rounded rows, so the estimate stays unbiased, but its variance no longer vanishes);
             None: the parameters' own.
-        table_memory: "device", or "pinned_host": the tables lie in the host's memory, and a step
+        table_placement: "device", or "pinned_host": the tables lie in the host's memory, and a step
             moves one row of each there and back.
         max_table_bytes: refuse larger tables; None: the memory of JAX's local devices, or the
             host's.
+        memory: "full", or "compact" for a `linear_problem`: one residual for each example and
+            class instead of one number for each parameter. Exact.
+        example_batch: a minibatch of each side, for "compact"; its shapes suffice.
 
     Raises:
         ValueError: no positive number of minibatches, weights of another length, an unknown
-            `init_tables`, `table_dtype` or `table_memory`; from `init`, tables that do not fit, or
+            `init_tables`, `table_dtype`, `table_placement` or `memory`, a compact memory without a
+            `linear_problem` or an `example_batch`; from `init`, tables that do not fit, or
             a memory that the device does not have; from `update`, ids missing from the batch.
 
     Example:
@@ -243,10 +257,11 @@ def saba(
             f"table_dtype={table_dtype!r} is not among {[d.name for d in _TABLE_DTYPES]} "
             "(float16 overflows); None keeps the parameters' own"
         )
-    if table_memory not in tables.MEMORIES:
+    if table_placement not in tables.MEMORIES:
         raise ValueError(
-            f"table_memory={table_memory!r} is unknown: choose one of {tables.MEMORIES}"
+            f"table_placement={table_placement!r} is unknown: choose one of {tables.MEMORIES}"
         )
+    components.check_memory(memory, problem, example_batch)
     warn_unless_finite_sum(problem, "saba")
     return single_loop(
         problem,
@@ -257,8 +272,9 @@ def saba(
             lazy=isinstance(outer, RowTransformation),
             init_tables=init_tables,
             table_dtype=table_dtype,
-            table_memory=table_memory,
+            table_placement=table_placement,
             max_table_bytes=max_table_bytes,
+            coded_like=example_batch if memory == "compact" else None,
         ),
         inner=inner,
         outer=outer,

@@ -65,21 +65,21 @@ def storable(tree: PyTree) -> PyTree:
 
 
 def empty(
-    like: PyTree,
+    stored: PyTree,
+    components: PyTree,
     num_batches: int,
     dtype: Any = None,
     *,
-    mean_like: PyTree = None,
     memory: str = tables.DEVICE,
     traced: bool = True,
 ) -> Memory:
     """A memory of zeros.
 
     Args:
-        like: a tree of the shapes and dtypes of what is stored for each component.
+        stored: a tree of the shapes and dtypes of what is stored for each component.
+        components: a tree of the components' shapes and dtypes, `stored` unless they are coded.
         num_batches: N.
         dtype: dtype of the table's rows; None: each leaf's own.
-        mean_like: a tree of the components' shapes and dtypes; None: as `like`.
         memory: where the table lies, as in `tables.zeros`.
         traced: whether this is part of a jitted function.
     """
@@ -87,11 +87,10 @@ def empty(
     def rows(leaf):
         return tables.zeros((num_batches, *leaf.shape), dtype or leaf.dtype, memory, traced)
 
-    components = like if mean_like is None else mean_like
     return Memory(
-        table=Table(jax.tree.map(rows, like)),
+        table=Table(jax.tree.map(rows, stored)),
         mean=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), components),
-        pending=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), like),
+        pending=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), stored),
         pending_id=jnp.int32(0),
     )
 
@@ -112,10 +111,19 @@ def visit(
 
     Returns:
         `(estimate, memory)`, the estimate in the dtypes of `memory.mean`.
+
+    Raises:
+        ValueError: `new` has other shapes than the table's rows.
     """
     leaves = jax.tree.leaves(memory.table)
     if not leaves:
         return new, memory
+    for value, rows in zip(jax.tree.leaves(new), leaves, strict=True):
+        if value.shape != rows.shape[1:]:
+            raise ValueError(
+                f"a minibatch gives {value.shape} to memorise, but the table's rows are "
+                f"{rows.shape[1:]}: example_batch must have the shapes of the minibatches"
+            )
     num_batches = leaves[0].shape[0]
     inside = (position >= 0) & (position < num_batches)
     table = jax.tree.map(
@@ -142,6 +150,21 @@ def visit(
         lambda part, mean: mean + part.astype(mean.dtype) / num_batches, change(stored), memory.mean
     )
     return estimate, Memory(Table(table), mean, stored, jnp.asarray(position, jnp.int32))
+
+
+def visit_rows(memory: PyTree, cross: PyTree, num_batches: int) -> tuple[PyTree, PyTree]:
+    """SAGA for rows that live in one component each -> (dense estimate, memory)."""
+
+    def replace(last, node):
+        if last is None:
+            return None
+        # Cleared and added to, not set: examples may be repeated within a minibatch.
+        cleared = last.at[node.index].set(0, mode="drop")
+        return cleared.at[node.index].add(node.values.astype(last.dtype), mode="drop")
+
+    fresh = jax.tree.map(replace, memory, cross, is_leaf=lambda node: node is None)
+    estimate = jax.tree.map(lambda new, last: (new - last) + last / num_batches, fresh, memory)
+    return estimate, fresh
 
 
 def settled(memory: Memory) -> PyTree:

@@ -67,8 +67,8 @@ def check_memory(memory: str) -> None:
     kinds = memory_kinds()
     if memory == HOST and HOST not in kinds:
         raise ValueError(
-            f'table_memory="{HOST}", but {jax.local_devices()[0]} reaches only '
-            f"{', '.join(kinds)}: leave table_memory out, or halve the tables with "
+            f'table_placement="{HOST}", but {jax.local_devices()[0]} reaches only '
+            f"{', '.join(kinds)}: leave table_placement out, or halve the tables with "
             "table_dtype=jnp.bfloat16"
         )
 
@@ -107,7 +107,7 @@ def check_size(
         limit = _capacity(memory)
     if limit is not None and total > limit:
         given = "max_table_bytes" if max_bytes is not None else "the memory at hand"
-        elsewhere = f'keep them in the host\'s memory (table_memory="{HOST}"), '
+        elsewhere = f'keep them in the host\'s memory (table_placement="{HOST}"), '
         raise ValueError(
             f"the tables take {_in_words(total)} and {given} is {_in_words(limit)}: store them in "
             f"half the space (table_dtype=jnp.bfloat16), {elsewhere if memory == DEVICE else ''}"
