@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from bilevel_flax import bench, cli
-from bilevel_flax.bench import methods, one_run, protocol, results, tasks
+from bilevel_flax.base import Batch
+from bilevel_flax.bench import methods, protocol, results, searches, steps, tasks
 from bilevel_flax.bench import quadratics as quadratic_task
 from bilevel_flax.bench import report as bench_report
 from bilevel_flax.bench.options import grid
-from bilevel_flax.bench.results import DIVERGED, FINISHED, Key, Row
+from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
+from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.config import ConfigError
 
@@ -87,10 +89,10 @@ def test_every_method_is_found_and_built(tmp_path):
     task = quadratic_task.make("quadratics", context(tmp_path), **SMALL)
     names = methods.names()
     assert {"soba", "saba", "srba", "amigo", "stocbio", "ttsa", "vrbo", "f2sa"} <= set(names)
-    assert not {"single_loop", "grid_search"} & set(names)
+    assert not {"single_loop", "inner_only"} & set(names)
     for name in names:
         solver = methods.build(name, task, 0.1, 1.0)
-        assert solver.name.startswith(name)
+        assert solver.name.startswith("inner_only" if name in methods.SEARCHES else name)
 
 
 def test_all_methods_are_handed_the_same_steps_up_to_their_published_decay(tmp_path):
@@ -155,7 +157,7 @@ def test_the_same_command_again_runs_nothing(small, tmp_path, monkeypatch):
     quadratics(tmp_path, seeds=2)
     path = tmp_path / "out" / "results.csv"
     before = path.read_text()
-    monkeypatch.setattr(one_run, "run_one", lambda *args: pytest.fail("ran again"))
+    monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("ran again"))
     quadratics(tmp_path, seeds=2)
     assert path.read_text() == before
 
@@ -187,6 +189,15 @@ def test_the_grid_is_searched_with_equal_effort_and_selects_by_validation(small,
         assert scores[key] == min(scores.values())
 
 
+def test_only_the_chosen_pair_of_a_grid_is_measured_at_many_times(small, tmp_path):
+    (chosen,) = quadratics(tmp_path, grid=2)[0].values()
+    assert chosen[-1].status == FINISHED and len(chosen) > 5
+    every = results.read(tmp_path / "out" / "results.csv")
+    others = [rows for key, rows in every.items() if key != chosen[0].key]
+    assert len(every) == 2 and all(rows[-1].status == SCREENED for rows in others)
+    assert all(len(rows) <= 5 for rows in others)
+
+
 def test_a_diverged_run_is_a_row_and_no_crash(small, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "grid", lambda count: [(1e6, 1.0), (0.25, 1.0)][:count])
     runs, lines = quadratics(tmp_path, grid=2)
@@ -195,6 +206,86 @@ def test_a_diverged_run_is_a_row_and_no_crash(small, tmp_path, monkeypatch):
     assert bad[-1].status == DIVERGED and math.isnan(bad[-1].gap) and bad[-1].iteration > 0
     assert [key.params for key in runs] == ["rho=0.25,ratio=1"]
     assert any("diverged at step" in line for line in lines)
+
+
+# Steps in the state.
+
+
+@pytest.mark.parametrize("name", ["soba", "saba", "stocbio"])
+def test_steps_in_the_state_are_the_same_steps(tmp_path, name):
+    task = quadratic_task.make("quadratics", context(tmp_path), **SMALL)
+    build = lambda rho, ratio: methods.build(name, task, rho, ratio)
+    assert steps.can_vary(build)
+    other = steps.with_steps(build, 9.0, 3.0)  # its function, the state's steps
+    start = task.task.init(jax.random.PRNGKey(0))
+    ends = []
+    for solver, update in (
+        (build(0.1, 0.5), build(0.1, 0.5)),
+        (steps.with_steps(build, 0.1, 0.5), other),
+    ):
+        state = solver.init(*start[:2])
+        batch = Batch(
+            *(
+                jax.tree.map(lambda leaf, k=k: take(leaf, k), side.batches)
+                for side, k in zip((task.task.inner, task.task.outer), solver.batches, strict=True)
+            ),
+            *(take(np.arange(2, dtype=np.int32), k) for k in solver.batches),
+        )
+        for _ in range(3):
+            state, _ = jax.jit(update.update)(state, batch)
+        ends.append(state)
+    for one, two in zip(ends[0].variables, ends[1].variables, strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-5, atol=1e-7)
+    assert np.abs(np.asarray(ends[0].outer_params) - 1).max() > 1e-4
+
+
+def take(leaf, count):
+    """The first minibatch, or `count` of them."""
+    return leaf[0] if count == 1 else leaf[np.arange(count) % len(leaf)]
+
+
+def test_what_needs_its_steps_at_once_is_told_apart():
+    assert not steps.can_vary(lambda rho, ratio: 1.0 if rho < 1 else 2.0)
+
+
+# Searches over x.
+
+
+def test_searches_find_a_better_x_within_the_budget_of_a_method(small, tmp_path):
+    runs, _ = quadratics(tmp_path, solvers=("grid_search", "random_search"), seconds=0.4)
+    task = quadratic_task.make("quadratics", context(tmp_path))
+    for key, rows in runs.items():
+        last = rows[-1]
+        assert last.status == FINISHED and last.gap < rows[0].gap
+        # A trial may end half a chunk late.
+        assert 0.2 < last.cpu_seconds < 0.8
+        # A unit an inner step, and F on the outer minibatches for each candidate.
+        judged = searches.candidates(task.default[1]) * task.task.outer.num_batches
+        assert last.oracle_units == last.iteration + judged, key
+
+
+def test_a_grid_search_returns_the_candidate_with_the_lowest_loss(small, tmp_path):
+    quadratics(tmp_path, solvers=("grid_search",), seconds=0.4)
+    exact = quadratic_task.means(*quadratic_task.draw(0, **SMALL))
+    (rows,) = results.read(tmp_path / "out" / "results.csv").values()
+    values = [exact.value_and_grad(np.full(3, c))[0] for c in np.linspace(*quadratic_task.BOX, 30)]
+    # z is trained by few noisy steps, so it may choose a neighbour of the best one.
+    assert min(abs(rows[-1].value - value) for value in values) < 1e-5 * max(values)
+    assert rows[-1].value <= sorted(values)[6] * (1 + 1e-5)
+
+
+def test_searches_that_cannot_take_a_step_or_make_no_sense_are_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"--seconds=1e-06, grid_search: .* one step takes"):
+        quadratics(tmp_path, solvers=("grid_search",), seconds=1e-6)
+    task = quadratic_task.make("quadratics", context(tmp_path))._replace(box=None)
+    with pytest.raises(ConfigError, match="a weight for every training example"):
+        searches.check("random_search", task)
+
+
+def test_a_search_whose_trials_all_diverge_is_a_row(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "grid", lambda count: [(1e30, 1.0)][:count])
+    (rows,) = quadratics(tmp_path, solvers=("random_search",), grid=1)[0].values()
+    assert rows[-1].status == DIVERGED and math.isnan(rows[-1].gap)
 
 
 # Numbers that are shown.

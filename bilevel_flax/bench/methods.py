@@ -15,6 +15,7 @@ import bilevel_flax
 from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver
 from bilevel_flax.bench.tasks import BenchTask, Setting
+from bilevel_flax.solvers import inner_only
 
 
 class Decay(NamedTuple):
@@ -36,14 +37,18 @@ DECAYS = {
     "sustain": Decay(1 / 3, 1 / 3),
     "bsg": Decay(0.0, 1.0),
     "bsgo": Decay(0.0, 1.0),
+    "grid_search": Decay(1 / 2),
+    "random_search": Decay(1 / 2),
 }
+# Zeroth-order baselines: their runs are searches over x, see `searches`.
+SEARCHES: tuple[str, ...] = ("grid_search", "random_search")
 
 
 def names() -> list[str]:
-    """The methods that the bench can run: all exported ones with a problem and two optimisers."""
-    found = []
+    """What can run: all exported functions of a problem and two optimisers, and the searches."""
+    found = list(SEARCHES)
     for name in bilevel_flax.__all__:
-        function = getattr(bilevel_flax, name)
+        function = getattr(bilevel_flax, name, None)
         if inspect.isfunction(function) and _returns_solver(function):
             parameters = inspect.signature(function).parameters
             if {"problem", "inner", "outer"} <= set(parameters) and "estimator" not in parameters:
@@ -75,19 +80,19 @@ def check_names(wanted: list[str]) -> None:
             raise configs.ConfigError(f"--solvers names {name} twice: give each once")
 
 
-def build(name: str, bench_task: BenchTask, rho: float, ratio: float) -> BilevelSolver:
+def build(name: str, bench_task: BenchTask, rho: Any, ratio: Any) -> BilevelSolver:
     """The solver `name` on a task with the steps ρ and γ = ρ / ratio.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`; for a search, what trains z at one candidate x.
         bench_task: gives the problem, the data's sizes and the family of optimisers.
-        rho: ρ.
-        ratio: ρ / γ.
+        rho: ρ, a number or a traced scalar.
+        ratio: ρ / γ, the same.
 
     Raises:
         ValueError: whatever the solver refuses.
     """
-    function = getattr(bilevel_flax, name)
+    function = inner_only if name in SEARCHES else getattr(bilevel_flax, name)
     parameters = inspect.signature(function).parameters
     task = bench_task.task
     total = task.inner.num_batches + task.outer.num_batches
@@ -106,22 +111,24 @@ def build(name: str, bench_task: BenchTask, rho: float, ratio: float) -> Bilevel
     explicit = step is not None and step.default is step.empty
     decay = DECAYS.get(name, Decay())
 
-    def solver(units: float, inner, outer, adjoint_step: float) -> BilevelSolver:
-        del units
-        more = {"adjoint_step": adjoint_step} if explicit else {}
-        return function(problem=task.problem, inner=inner, outer=outer, **more, **settings)
+    def solver(inner, outer, adjoint_step) -> BilevelSolver:
+        more: dict[str, Any] = {"outer": outer} if "outer" in parameters else {}
+        if explicit:
+            # A schedule may be a traced number, a plain step may not.
+            more["adjoint_step"] = lambda step: adjoint_step
+        return function(problem=task.problem, inner=inner, **more, **settings)
 
     # What an update costs is known once a solver is built; its optimisers do not matter for that.
-    units = solver(0.0, optax.sgd(1.0), optax.sgd(1.0), 1e-3).units
+    units = solver(optax.sgd(1.0), optax.sgd(1.0), 1e-3).units
     setting = Setting(rho, ratio, *decay, units, explicit, _takes_rows(solver))
     chosen = bench_task.optimizers(setting)
-    return solver(units, chosen.inner, chosen.outer, chosen.adjoint_step)
+    return solver(chosen.inner, chosen.outer, chosen.adjoint_step)
 
 
 def _takes_rows(solver: Callable[..., BilevelSolver]) -> bool:
     """Whether the method hands per-sample directions on as rows; those that do not refuse them."""
     try:
-        solver(0.0, optax.sgd(1.0), bilevel_flax.outer.normalized_sgd(1.0), 1e-3)
+        solver(optax.sgd(1.0), bilevel_flax.outer.normalized_sgd(1.0), 1e-3)
     except ValueError:
         return False
     return True

@@ -2,111 +2,134 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
 
-from bilevel_flax.base import BilevelSolver
-from bilevel_flax.bench import methods
-from bilevel_flax.bench.options import CLOCKS
+from bilevel_flax.base import BilevelSolver, PyTree, TrainState
 from bilevel_flax.bench.results import DIVERGED, FINISHED, Key, Row
 from bilevel_flax.bench.tasks import BenchTask
 from bilevel_flax.config import ConfigError
 from bilevel_flax.loop import Loop
 
-_EVALUATIONS = 40  # of a run, at times spaced evenly in their logarithm
 _FIRST_EVALUATION = 1 / 500  # of the budget
-_CHUNK_STEPS = 4000
 
 
-def run_one(
-    bench_task: BenchTask, key: Key, pair: tuple[float, float], seconds: float, clock: str
-) -> list[Row]:
-    """One run, measured at times spaced evenly in their logarithm.
+@dataclasses.dataclass
+class Run:
+    """What a run needs, and its rows.
 
-    Args:
+    Attributes:
         bench_task: the task, made for the run's seed.
         key: solver, seed and params.
-        pair: (ρ, ρ/γ).
+        ratio: ρ / γ.
+        solver: the method with its steps.
+        loop: at its beginning; its clocks are the run's.
+        start: `start(x) -> TrainState`, with z as the task starts it.
+        outer_params: x as the task starts it.
         seconds: the budget.
-        clock: "wall" or "cpu".
+        clock: what it is counted in, "seconds" or "cpu_seconds".
+        evaluations: how often to measure, at times spaced evenly in their logarithm.
+        end: status of the last row.
+        step: updates so far.
+        units: oracle units so far.
+    """
 
-    Returns:
-        Its rows; the last one has a status. Once diverged, its values are NaN.
+    bench_task: BenchTask
+    key: Key
+    ratio: float
+    solver: BilevelSolver
+    loop: Loop
+    start: Callable[[PyTree], TrainState]
+    outer_params: PyTree
+    seconds: float
+    clock: str
+    evaluations: int
+    end: str = FINISHED
+    step: int = 0
+    units: float = 0.0
+
+    def __post_init__(self):
+        first = self.seconds * _FIRST_EVALUATION
+        self._times = iter(np.geomspace(first, self.seconds, self.evaluations)[:-1])
+        self._due = next(self._times, math.inf)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the budget."""
+        return getattr(self.loop, self.clock)
+
+    def row(self, state: TrainState, status: str = "") -> Row:
+        """Measures; a value that is not finite makes the row the run's last."""
+        nothing = (math.nan,) * 3
+        found = nothing if status == DIVERGED else self.bench_task.measure(state)
+        if not all(map(math.isfinite, found)):
+            status, found = DIVERGED, nothing
+        value, gap, validation = map(float, found)
+        spent = (self.loop.seconds, self.loop.cpu_seconds, self.units)
+        name = self.bench_task.name
+        return Row(name, *self.key, self.step, *spent, value, gap, validation, status)
+
+    def is_due(self) -> bool:
+        """Whether to measure now; asked once, the time is past."""
+        spent = self.spent
+        if not (self.step and self._due <= spent < self.seconds):
+            return False
+        while self._due <= spent:
+            self._due = next(self._times, math.inf)
+        return True
+
+    def advance(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, int, bool]:
+        """One chunk of updates.
+
+        Args:
+            state: donated.
+            start: `int(state.step)`.
+            stop: the chunk ends there at the latest.
+
+        Returns:
+            The state, the updates taken, and whether all directions were finite.
+        """
+        state, info = self.loop.run(state, start, stop)
+        alive = all(bool(side[-1]) for side in info.finite)
+        taken = len(info.inner_loss) - (not alive)
+        self.step += taken
+        self.units += float(np.sum(info.oracle_units, dtype=np.float64))
+        return state, taken, alive
+
+    def too_short(self) -> ConfigError:
+        """What to raise where the budget is over before the first step."""
+        return ConfigError(
+            f"--seconds={self.seconds:g}: {self.key.solver} took {self.spent:.3g} s and did not "
+            "finish its first step within the budget (full passes count); give more seconds"
+        )
+
+
+def walk(run: Run) -> Iterator[Row]:
+    """The rows of a method's run; the last one has a status.
 
     Raises:
         ConfigError: the budget is over before the first step.
     """
-    task, name = bench_task.task, CLOCKS[clock]
-    solver = methods.build(key.solver, bench_task, *pair)
-    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(key.seed))
-    start = task.init(init_rng)
-    state = solver.init(
-        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
-    )
-    loop = Loop(
-        solver,
-        task.inner,
-        task.outer,
-        seed=key.seed,
-        capacity=_CHUNK_STEPS,
-        target_seconds=min(0.1, seconds / 100),
-    )
-    try:
-        return list(_rows(bench_task, key, solver, loop, state, seconds, name))
-    finally:
-        loop.close()
-
-
-def _rows(
-    bench_task: BenchTask,
-    key: Key,
-    solver: BilevelSolver,
-    loop: Loop,
-    state: Any,
-    seconds: float,
-    clock: str,
-) -> Iterator[Row]:
-    step, units = 0, 0.0
-
-    def row(status: str = "") -> Row:
-        nothing = (math.nan,) * 3
-        found = nothing if status == DIVERGED else bench_task.measure(state)
-        if not all(map(math.isfinite, found)):
-            status, found = DIVERGED, nothing
-        value, gap, validation = map(float, found)
-        spent = (loop.seconds, loop.cpu_seconds, units)
-        return Row(bench_task.name, *key, step, *spent, value, gap, validation, status)
-
-    yield row()
-    times = iter(np.geomspace(seconds * _FIRST_EVALUATION, seconds, _EVALUATIONS)[:-1])
-    due = next(times)
-    while getattr(loop, clock) < seconds:
-        refresh_step = int(solver.next_refresh(state))
-        if refresh_step <= step:
-            state, spent = loop.refresh(state)
-            units += spent
+    state = run.start(run.outer_params)
+    yield run.row(state)
+    while run.spent < run.seconds:
+        refresh_step = int(run.solver.next_refresh(state))
+        if refresh_step <= run.step:
+            state, units = run.loop.refresh(state)
+            run.units += units
         else:
-            state, info = loop.run(state, step, refresh_step)
-            alive = all(bool(side[-1]) for side in info.finite)
-            step += len(info.inner_loss) - (not alive)
-            units += float(np.sum(info.oracle_units, dtype=np.float64))
+            state, _, alive = run.advance(state, run.step, refresh_step)
             if not alive:
-                yield row(DIVERGED)
+                yield run.row(state, DIVERGED)
                 return
-        if step and due <= getattr(loop, clock) < seconds:
-            found = row()
+        if run.is_due():
+            found = run.row(state)
             yield found
             if found.status:
                 return
-            while due <= getattr(loop, clock):
-                due = next(times, math.inf)
-    if step == 0 or (step == 1 and getattr(loop, clock) > seconds):
-        raise ConfigError(
-            f"--seconds={seconds:g}: {key.solver} took {getattr(loop, clock):.3g} s and did not "
-            "finish its first step within the budget (full passes count); give more seconds"
-        )
-    yield row(FINISHED)
+    if run.step == 0 or (run.step == 1 and run.spent > run.seconds):
+        raise run.too_short()
+    yield run.row(state, run.end)

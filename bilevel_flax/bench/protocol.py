@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_flax.bench import one_run, report, results, tasks
+from bilevel_flax.bench import methods, report, results, searches, tasks
 from bilevel_flax.bench.options import CLOCKS, Options, grid
-from bilevel_flax.bench.results import DIVERGED, Key, Row, Runs, params_text
+from bilevel_flax.bench.results import DIVERGED, SCREENED, Key, Row, Runs, params_text
+from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import BenchTask, Context
 from bilevel_flax.config import ConfigError
 
@@ -43,16 +44,23 @@ def run(options: Options, say: Callable[[str], None] = print) -> Runs:
     done = results.read(path)
     results.write(path, done)
 
-    def ensure(solver: str, seed: int, pair: tuple[float, float], where: str) -> list[Row]:
+    runner = Runner(seconds, options.clock)
+
+    def ensure(solver: str, seed: int, pair: tuple[float, float], where: str, screening=False):
         key = Key(solver, seed, params_text(*pair))
-        if key not in done:
+        rows = done.get(key)
+        if rows is None or (rows[-1].status == SCREENED and not screening):
             say(f"[{where}] {solver}, seed {seed}, {key.params}")
-            rows = one_run.run_one(maker(seed), key, pair, seconds, options.clock)
-            results.append(path, rows)
-            done[key] = rows
-            say(_last_line(rows, maker(seed).quantity))
+            done[key] = runner.run(maker(seed), key, pair, screening)
+            if rows is None:
+                results.append(path, done[key])
+            else:  # the run of the grid, measured anew at more times
+                results.write(path, done)
+            say(_last_line(done[key], maker(seed).quantity))
         return done[key]
 
+    for solver in set(options.solvers) & set(methods.SEARCHES):
+        searches.check(solver, maker(0))
     chosen: Runs = {}
     searched = grid(options.grid)
     per_solver = len(searched) + options.seeds
@@ -61,12 +69,13 @@ def run(options: Options, say: Callable[[str], None] = print) -> Runs:
         pairs = searched or [maker(0).tuned.get(solver, maker(0).default)]
         scores = []
         for count, pair in enumerate(searched, start=before + 1):
-            scores.append(results.score(ensure(solver, 0, pair, f"{count}/{total}")))
+            scores.append(results.score(ensure(solver, 0, pair, f"{count}/{total}", True)))
         best = pairs[int(np.argmin(scores))] if scores else pairs[0]
         for seed in range(options.seeds):
             where = f"{before + len(searched) + seed + 1}/{total}"
             key = Key(solver, seed, params_text(*best))
             chosen[key] = ensure(solver, seed, best, where)
+    runner.close()
     report.write(options.out, maker(0), chosen, done, seconds, options.clock, options.grid)
     say(report.table_text(maker(0), chosen, CLOCKS[options.clock]))
     say(f"{path}, {options.out / 'bench.html'}")

@@ -28,6 +28,7 @@ from bilevel_flax.task import Start, Task
 SIZES = {"samples": 32_768, "outer_samples": 1_024, "inner_size": 100, "outer_size": 10}
 MU = 0.1
 BATCH_SIZE = 64
+BOX = (-3.0, 3.0)
 # Steps after which a decaying step has halved, in gradient units.
 _PATIENCE_UNITS = 8_000.0
 
@@ -162,4 +163,5 @@ def make(name: str, context: Context, **sizes: int) -> BenchTask:
         tuned={},
         default=(0.25, 1.0),
         seconds=10.0,
+        box=BOX,
     )

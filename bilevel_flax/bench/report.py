@@ -200,6 +200,7 @@ def curves(quantity: str, runs: Runs, axis: str) -> Figure:
     """The gap of every method against time or oracle units."""
     rate = is_rate(quantity)
     figure, axes = new_figure(6.2, 4.0)
+    empty = True
     for number, (solver, group) in enumerate(by_solver(runs).items()):
         colour = COLOURS[number % len(COLOURS)]
         style = ("-", "--", ":")[number // len(COLOURS) % 3]
@@ -207,8 +208,13 @@ def curves(quantity: str, runs: Runs, axis: str) -> Figure:
         # A gap below 0 (a better point than h* was found) has no place on a logarithmic axis.
         drawn = np.isfinite(middle) & ((middle > 0) | rate)
         show = lambda values, keep=drawn: np.where(keep & np.isfinite(values), values, np.nan)
+        empty = empty and not drawn.any()
         axes.plot(where, show(middle), style, color=colour, linewidth=1.7, label=solver)
         axes.fill_between(where, show(low), show(high), color=colour, alpha=0.18, linewidth=0)
+    if empty:  # every run diverged, and a logarithmic axis needs a value
+        axes.text(0.5, 0.5, "no finite value", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return figure
     axes.set_xscale("log")
     if rate:
         axes.yaxis.set_major_formatter(PERCENT)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-FINISHED, DIVERGED = "finished", "diverged"
+FINISHED, SCREENED, DIVERGED = "finished", "screened", "diverged"
 
 
 class Key(NamedTuple):
@@ -40,7 +40,8 @@ class Row:
         value: h, or the test error in [0, 1]; NaN once diverged.
         gap: value minus the best one, see `tasks.Measured`.
         validation: what steps are selected by.
-        status: "" within a run, "finished" or "diverged" in its last row.
+        status: "" within a run; in its last row "finished", "screened" (the same, measured at few
+            times: a pair of a grid) or "diverged".
     """
 
     task: str
@@ -139,7 +140,7 @@ def _shown(value) -> str:
 def score(rows: list[Row]) -> float:
     """What a run's steps are selected by: its last validation metric; infinite once diverged."""
     last = rows[-1]
-    good = last.status == FINISHED and math.isfinite(last.validation)
+    good = last.status in (FINISHED, SCREENED) and math.isfinite(last.validation)
     return last.validation if good else math.inf
 
 

@@ -99,6 +99,8 @@ class BenchTask(NamedTuple):
         tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them.
         default: (ρ, ratio) for all other solvers.
         seconds: the default budget of a run.
+        box: (low, high) of every entry of x, where searches look for it; None: a search over x is
+            hopeless on this task.
         published: header and rows of published results, to be shown beside ours.
         published_note: how these were obtained.
     """
@@ -111,6 +113,7 @@ class BenchTask(NamedTuple):
     tuned: Mapping[str, tuple[float, float]]
     default: tuple[float, float]
     seconds: float = 30.0
+    box: tuple[float, float] | None = None
     published: tuple[Sequence[str], Sequence[Sequence[Any]]] = ((), ())
     published_note: str = ""
 
