@@ -19,6 +19,7 @@ from bilevel_flax.base import (
     TrainState,
     Variables,
 )
+from bilevel_flax.checks import check_finite
 from bilevel_flax.linear import linear_problem
 from bilevel_flax.losses import masked_mean
 from bilevel_flax.single_loop import single_loop
@@ -66,6 +67,7 @@ __all__ = [
     "bsa",
     "bsg",
     "bsgo",
+    "check_finite",
     "diagnostics",
     "f2sa",
     "fsla",
@@ -75,7 +77,6 @@ __all__ = [
     "masked_mean",
     "masoba",
     "mrbo",
-    "nnx",
     "nnx",
     "oracles",
     "outer",

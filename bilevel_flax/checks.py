@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import partial_eval
+from flax import nnx
 
 from bilevel_flax import rows
-from bilevel_flax.base import Batch, Problem, PyTree, Table, Variables
-from bilevel_flax.oracles import is_inexact
+from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
+from bilevel_flax.oracles import is_inexact, uses
+from bilevel_flax.oracles.losses import checked_call
 
 
 def copied(tree: PyTree) -> PyTree:
@@ -35,9 +36,16 @@ def parameters(name: str, tree: PyTree) -> None:
     """Raises unless `tree` has at least one floating-point leaf and only arrays.
 
     Raises:
-        TypeError: a leaf is no array.
+        TypeError: a leaf is no array, or there is an NNX module in it.
         ValueError: nothing in it can be learned.
     """
+    is_module = lambda node: isinstance(node, (nnx.Pytree, nnx.State))
+    for node in jax.tree.leaves(tree, is_leaf=is_module):
+        if is_module(node):
+            raise TypeError(
+                f"{name} holds the NNX {type(node).__name__}, but a solver takes arrays: write the "
+                "losses for bf.nnx.problem and start with bf.nnx.init or bf.nnx.Optimizer"
+            )
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not isinstance(leaf, (jax.Array, float, int)) and not hasattr(leaf, "__array__"):
             raise TypeError(
@@ -67,6 +75,37 @@ def per_sample(problem: Problem, outer_params: PyTree) -> None:
     rows.map_prefix(problem.per_sample, check, lambda leaf: None, outer_params)
 
 
+def check_finite(info: Info, step: Any = None) -> None:
+    """Raises where an update met a direction that is not finite, so that the state stood still.
+
+    It waits for the device: in a loop of your own call it every so often.
+
+    Args:
+        info: what `solver.update` returned.
+        step: its number, for the message.
+
+    Raises:
+        FloatingPointError: names the directions and the likely causes.
+    """
+    good = [bool(np.all(side)) for side in info.finite]
+    if all(good):
+        return
+    sides = ("inner (D_z)", "adjoint (D_v)", "outer (D_x)")
+    lost = ", ".join(side for side, fine in zip(sides, good, strict=True) if not fine)
+    causes = (
+        'NaN in the data, a batch["index"] outside the n rows of a per-sample leaf, or too long '
+        "an inner step"
+        if not good[0]
+        else "too long an adjoint step (above 2 over the inner loss's largest curvature)"
+        if not good[1]
+        else "too long an outer step"
+    )
+    raise FloatingPointError(
+        f"{'update' if step is None else f'step {step}'}: not finite: the direction of {lost}; the "
+        f"state stands still since; likely {causes}"
+    )
+
+
 def outer_is_used(
     problem: Problem, variables: Variables, batch: Batch, model_state: PyTree, rng: Any
 ) -> None:
@@ -80,13 +119,11 @@ def outer_is_used(
 
     def loss(x):
         seen = rows.gather(problem.per_sample, x, batch.inner)
-        extra = (model_state, rng) if problem.stateful else ()
-        out = problem.inner_loss(z, seen, batch.inner, *extra)
-        return out[0] if isinstance(out, tuple) else out
+        args = (z, seen, batch.inner)
+        context = (model_state, rng)
+        return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 
-    jaxpr = jax.make_jaxpr(loss)(x).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    for (path, leaf), alive in zip(paths, used, strict=True):
+    for (path, leaf), alive in zip(paths, uses(loss, x), strict=True):
         if is_inexact(leaf) and not alive:
             raise ValueError(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "

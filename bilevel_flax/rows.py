@@ -50,6 +50,13 @@ def _minibatch_index(batch: PyTree) -> jax.Array:
     index = jnp.asarray(batch["index"])
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
+    leading = {name: jnp.shape(leaf)[0] for name, leaf in batch.items() if jnp.ndim(leaf)}
+    others = {name: size for name, size in leading.items() if name != "index"}
+    if index.ndim != 1 or (others and leading["index"] not in others.values()):
+        raise ValueError(
+            f'batch["index"] has shape {index.shape}, but must be [batch], one position for each '
+            f"example; the other entries' leading axes are {others}"
+        )
     return index
 
 

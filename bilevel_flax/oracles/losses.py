@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,26 @@ def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context
     return value, aux
 
 
+def _handed_on(before, after):
+    """The mutable state after G, which must have the tree that G was given."""
+    if after is None and not jax.tree.leaves(before):
+        return before
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            f"inner_loss returned Aux(model_state={_outline(after)}), but was given "
+            f"{_outline(before)}: pass solver.init(..., model_state=...) what the network has "
+            'beside its parameters, e.g. {"batch_stats": variables["batch_stats"]}, and return it '
+            "with the same names"
+        )
+    return after
+
+
+def _outline(tree) -> str:
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key!r}: ..." for key in tree) + "}"
+    return "None" if tree is None else f"a {type(tree).__name__}"
+
+
 def inner(problem: Problem, z, x, batch, model_state, rng):
     """G as a function of the differentiable leaves of z and of x's rows -> (loss, aux)."""
     z_split = split(z)
@@ -77,9 +97,9 @@ def inner(problem: Problem, z, x, batch, model_state, rng):
 
     def loss(z_leaves, x_leaves):
         args = (z_split.merge(z_leaves), x_split.merge(x_leaves), batch)
-        return checked_call(
-            problem.inner_loss, "inner_loss", problem.stateful, args, (model_state, rng)
-        )
+        context = (model_state, rng)
+        value, aux = checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)
+        return value, aux._replace(model_state=_handed_on(model_state, aux.model_state))
 
     if problem.remat:
         loss = jax.checkpoint(loss)
