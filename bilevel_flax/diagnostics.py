@@ -17,7 +17,7 @@ from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.hypergradient import HypergradientCheck, hypergradient_check
-from bilevel_flax.single_loop import norm, residual
+from bilevel_flax.single_loop import learnable, norm, residual
 
 __all__ = [
     "HypergradientCheck",
@@ -25,6 +25,7 @@ __all__ = [
     "decoupled_decay",
     "full_oracles",
     "hypergradient_check",
+    "probe_estimator",
     "residual_estimator",
     "thinned",
 ]
@@ -149,10 +150,10 @@ def decoupled_decay(inner_opt_state: PyTree, weight_decay: float, eps: float = 1
     return jax.tree.map(lambda nu: weight_decay * (jnp.sqrt(nu) + eps), states[0].nu)
 
 
-def residual_estimator(
+def probe_estimator(
     problem: Problem, inner: FiniteSum, outer: FiniteSum, batches: int = 32
-) -> Callable[[TrainState], jax.Array]:
-    """A cheap estimate of `adjoint_residual` for use during training.
+) -> Callable[[TrainState], tuple[jax.Array, jax.Array]]:
+    """A cheap estimate of `adjoint_residual` for use during training, and of negative curvature.
 
     The residual of one minibatch is mostly noise: about 1 even at v*. Here Hv and ∇₁F are means
     over k minibatches each, and what the noise adds to the square is taken off again,
@@ -169,7 +170,8 @@ def residual_estimator(
         batches: k at most; 3 and 1 gradient units each.
 
     Returns:
-        `estimate(state) -> scalar`; 0 where the estimate of the square is negative.
+        `estimate(state) -> (residual, negative)`: the residual, 0 where the estimate of its square
+        is negative, and the share of the inner minibatches on which vᵀHv < 0.
     """
 
     def sample(side: FiniteSum):
@@ -182,17 +184,20 @@ def residual_estimator(
         zeros = jax.tree.map(jnp.zeros_like, state.inner_params)
 
         def body(carry, one):
-            mean, squares = carry
+            mean, squares, below = carry
             batch, weight = one
             here = quantity(state, batch)
             mean = jax.tree.map(lambda m, q: m + weight.astype(q.dtype) * q, mean, here)
             square = norm(here) ** 2
-            return (mean, squares + weight.astype(square.dtype) * square), None
+            curve = optax.tree.vdot(learnable(state.adjoint), learnable(here))
+            below = below + weight * (curve < 0)
+            return (mean, squares + weight.astype(square.dtype) * square, below), None
 
-        (mean, squares), _ = jax.lax.scan(body, (zeros, norm(zeros)), chosen)
+        none = jnp.zeros((), chosen[1].dtype)
+        (mean, squares, below), _ = jax.lax.scan(body, (zeros, norm(zeros), none), chosen)
         count = len(chosen[1])
         variance = (squares - norm(mean) ** 2) * count / max(count - 1, 1)
-        return mean, remaining * variance / count
+        return mean, remaining * variance / count, below
 
     def curved(state, batch):
         return oracles.hvp(problem, state.variables, batch, state.model_state, state.rng)
@@ -205,13 +210,22 @@ def residual_estimator(
 
     @jax.jit
     def estimate(state, inner_chosen, outer_chosen):
-        product, product_error = mean_and_error(curved, state, inner_chosen, inner_remaining)
-        gradient, gradient_error = mean_and_error(target, state, outer_chosen, outer_remaining)
+        product, product_error, below = mean_and_error(curved, state, inner_chosen, inner_remaining)
+        gradient, gradient_error, _ = mean_and_error(target, state, outer_chosen, outer_remaining)
         square = norm(jax.tree.map(jnp.add, product, gradient)) ** 2
         square = jnp.maximum(square - product_error - gradient_error, 0.0)
         # The noise is in ‖∇₁F‖ as well; where it is all there is, nothing can be taken off.
         size = norm(gradient) ** 2
         size = jnp.where(size > gradient_error, size - gradient_error, size)
-        return jnp.where(size > 0, jnp.sqrt(square / jnp.where(size > 0, size, 1.0)), 0.0)
+        relative = jnp.sqrt(square / jnp.where(size > 0, size, 1.0))
+        return jnp.where(size > 0, relative, 0.0), below
 
     return lambda state: estimate(state, inner_chosen, outer_chosen)
+
+
+def residual_estimator(
+    problem: Problem, inner: FiniteSum, outer: FiniteSum, batches: int = 32
+) -> Callable[[TrainState], jax.Array]:
+    """`estimate(state) -> residual`, the first value of `probe_estimator`."""
+    estimate = probe_estimator(problem, inner, outer, batches)
+    return lambda state: estimate(state)[0]

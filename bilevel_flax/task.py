@@ -48,6 +48,8 @@ class Task:
             the workdir; what takes long is stored there as it comes, so that a killed run goes
             on. `say` prints a line.
         report: `report(workdir) -> sections` of `report.html`, made from files alone.
+        held_out: data of F's kind that F never sees: a loss there well above F's own says that x
+            memorises the outer data; None: not watched.
         select: the name of a value of `evaluate` that should be low: `finish` is then handed the
             network (z and the model state) from the evaluation where it was lowest, with the last
             v and x; None: the last network.
@@ -60,5 +62,6 @@ class Task:
     outer: FiniteSum
     evaluate: Callable[[TrainState], Mapping[str, float]]
     finish: Callable[[TrainState, Path, Callable[[str], None]], Mapping[str, Any]] = _nothing
+    held_out: FiniteSum | None = None
     select: str | None = None
     headline: Sequence[str] = ()

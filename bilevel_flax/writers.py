@@ -56,13 +56,14 @@ class MetricWriter(Protocol):
 
 
 class JsonlWriter:
-    """Appends scalars to a file, one JSON object a line: `{"step": 10, "inner_loss": 0.5}`.
+    """Appends values to a file, one JSON object a line: `{"step": 10, "inner_loss": 0.5}`.
 
     Every line is strict JSON: a number that is not finite becomes the string `"NaN"`,
     `"Infinity"` or `"-Infinity"`, which `float()` reads back. Lines reach the operating system
     at once (a killed process loses nothing); `flush` forces them to the disk.
 
-    Images, histograms, texts and hyperparameters have no place in this file and are dropped.
+    Texts get a line of their own. Images, histograms and hyperparameters have no place in this file
+    and are dropped.
 
     Args:
         path: The file; it is made, with its folder, or appended to.
@@ -103,6 +104,9 @@ class JsonlWriter:
         if "step" in scalars:
             raise ValueError("scalars holds the name 'step', which is the line's own: rename it")
         line = {"step": int(step)} | {k: _json_number(k, v) for k, v in scalars.items()}
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -118,7 +122,9 @@ class JsonlWriter:
         """Does nothing: arrays have no place in a JSON line."""
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Does nothing: the file holds numbers only."""
+        """Appends one line, if there is a text."""
+        if texts:
+            self._append({"step": int(step), **texts})
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Does nothing: the run's config is a file of its own."""

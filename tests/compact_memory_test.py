@@ -9,13 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
-from bilevel_flax import data
+from bilevel_flax import data, train
+from bilevel_flax.task import Start, Task
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -365,3 +367,15 @@ def test_what_is_not_linear_or_not_of_the_examples_shape_is_refused():
     short = like._replace(inner=jax.tree.map(lambda leaf: leaf[:2], like.inner))
     with pytest.raises(ValueError, match=r"gives \(2, 3\) to memorise.*rows are \(4, 3\)"):
         jax.eval_shape(solver(found.problem).update, state, short)
+
+
+def test_a_config_asks_for_it_in_one_word():
+    found = shared()
+    task = Task(
+        found.problem, lambda rng: Start(*found.start), found.inner, found.outer, lambda state: {}
+    )
+    sgd = {"call": "optax:sgd", "learning_rate": 0.1}
+    config = {"call": "bilevel_flax:saba", "memory": "compact", "inner": sgd, "outer": sgd}
+    solver = train.make_solver(ml_collections.ConfigDict(config), task)
+    state = jax.eval_shape(solver.init, *found.start)
+    assert state.estimator_state.outer.table.rows.outer_grad_inner.shape == (5, BATCH, CLASSES)

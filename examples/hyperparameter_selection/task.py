@@ -28,32 +28,33 @@ from bilevel_flax.task import Start, Task
 from examples.hyperparameter_selection import exact, features
 
 
-def losses(z: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+def scores(z: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """Linear in z [features] or [features, classes]: [batch] or [batch, classes]."""
+    return batch["input"] @ z
+
+
+def losses(scores: jax.Array, x: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
     """The loss of each example of a minibatch, [batch].
 
     Args:
-        z: [features], or [features, classes].
-        batch: "input" [batch, features] times the label -1 or 1; or "input" and "label" int.
+        scores: [batch], of inputs times the label -1 or 1; or [batch, classes].
+        x: not used.
+        batch: with more than two classes, "label" int [batch].
     """
-    scores = batch["input"] @ z
-    if z.ndim == 1:
+    del x
+    if scores.ndim == 1:
         return jax.nn.softplus(-scores)
     return optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"])
 
 
+def penalty(z: jax.Array, x: jax.Array) -> jax.Array:
+    """½ Σ_k e^{x_k} ‖z_k‖²."""
+    return 0.5 * jnp.sum(jnp.broadcast_to(jnp.exp(x), z.shape) * z**2)
+
+
 def make_problem() -> bf.Problem:
     """G and F."""
-
-    def inner_loss(z, x, batch):
-        penalties = jnp.broadcast_to(jnp.exp(x), z.shape)
-        penalty = 0.5 * jnp.sum(penalties * z**2)
-        return bf.masked_mean(losses(z, batch), batch.get("mask")) + penalty
-
-    def outer_loss(z, x, batch):
-        del x
-        return bf.masked_mean(losses(z, batch), batch.get("mask"))
-
-    return bf.Problem(inner_loss, outer_loss)
+    return bf.linear_problem(scores, losses, losses, inner_penalty=penalty)
 
 
 def num_penalties(table: features.Features) -> int:

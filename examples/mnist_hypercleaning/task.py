@@ -31,7 +31,7 @@ from bilevel_flax import data
 from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.task import Start, Task
 from examples.mnist_hypercleaning import baselines, report
-from examples.mnist_hypercleaning.model import error, make_model
+from examples.mnist_hypercleaning.model import Linear, error, make_model
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
 
 # The published sizes; `mnist5k` has its own.
@@ -123,10 +123,26 @@ def load_examples(config: Any) -> Examples:
 def make_problem(
     model: nn.Module, weights: bf.outer.SampleWeights, regularization: float
 ) -> bf.Problem:
-    """The two losses; stateful where the network has BatchNorm or dropout."""
+    """The two losses; stateful where the network has BatchNorm or dropout.
+
+    For the linear model, of logits: `saba` can then do with a compact memory.
+    """
 
     def cross_entropy(logits, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    def decay(params):
+        matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        return jnp.asarray(regularization * sum(jnp.sum(leaf**2) for leaf in matrices))
+
+    if isinstance(model, Linear):
+        return bf.linear_problem(
+            lambda z, batch: jnp.asarray(model.apply({"params": z}, batch["image"], train=True)),
+            lambda logits, x, batch: weights.apply(x, batch) * cross_entropy(logits, batch),
+            lambda logits, x, batch: cross_entropy(logits, batch),
+            inner_penalty=lambda z, x: decay(z),
+            per_sample=weights.per_sample,
+        )
 
     def inner_loss(params, outer_params, batch, model_state, rng):
         logits, new_state = model.apply(
@@ -137,9 +153,7 @@ def make_problem(
             rngs=None if rng is None else {"dropout": rng},
         )
         losses = weights.apply(outer_params, batch) * cross_entropy(logits, batch)
-        matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
-        penalty = regularization * sum(jnp.sum(leaf**2) for leaf in matrices)
-        loss = bf.masked_mean(losses, batch.get("mask")) + penalty
+        loss = bf.masked_mean(losses, batch.get("mask")) + decay(params)
         return loss, bf.Aux(model_state=dict(new_state))
 
     def outer_loss(params, outer_params, batch, model_state, rng):

@@ -1,0 +1,220 @@
+"""Is a run well? Cheap measurements on fixed held minibatches, every so often, while it goes on.
+
+What each value means, where it is healthy, and what to do when it is not: `docs/health.md`. All
+of it together costs a set share of the run's gradient units (3 % by default), planned before the
+first step, so that a run measures at the same steps whether or not it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_flax import data, diagnostics, oracles
+from bilevel_flax.base import BilevelSolver, PyTree, TrainState, Variables
+from bilevel_flax.loop import Loop
+from bilevel_flax.single_loop import norm
+from bilevel_flax.task import Task
+
+_PROBES = 10  # a run
+_REHEARSED = 4  # steps, for their lengths
+_HELD = (4, 32)  # minibatches of a side, at least and at most
+# A Hessian-vector product is a gradient of twice the length with its tangents: 3 units in time,
+# though the papers count 1.
+_HVP_UNITS = 3.0
+_CHECKED, _ITERATIONS = 8, 20  # minibatches and MINRES's products in a check during the run
+
+
+class Plan(NamedTuple):
+    """When what is measured.
+
+    Attributes:
+        every: steps between two probes; 0: none.
+        held: minibatches of a side in a probe.
+        check_every: steps between two checks of the hypergradient, a multiple of `every`; 0: none
+            before the end.
+    """
+
+    every: int
+    held: int
+    check_every: int
+
+
+def plan(
+    steps: int, units: float, *, share: float = 0.03, every: int | None = None, grid: int = 1
+) -> Plan:
+    """Fits the measurements into a share of the run.
+
+    Args:
+        steps: of the run.
+        units: gradient units of a step.
+        share: of steps · units, in [0, 1]; 0 measures nothing.
+        every: steps between two probes; None: ten probes a run. 0 measures nothing.
+        grid: probes fall on multiples of it, where other values are logged.
+
+    Raises:
+        ValueError: `share` or `every` is out of range.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"health.share={share} must lie in [0, 1]: a share of the run's cost")
+    if every is not None and (not isinstance(every, int) or every < 0):
+        raise ValueError(f"health.every={every!r} must be an integer >= 0, or None")
+    if every == 0 or share == 0:
+        return Plan(0, 0, 0)
+    if every is None:
+        every = grid * max(1, -(-steps // (_PROBES * grid)))
+    probes = max(1, steps // every)
+    budget = share * steps * units
+    # Half for the probes, half for checks; a short run has the least of both.
+    a_probe = budget / 2 / probes - _REHEARSED * units
+    held = int(np.clip(a_probe / (_HVP_UNITS + 1), *_HELD))
+    checks = int(budget / 2 / (_CHECKED * _ITERATIONS * _HVP_UNITS))
+    check_every = every * -(-probes // (checks + 1)) if checks else 0
+    return Plan(every, held, check_every)
+
+
+class Monitor:
+    """Measures a run.
+
+    Args:
+        task: the run's.
+        solver: the run's.
+        loop: the run's.
+        steps: of the run.
+        outer_params: x at the start; its size is the unit of `health/outer_size`.
+        settings: `share` and `every`, as `plan` takes them.
+        grid: as `plan`.
+        say: prints a line.
+
+    Attributes:
+        plan: what `plan` made of it.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        solver: BilevelSolver,
+        loop: Loop,
+        steps: int,
+        outer_params: PyTree,
+        settings: Mapping[str, Any],
+        grid: int = 1,
+        say: Callable[[str], None] = print,
+    ):
+        chosen = {key: settings[key] for key in ("share", "every") if key in settings}
+        self.plan = plan(steps, solver.units, grid=grid, **chosen)
+        self._task, self._loop, self._steps, self._say = task, loop, steps, say
+        self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
+        self._rehearses: bool | None = None
+        if self.plan.every:
+            held = self.plan.held
+            self._residual = diagnostics.probe_estimator(task.problem, task.inner, task.outer, held)
+            self._losses = self._make_losses(held)
+
+    def due(self, step: int) -> bool:
+        """Whether there is a probe after `step` steps."""
+        return bool(self.plan.every) and (step % self.plan.every == 0 or step == self._steps)
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """The probe's values, by name; those that cannot be had are left out."""
+        residual, negative = self._residual(state)
+        found = {"adjoint_residual": residual, "health/negative_curvature": negative}
+        found |= self._step_lengths(state, step)
+        found["health/outer_size"] = _root_mean_square(state.outer_params) / self._start
+        if self._losses is not None:
+            found |= self._losses(state)
+        every = self.plan.check_every
+        if every and step % every == 0 and step < self._steps:
+            check = check_on(self._task, state, _CHECKED, _ITERATIONS)
+            found["hypergradient_cosine"] = check.cosine
+            found["health/reference_residual"] = check.reference_residual
+        values = {name: float(value) for name, value in found.items()}
+        return {name: value for name, value in values.items() if np.isfinite(value)}
+
+    def _step_lengths(self, state: TrainState, step: int) -> dict[str, Any]:
+        if self._rehearses is None:
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            self._rehearses = data.fits_on_device(size)
+            if not self._rehearses:
+                self._say(
+                    f"health: step lengths are not measured, the state ({size / 2**30:.1f} GiB) "
+                    "does not fit twice"
+                )
+        if not self._rehearses:
+            return {}
+        before = state.variables
+        after, taken, _ = self._loop.rehearse(state, step, _REHEARSED)
+        lengths = _relative_lengths(before, after.variables)
+        return {
+            f"health/step_{name}": value / max(taken, 1)
+            for name, value in lengths._asdict().items()
+        }
+
+    def _make_losses(self, held: int) -> Callable[[TrainState], dict[str, Any]] | None:
+        if self._task.held_out is None:
+            return None
+        problem = self._task.problem
+        sides = [
+            jax.device_put((side.batches, side.weights))
+            for side in (
+                diagnostics.thinned(self._task.outer, held),
+                diagnostics.thinned(self._task.held_out, held),
+            )
+        ]
+
+        @jax.jit
+        def losses(state, seen, held_out):
+            def one(batch):
+                z, _, x = state.variables
+                return oracles.outer_value_and_grads(
+                    problem, z, x, batch, state.model_state, state.rng
+                )[0][0]
+
+            def mean(side):
+                batches, weights = side
+                values = jax.lax.map(one, batches)
+                return jnp.vdot(weights, values), jnp.var(values) / len(weights)
+
+            (low, low_error), (high, high_error) = mean(seen), mean(held_out)
+            return {
+                "health/loss_seen": low,
+                "health/loss_held_out": high,
+                "health/loss_gap_error": jnp.sqrt(low_error + high_error),
+            }
+
+        return lambda state: losses(state, *sides)
+
+
+def check_on(
+    task: Task, state: TrainState, minibatches: int, iterations: int
+) -> diagnostics.HypergradientCheck:
+    """The hypergradient check on held minibatches of a task."""
+    return diagnostics.hypergradient_check(
+        task.problem,
+        state,
+        diagnostics.thinned(task.inner, minibatches),
+        diagnostics.thinned(task.outer, minibatches),
+        max_iterations=iterations,
+        tolerance=1e-3,
+    )
+
+
+def _root_mean_square(tree: PyTree) -> jax.Array:
+    entries = sum(leaf.size for leaf in jax.tree.leaves(tree) if oracles.is_inexact(leaf))
+    return norm(tree) / np.sqrt(max(entries, 1))
+
+
+@jax.jit
+def _relative_lengths(before: Variables, after: Variables) -> Variables:
+    def relative(old, new):
+        moved = jax.tree.map(
+            lambda a, b: b - a if oracles.is_inexact(a) else jnp.zeros(()), old, new
+        )
+        size = norm(old)
+        return jnp.where(size > 0, norm(moved) / jnp.where(size > 0, size, 1.0), 0.0)
+
+    return Variables(*(relative(old, new) for old, new in zip(before, after, strict=True)))
