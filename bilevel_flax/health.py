@@ -20,13 +20,16 @@ from bilevel_flax.loop import Loop
 from bilevel_flax.single_loop import norm
 from bilevel_flax.task import Task
 
-_PROBES = 10  # a run
+_PROBES = (4, 10)  # of a run, at least and at most
 _REHEARSED = 4  # steps, for their lengths
-_HELD = (4, 32)  # minibatches of a side, at least and at most
+# Minibatches of a side. With fewer the values say more about the minibatches than about the run:
+# v solves the system of all data, and that of 1,000 examples has another solution.
+_HELD, _CHECKED, _CHECKED_AT_THE_END = 32, 64, 128
+_ITERATIONS, _ITERATIONS_AT_THE_END = 4, (10, 50)
+_SHARE_OF_THE_END = 0.05
 # A Hessian-vector product is a gradient of twice the length with its tangents: 3 units in time,
 # though the papers count 1.
 _HVP_UNITS = 3.0
-_CHECKED, _ITERATIONS = 8, 20  # minibatches and MINRES's products in a check during the run
 
 
 class Plan(NamedTuple):
@@ -34,26 +37,35 @@ class Plan(NamedTuple):
 
     Attributes:
         every: steps between two probes; 0: none.
-        held: minibatches of a side in a probe.
-        check_every: steps between two checks of the hypergradient, a multiple of `every`; 0: none
-            before the end.
+        check_every: steps between two checks of the hypergradient, a multiple of `every`; 0: only
+            the one at the end.
+        last_iterations: products that the one at the end takes.
     """
 
     every: int
-    held: int
     check_every: int
+    last_iterations: int
 
 
 def plan(
-    steps: int, units: float, *, share: float = 0.03, every: int | None = None, grid: int = 1
+    steps: int,
+    units: float,
+    minibatches: int,
+    *,
+    share: float = 0.03,
+    every: int | None = None,
+    grid: int = 1,
 ) -> Plan:
     """Fits the measurements into a share of the run.
+
+    The check at the end comes on top: 5 % of the run, or ten products where that is not enough.
 
     Args:
         steps: of the run.
         units: gradient units of a step.
+        minibatches: of the larger side.
         share: of steps · units, in [0, 1]; 0 measures nothing.
-        every: steps between two probes; None: ten probes a run. 0 measures nothing.
+        every: steps between two probes; None: four to ten probes a run. 0 measures nothing.
         grid: probes fall on multiples of it, where other values are logged.
 
     Raises:
@@ -63,18 +75,18 @@ def plan(
         raise ValueError(f"health.share={share} must lie in [0, 1]: a share of the run's cost")
     if every is not None and (not isinstance(every, int) or every < 0):
         raise ValueError(f"health.every={every!r} must be an integer >= 0, or None")
+    per_product = _HVP_UNITS * min(_CHECKED_AT_THE_END, minibatches)
+    last = int(np.clip(_SHARE_OF_THE_END * steps * units / per_product, *_ITERATIONS_AT_THE_END))
     if every == 0 or share == 0:
-        return Plan(0, 0, 0)
+        return Plan(0, 0, last)
+    half = share * steps * units / 2  # for the probes, and as much for the checks
     if every is None:
-        every = grid * max(1, -(-steps // (_PROBES * grid)))
-    probes = max(1, steps // every)
-    budget = share * steps * units
-    # Half for the probes, half for checks; a short run has the least of both.
-    a_probe = budget / 2 / probes - _REHEARSED * units
-    held = int(np.clip(a_probe / (_HVP_UNITS + 1), *_HELD))
-    checks = int(budget / 2 / (_CHECKED * _ITERATIONS * _HVP_UNITS))
-    check_every = every * -(-probes // (checks + 1)) if checks else 0
-    return Plan(every, held, check_every)
+        a_probe = min(_HELD, minibatches) * (_HVP_UNITS + 1) + _REHEARSED * units
+        probes = int(np.clip(half / a_probe, *_PROBES))
+        every = grid * -(-steps // (probes * grid))
+    checks = int(half / (_HVP_UNITS * _ITERATIONS * min(_CHECKED, minibatches)))
+    check_every = every * max(1, -(-steps // ((checks + 1) * every))) if checks else 0
+    return Plan(every, check_every, last)
 
 
 class Monitor:
@@ -106,14 +118,15 @@ class Monitor:
         say: Callable[[str], None] = print,
     ):
         chosen = {key: settings[key] for key in ("share", "every") if key in settings}
-        self.plan = plan(steps, solver.units, grid=grid, **chosen)
+        minibatches = max(task.inner.num_batches, task.outer.num_batches)
+        self.plan = plan(steps, solver.units, minibatches, grid=grid, **chosen)
         self._task, self._loop, self._steps, self._say = task, loop, steps, say
         self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
         self._rehearses: bool | None = None
         if self.plan.every:
-            held = self.plan.held
-            self._residual = diagnostics.probe_estimator(task.problem, task.inner, task.outer, held)
-            self._losses = self._make_losses(held)
+            sides = (task.problem, task.inner, task.outer)
+            self._residual = diagnostics.probe_estimator(*sides, _HELD)
+            self._losses = self._make_losses()
 
     def due(self, step: int) -> bool:
         """Whether there is a probe after `step` steps."""
@@ -123,17 +136,22 @@ class Monitor:
         """The probe's values, by name; those that cannot be had are left out."""
         residual, negative = self._residual(state)
         found = {"adjoint_residual": residual, "health/negative_curvature": negative}
-        found |= self._step_lengths(state, step)
+        if step < self._steps:  # then the schedules are at their end
+            found |= self._step_lengths(state, step)
         found["health/outer_size"] = _root_mean_square(state.outer_params) / self._start
         if self._losses is not None:
             found |= self._losses(state)
         every = self.plan.check_every
-        if every and step % every == 0 and step < self._steps:
-            check = check_on(self._task, state, _CHECKED, _ITERATIONS)
-            found["hypergradient_cosine"] = check.cosine
-            found["health/reference_residual"] = check.reference_residual
+        if step == self._steps:
+            found |= self.last_check(state)
+        elif every and step % every == 0:
+            found |= _check(self._task, state, _CHECKED, _ITERATIONS)
         values = {name: float(value) for name, value in found.items()}
         return {name: value for name, value in values.items() if np.isfinite(value)}
+
+    def last_check(self, state: TrainState) -> dict[str, float]:
+        """The check at the end of a run: `hypergradient_cosine` and what to make of it."""
+        return _check(self._task, state, _CHECKED_AT_THE_END, self.plan.last_iterations)
 
     def _step_lengths(self, state: TrainState, step: int) -> dict[str, Any]:
         if self._rehearses is None:
@@ -154,15 +172,15 @@ class Monitor:
             for name, value in lengths._asdict().items()
         }
 
-    def _make_losses(self, held: int) -> Callable[[TrainState], dict[str, Any]] | None:
+    def _make_losses(self) -> Callable[[TrainState], dict[str, Any]] | None:
         if self._task.held_out is None:
             return None
         problem = self._task.problem
         sides = [
             jax.device_put((side.batches, side.weights))
             for side in (
-                diagnostics.thinned(self._task.outer, held),
-                diagnostics.thinned(self._task.held_out, held),
+                diagnostics.thinned(self._task.outer, _HELD),
+                diagnostics.thinned(self._task.held_out, _HELD),
             )
         ]
 
@@ -189,18 +207,24 @@ class Monitor:
         return lambda state: losses(state, *sides)
 
 
-def check_on(
-    task: Task, state: TrainState, minibatches: int, iterations: int
-) -> diagnostics.HypergradientCheck:
-    """The hypergradient check on held minibatches of a task."""
-    return diagnostics.hypergradient_check(
+def _check(task: Task, state: TrainState, minibatches: int, iterations: int) -> dict[str, float]:
+    found = diagnostics.hypergradient_check(
         task.problem,
         state,
         diagnostics.thinned(task.inner, minibatches),
         diagnostics.thinned(task.outer, minibatches),
+        method="minres",
+        # From 0 so few products would not reach a v to compare with.
+        warm_start=True,
         max_iterations=iterations,
         tolerance=1e-3,
     )
+    return {
+        "hypergradient_cosine": found.cosine,
+        "health/reference_residual": found.reference_residual,
+        "health/smallest_curvature": found.smallest_curvature,
+        "health/largest_curvature": found.largest_curvature,
+    }
 
 
 def _root_mean_square(tree: PyTree) -> jax.Array:

@@ -37,10 +37,10 @@ RANGES = (
     Range(
         "adjoint_residual",
         ("adjoint_residual",),
-        lambda v: v["adjoint_residual"] > 1.0,
-        "v solves its system worse than v = 0 would (adjoint residual {adjoint_residual:.2g}, "
-        "healthy below 1). Likely the step of v, which is z's unless set apart, is too long: lower "
-        "the inner learning rate, or damp v (damping=, in units of the inner loss's curvature)",
+        lambda v: v["adjoint_residual"] > 1.5,
+        "v solves its system worse than v = 0 would (adjoint residual {adjoint_residual:.2g}, that "
+        "of 0 is 1, healthy below 1.5). Likely the step of v, which is as z's unless set apart, is "
+        "too long: lower the inner learning rate, or damp v (damping=)",
     ),
     Range(
         "negative_curvature",

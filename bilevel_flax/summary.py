@@ -4,70 +4,71 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 
 from bilevel_flax import config as configs
-from bilevel_flax import health, step_time
-from bilevel_flax.base import BilevelSolver, TrainState
+from bilevel_flax import step_time
+from bilevel_flax.base import BilevelSolver, Problem, TrainState
+from bilevel_flax.health import Monitor
 from bilevel_flax.loop import Loop
-from bilevel_flax.task import Task
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
-_ITERATIONS = 30
-_MINIBATCHES = (4, 32)  # of a side, at least and at most
 
 
 def costs(
     config: configs.Config,
-    task: Task,
-    solver: BilevelSolver,
-    loop: Loop,
+    problem: Problem,
     state: TrainState,
-    units: float,
+    loop: Loop,
+    monitor: Monitor,
+    totals: Mapping[str, float],
+    log: Sequence[Mapping[str, Any]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """What a step cost, and how good its direction of x is.
+    """What a step cost, and how good its direction of x was at the end.
 
     Args:
         config: the run's; `config.health.summary=False` leaves out what takes time.
-        task: the run's.
-        solver: the run's.
-        loop: the run's.
+        problem: the run's losses.
         state: the last one.
-        units: gradient units spent, full passes included.
+        loop: the run's.
+        monitor: the run's.
+        totals: the run's, with `oracle_units`.
+        log: lines of `metrics.jsonl`; a check that is there already is not made again.
         say: prints a line.
 
     Returns:
-        `gradient_units_per_step`; `step_seconds_over_plain`, the compiled step's seconds over those
-        of a plain Optax step; `hypergradient_cosine`, of D_x at the last v with the reference of
-        `diagnostics.hypergradient_check` on held minibatches, and `hypergradient_residual`, how
-        far that reference's system is from solved. NaN where there is none: a line says why.
+        `gradient_units_per_step`, full passes included; `step_seconds_over_plain`, seconds of the
+        compiled step over those of a plain Optax step; `hypergradient_cosine`, between D_x and the
+        reference of `diagnostics.hypergradient_check` on held minibatches, with
+        `hypergradient_reference_residual`, how far the reference's own system is from solved.
+        NaN where there is no value: a line says why.
     """
     found = {
-        "gradient_units_per_step": units / config.steps,
+        "gradient_units_per_step": totals["oracle_units"] / config.steps,
         "step_seconds_over_plain": math.nan,
         "hypergradient_cosine": math.nan,
-        "hypergradient_residual": math.nan,
+        "hypergradient_reference_residual": math.nan,
     }
-    settings = config.get("health") or {}
-    if not settings.get("summary", True):
+    if not (config.get("health") or {}).get("summary", True):
+        say("step_seconds_over_plain, hypergradient_cosine: not measured (config.health.summary)")
         return found
     if "inner" in config.solver:
         inner = configs.resolve(config.solver.inner)
-        bilevel, plain = step_time.over_plain(loop, task.problem, inner, state)
+        bilevel, plain = step_time.over_plain(loop, problem, inner, state)
         found["step_seconds_over_plain"] = bilevel / plain
     else:
-        say("step_seconds_over_plain: none, config.solver names no `inner` to train plainly with")
-    affordable = settings.get("share", 0.03) * config.steps * solver.units / (3 * _ITERATIONS)
-    least, most = _MINIBATCHES
-    check = health.check_on(task, state, min(max(int(affordable), least), most), _ITERATIONS)
-    found["hypergradient_cosine"] = check.cosine
-    found["hypergradient_residual"] = check.reference_residual
-    if not math.isfinite(check.cosine):
-        say("hypergradient_cosine: none, D_x is 0 or not finite (does the solver keep an adjoint?)")
+        say("step_seconds_over_plain: none, config.solver has no `inner` to train plainly with")
+    last = [row for row in log if row["step"] == config.steps and "hypergradient_cosine" in row]
+    made = last[-1] if last else monitor.last_check(state)
+    found["hypergradient_cosine"] = float(made["hypergradient_cosine"])
+    found["hypergradient_reference_residual"] = float(made["health/reference_residual"])
+    if not math.isfinite(found["hypergradient_cosine"]):
+        say("hypergradient_cosine: none, D_x is 0 or not finite: the solver keeps no adjoint?")
     return found
 
 

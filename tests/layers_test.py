@@ -97,7 +97,7 @@ def test_only_the_command_line_imports_the_command_line():
 
 def test_the_loop_names_no_solver():
     solvers = {path.stem for path in (PACKAGE / "solvers").glob("*.py")} - {"__init__"}
-    for name in ("train", "loop", "task", "window", "progress"):
+    for name in ("train", "host_loop", "loop", "feed", "task", "window", "progress", "health"):
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
         words = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
         words |= {node.value for node in ast.walk(ast.parse(text)) if _is_text(node)}

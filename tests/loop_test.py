@@ -339,7 +339,7 @@ def test_the_run_stops_for_refreshes_and_counts_their_cost(tmp_path):
             "checkpoint": {"every": 20, "keep": 1},
         }
     )
-    state, totals = train.train(config, tmp_path, task, solver)
+    state, totals, *_ = train.train(config, tmp_path, task, solver)
     passes = 1 + (20 - 1) // PERIOD
     assert totals["oracle_units"] == 20 * 4 + passes * (source.num_inner * 2 + source.num_outer * 3)
     expected = passes * (sums[0].batches["index"][:, 0] + 1)
