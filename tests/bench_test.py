@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bilevel_flax import bench, cli
@@ -17,6 +18,7 @@ from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.config import ConfigError
+from bilevel_flax.solvers import inner_only
 
 SMALL = {"samples": 128, "outer_samples": 128, "inner_size": 4, "outer_size": 3}
 REQUIRED = ["task", "solver", "seed", "params", "iteration", "seconds", "cpu_seconds"]
@@ -274,6 +276,20 @@ def test_a_grid_search_returns_the_candidate_with_the_lowest_loss(small, tmp_pat
     assert rows[-1].value <= sorted(values)[6] * (1 + 1e-5)
 
 
+def test_plain_training_hands_x_to_its_optimiser(tmp_path):
+    """A search trains with the same optimisers as the methods, some of which look at x."""
+    step = lambda updates, state, params=None, *, outer_params, **_: (
+        outer_params[0] + 0 * updates,
+        state,
+    )
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), step)
+    task = quadratic_task.make("quadratics", context(tmp_path), **SMALL).task
+    solver = inner_only(task.problem, inner=inner)
+    state = solver.init(jnp.zeros(4), jnp.full(3, 2.0))
+    batch = Batch(jax.tree.map(lambda leaf: leaf[0], task.inner.batches))
+    assert solver.update(state, batch)[0].inner_params.tolist() == [2.0] * 4
+
+
 def test_searches_that_cannot_take_a_step_or_make_no_sense_are_refused(small, tmp_path):
     with pytest.raises(ConfigError, match=r"--seconds=1e-06, grid_search: .* one step takes"):
         quadratics(tmp_path, solvers=("grid_search",), seconds=1e-6)
@@ -346,6 +362,12 @@ def test_mistakes_end_in_one_line(arguments, expected, tmp_path, capsys):
     assert cli.main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert expected in message and message.count("\n") == 1
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out=.*/file/below.*: cannot be written"):
+        quadratics(tmp_path / "file" / "below")
 
 
 def test_a_budget_without_a_step_is_refused(small, tmp_path):

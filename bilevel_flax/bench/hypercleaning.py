@@ -22,13 +22,13 @@ CORRUPTION = {
     "mnist_hypercleaning_p70": 0.7,
     "mnist_hypercleaning_p90": 0.9,
 }
-# ρ = 2^-5 in the grid is the step that serves SGD on standardised pixels.
-INNER_UNIT = 0.1
-# γ in units of a logit: the outer optimiser is normalised.
-OUTER_UNIT = 16.0
+# ρ = 1 and ρ/γ = 1 lie inside the grid: the steps of configs/mnist_hypercleaning.py for SGD on
+# standardised pixels, and for a normalised outer optimiser in units of a logit.
+INNER_UNIT = 0.01
+OUTER_UNIT = 0.5
 PATIENCE_UNITS = 40_000.0
 TUNED: dict[str, tuple[float, float]] = {}
-DEFAULT = (2.0**-5, 1.0)
+DEFAULT = (1.0, 1.0)
 
 _HEADER = ("published, best of 63 pairs", "p = .5", "p = .7", "p = .9")
 _PUBLISHED = (

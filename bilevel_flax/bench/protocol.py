@@ -100,8 +100,15 @@ class _TaskMaker:
 
 def _claim(options: Options, seconds: float) -> None:
     """Makes the folder this bench's own: rows of different budgets must not be compared."""
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "bench.json"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / "results.csv").open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out={options.out}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
     content: dict[str, Any] = {
         "task": options.task,
         "seconds": seconds,

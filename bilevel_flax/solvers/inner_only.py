@@ -58,7 +58,9 @@ def inner_only(
         )
         factor = None if weights is None else weights[batch.inner_id]
         grad = learnable(scaled(grad, factor))
-        updates, opt_state = transform.update(grad, state.inner_opt_state, learnable(z))
+        updates, opt_state = transform.update(
+            grad, state.inner_opt_state, learnable(z), outer_params=x
+        )
         size = norm(grad)
         alive = jnp.isfinite(size)
         stepped = state.replace(
