@@ -73,8 +73,8 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
         "inner": {"call": f"{OPTIMIZERS}:penalty_aware_sgd", "learning_rate": rho},
         "outer": {
             "call": f"{OPTIMIZERS}:penalty_adam",
-            "learning_rate": 0.01,
-            "patience": 20_000.0,
+            "learning_rate": 0.032,
+            "patience": 10_000.0,
             "low": bounds[0],
             "high": bounds[1],
         },

@@ -127,18 +127,26 @@ def decaying(peak: float, patience: float, exponent: float = 1.0) -> optax.Sched
 
 
 def penalty_adam(
-    learning_rate: float, patience: float, low: float = -25.0, high: float = 12.0
+    learning_rate: float,
+    patience: float,
+    low: float = -25.0,
+    high: float = 12.0,
+    *,
+    exponent: float = 2.0,
 ) -> optax.GradientTransformation:
-    """Adam on x with the step γ / (1 + t / patience), inside a box: the outer optimiser to choose.
+    """Adam on x with the step γ / (1 + t / patience)^exponent, inside a box.
 
-    e^{x_k} z_k v_k spans ten orders of magnitude, so x has to move by steps in units of x; and
-    steps of constant size never settle.
+    e^{x_k} z_k v_k spans ten orders of magnitude, so x has to move by steps in units of x. Adam's
+    steps do not shrink with the directions' noise, so the schedule decides how fast x settles:
+    on ijcnn1 the error follows γ_t. In all x can travel γ patience / (exponent - 1).
 
     Args:
         learning_rate: γ, in units of x.
-        patience: steps after which the step has halved.
+        patience: steps after which the step has fallen to γ / 2^exponent.
         low: the least x.
         high: the largest.
+        exponent: of the decay. At most 1: x can travel any distance, and settles slowly.
     """
-    adam = optax.adam(decaying(learning_rate, patience), b2=0.999, eps=1e-9)
+    # Far out a penalty's derivative is 1e-10 and less, and still has to count.
+    adam = optax.adam(decaying(learning_rate, patience, exponent), b2=0.999, eps=1e-13)
     return boxed(adam, low, high)

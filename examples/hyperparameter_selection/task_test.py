@@ -73,7 +73,8 @@ def test_the_optimum_is_stationary_or_on_the_box_and_not_above_any_start():
     np.testing.assert_allclose(gradient[inside], 0, atol=1e-6)
     assert (gradient[best.x == exact.BOUNDS[0]] >= 0).all()
     assert (gradient[best.x == exact.BOUNDS[1]] <= 0).all()
-    assert best.value == min(best.from_each_start) <= reference.value(np.full(5, -2.0))
+    assert best.stationarity < 1e-14
+    assert best.value - 1e-15 <= min(best.from_each_start) <= reference.value(np.full(5, -2.0))
 
 
 def test_a_point_that_is_not_finite_has_no_value():
@@ -126,7 +127,7 @@ def test_saba_finds_the_optimum_of_a_small_problem():
     solver = bf.saba(
         made.problem,
         inner=optimizers.penalty_aware_sgd(0.3),
-        outer=optimizers.penalty_adam(0.02, 2000),
+        outer=optimizers.penalty_adam(0.02, 4000),
         num_inner_batches=made.inner.num_batches,
         num_outer_batches=made.outer.num_batches,
         inner_weights=made.inner.weights if made.inner.ragged else None,
