@@ -60,6 +60,7 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     config.log_every = 10_000
     config.eval_every = 20_000
     config.checkpoint = {"every": 100_000, "keep": 3}
+    config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
     config.data = {
         "name": name,

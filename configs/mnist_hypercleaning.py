@@ -49,12 +49,14 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config.log_every = 100
     config.eval_every = 200
     config.checkpoint = {"every": 1000, "keep": 3}
+    config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
     config.data = {
         "name": "mnist5k",
         "manual_dir": config_dict.placeholder(str),
         "data_dir": config_dict.placeholder(str),
         "splits": config_dict.placeholder(tuple),
+        "held_out": 0.0,  # share of the validation data that F never sees, to watch for memorising
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
     config.report = "examples.mnist_hypercleaning.report:sections"

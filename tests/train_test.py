@@ -225,6 +225,7 @@ def test_an_early_end_leaves_the_folder_free_for_another_config(
 )
 def test_other_networks_run(overrides: tuple[str, ...], tmp_path: Path):
     tiny = ("data.splits=90,50,30", "steps=6", "log_every=3", "eval_every=3", "batch_size=32")
+    tiny += ("health.share=0.", "health.summary=false")  # they have tests of their own
     summary = train.train_and_evaluate(load(*tiny, "baselines=false", *overrides), tmp_path / "run")
     assert summary["oracle_units"] == 4 * 6
     assert 0 <= summary["test_error"] <= 1
@@ -235,6 +236,7 @@ def test_other_networks_run(overrides: tuple[str, ...], tmp_path: Path):
 
 def test_without_wrong_labels_there_is_no_auc(tmp_path: Path):
     tiny = ("data.splits=90,50,30", "steps=2", "baselines=false", "corruption=0", "batch_size=32")
+    tiny += ("health.share=0.", "health.summary=false")
     summary = train.train_and_evaluate(load(*tiny), tmp_path / "run")
     assert math.isnan(summary["wrong_label_auc"])
     # Strict JSON has no NaN.

@@ -196,6 +196,7 @@ def make_task(config: Any) -> Task:
     problem = make_problem(model, weights, regularization)
     train = {"image": examples.train_images, "label": examples.given_labels}
     validation = {"image": examples.validation_images, "label": examples.validation_labels}
+    outer, held_out = hold_out(validation, config.data.get("held_out", 0.0))
 
     def init(rng: jax.Array) -> Start:
         variables = dict(model.init(rng, examples.train_images[:1], train=False))
@@ -238,11 +239,35 @@ def make_task(config: Any) -> Task:
         problem=problem,
         init=init,
         inner=data.partition(train, config.batch_size, seed=config.seed),
-        outer=data.partition(validation, config.batch_size, seed=config.seed),
+        outer=data.partition(outer, config.batch_size, seed=config.seed),
+        held_out=(
+            None
+            if held_out is None
+            else data.partition(held_out, min(config.batch_size, len(held_out["label"])))
+        ),
         evaluate=evaluate,
         finish=finish,
         select="validation_error",  # as the baselines: stopped early on validation data
         headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
+    )
+
+
+def hold_out(
+    validation: dict[str, np.ndarray], share: float
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
+    """(what F learns from, what it never sees: the first share of the examples, or None).
+
+    Raises:
+        ConfigError: the share leaves F nothing.
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"--config.data.held_out={share}: must lie in [0, 1), a share")
+    cut = round(share * len(validation["label"]))
+    if not cut:
+        return validation, None
+    return (
+        {name: leaf[cut:] for name, leaf in validation.items()},
+        {name: leaf[:cut] for name, leaf in validation.items()},
     )
 
 
