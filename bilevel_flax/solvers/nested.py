@@ -7,6 +7,7 @@ first evaluation of G.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,13 +74,16 @@ def trace(inner, outer: OuterGrads, inner_norms, hvp: PyTree, d_x: PyTree, units
 def refresh_sample(problem: Problem, state: TrainState, batch: Batch, side: str, factors) -> Sample:
     """The one minibatch of a full pass; its key is that of its id, the same in every pass."""
     data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
-    rng = None
-    if problem.stateful:
-        rng = jax.random.fold_in(jax.random.fold_in(state.rng, 3 + (side == "outer")), ids)
+    rng = _fixed_key(state, side, ids) if problem.stateful else None
     return Sample(data, None if factors is None else factors[ids], rng)
 
 
-def _samples(side: str, batch: Batch, batches, factors, rng, name: str) -> Sample:
+def _fixed_key(state: TrainState, side: str, position: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.rng, 3 + (side == "outer")), position)
+
+
+def _samples(side: str, batch: Batch, batches, factors, key: Callable | None, name: str) -> Sample:
+    """The Samples of an update; `key(side, position in the update, id)` gives each its rng key."""
     data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
     count = batches[side == "outer"]
     if batches == (1, 1) or (count == 1 and ids is not None and jnp.ndim(ids) == 0):
@@ -92,8 +96,10 @@ def _samples(side: str, batch: Batch, batches, factors, rng, name: str) -> Sampl
                 f"but {name} takes batches={batches} minibatches an update: give every leaf and "
                 f"the ids a leading axis of {count}"
             )
-    positions = jnp.arange(count)
-    keys = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, positions)
+    keys = None
+    if key is not None:
+        positions = jnp.arange(count)
+        keys = jax.vmap(functools.partial(key, side))(positions, positions if ids is None else ids)
     return Sample(data, None if factors is None else factors[ids], keys)
 
 
@@ -112,6 +118,7 @@ def nested(
     outer_weights: Any = None,
     moves_outer: bool = False,
     row_directions: bool = True,
+    fixed_keys: bool = False,
 ) -> BilevelSolver:
     """The frame around a method's step: Samples in, the move of x, Info and the freeze out.
 
@@ -130,6 +137,8 @@ def nested(
         outer_weights: float [M], the same for the outer data.
         moves_outer: the step moves x itself.
         row_directions: `Trace.d_x` keeps per-sample leaves as `Rows`.
+        fixed_keys: a minibatch's rng key is that of its id, in `refresh_sample` as in an update
+            (methods that compare visits).
 
     Raises:
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
@@ -149,22 +158,24 @@ def nested(
         "inner": share_factors("inner_weights", inner_weights),
         "outer": share_factors("outer_weights", outer_weights),
     }
-    needed = {side: factor is not None for side, factor in factors.items()}
+    by_id = fixed_keys and problem.stateful
+    needed = {side: by_id or factor is not None for side, factor in factors.items()}
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, memory, transforms, inner_params, outer_params, model_state, rng)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
         require_ids(batch, name, needed)
-        keys = [None, None]
-        if problem.stateful:
-            keys = [
-                jax.random.fold_in(jax.random.fold_in(state.rng, side), state.step)
-                for side in range(2)
-            ]
+
+        def key(side, position, minibatch):
+            if fixed_keys:
+                return _fixed_key(state, side, minibatch)
+            of_side = jax.random.fold_in(state.rng, side == "outer")
+            return jax.random.fold_in(jax.random.fold_in(of_side, state.step), position)
+
         samples = [
-            _samples(side, batch, batches, factors[side], key, name)
-            for side, key in zip(("inner", "outer"), keys, strict=True)
+            _samples(side, batch, batches, factors[side], key if problem.stateful else None, name)
+            for side in ("inner", "outer")
         ]
         first = only(samples[0])
         seen = Batch(inner=first.data)

@@ -29,7 +29,7 @@ import optax
 
 from bilevel_flax import rows
 from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
-from bilevel_flax.checks import check_count, check_partition, check_positive
+from bilevel_flax.checks import check_count, check_partition, check_positive, warn_unless_finite_sum
 from bilevel_flax.single_loop import frozen_unless, norm, require_ids, scaled, share_factors
 from bilevel_flax.solvers.adjoints import hypergradient, neumann
 from bilevel_flax.solvers.nested import Trace, nested, refresh_sample, trace
@@ -103,7 +103,7 @@ def vrbo(
     """VRBO: SARAH on both levels with periodic full passes; 2T (Q + 3) units and the passes.
 
     Args:
-        problem: the bilevel problem.
+        problem: the bilevel problem, a finite sum (a warning says so where it may be none).
         inner: optimiser of z, fed d_z; its schedules count inner steps.
         outer: optimiser of x, fed d_x; no row-sparse one.
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
@@ -143,6 +143,7 @@ def vrbo(
     check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
     check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
     check_positive("adjoint_step", adjoint_step)
+    warn_unless_finite_sum(problem, "vrbo")
     factors = {
         "inner": share_factors("inner_weights", inner_weights),
         "outer": share_factors("outer_weights", outer_weights),
@@ -210,6 +211,7 @@ def vrbo(
         inner_weights=inner_weights,
         outer_weights=outer_weights,
         moves_outer=True,
+        fixed_keys=True,
     )
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
