@@ -1,0 +1,144 @@
+"""The oracles under bfloat16 compute with float32 masters, against float32.
+
+bfloat16 keeps 8 bits: eps = 2**-7 = .8 %. Stated tolerances: a product is within 3 % of its float32
+value, the Hessian is symmetric to 3 % of ‖u‖‖Hv‖, and D_v's and D_x's directions agree with
+differences of float32 gradients to 3 %. Everything that the solver keeps stays float32.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bilevel_flax as bf
+
+TOLERANCE = 0.03
+N = 32
+rng = np.random.default_rng(0)
+BATCH = {
+    "image": rng.normal(size=(N, 6, 6, 1)).astype(np.float32),
+    "label": rng.integers(0, 4, size=N),
+    "index": np.arange(N),
+}
+
+
+class Net(nn.Module):
+    """Computes in `dtype`; its parameters are float32."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images):
+        out = nn.Conv(8, (3, 3), strides=2, dtype=self.dtype)(images)
+        out = nn.tanh(nn.LayerNorm(dtype=self.dtype)(out)).reshape(len(out), -1)
+        out = nn.tanh(nn.Dense(32, dtype=self.dtype)(out))
+        return nn.Dense(4, dtype=self.dtype)(out).astype(jnp.float32)
+
+
+def problem(dtype) -> bf.Problem:
+    net = Net(dtype)
+
+    def losses(z, batch):
+        logits = net.apply({"params": z}, batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    return bf.Problem(
+        lambda z, x, batch: (
+            (jax.nn.sigmoid(x["logits"]) * losses(z, batch)).mean()
+            + jnp.exp(x["decay"]) * optax.tree.norm(z, squared=True)
+        ),
+        lambda z, x, batch: losses(z, batch).mean(),
+        per_sample={"logits": True, "decay": False},
+    )
+
+
+def like(tree, seed):
+    flat, back = ravel_pytree(tree)
+    return back(jnp.asarray(np.random.default_rng(seed).normal(size=flat.shape), flat.dtype))
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
+
+
+def relative(found, expected):
+    return np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected))
+
+
+Z = jax.jit(Net(jnp.float32).init)(jax.random.key(0), BATCH["image"])["params"]
+X = {"logits": jnp.linspace(-2.0, 2.0, N), "decay": jnp.float32(-5.0)}
+U, V = like(Z, 1), like(Z, 2)
+BOTH = {dtype: problem(dtype) for dtype in (jnp.bfloat16, jnp.float32)}
+
+
+def products(dtype, v):
+    """(∇₁G, Hv, Jv), Jv without its rows' indices."""
+    call = jax.jit(
+        lambda v: bf.oracles.inner_products(BOTH[dtype], bf.Variables(Z, v, X), BATCH)[1:]
+    )
+    grad, hvp, cross = call(v)
+    return grad, hvp, {**cross, "logits": cross["logits"].values}
+
+
+@pytest.fixture(scope="module")
+def computed():
+    return {dtype: {"u": products(dtype, U), "v": products(dtype, V)} for dtype in BOTH}
+
+
+def test_bfloat16_is_really_used(computed):
+    found, exact = computed[jnp.bfloat16]["v"], computed[jnp.float32]["v"]
+    assert relative(found[1], exact[1]) > 1e-4
+
+
+def test_products_are_those_of_float32(computed):
+    for name in ("u", "v"):
+        for found, exact in zip(
+            computed[jnp.bfloat16][name], computed[jnp.float32][name], strict=True
+        ):
+            assert relative(found, exact) < TOLERANCE
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, TOLERANCE), (jnp.float32, 1e-5)])
+def test_the_hessian_is_symmetric(computed, dtype, tolerance):
+    hu, hv = flat(computed[dtype]["u"][1]), flat(computed[dtype]["v"][1])
+    u, v = flat(U), flat(V)
+    scale = np.linalg.norm(u) * np.linalg.norm(hv)
+    assert abs(u @ hv) > 0.001 * scale  # there is something to compare
+    assert abs(u @ hv - v @ hu) < tolerance * scale
+
+
+def test_products_are_differences_of_float32_gradients(computed):
+    """An independent reference: central differences of ∇₁G and ∇₂G, computed in float32."""
+    gradient = jax.jit(
+        lambda z: jax.grad(lambda z, x: BOTH[jnp.float32].inner_loss(z, x, BATCH), argnums=(0, 1))(
+            z, X
+        )
+    )
+    step = 3e-3
+    moved = [
+        gradient(jax.tree.map(lambda a, b, sign=sign: a + sign * step * b, Z, V))
+        for sign in (1, -1)
+    ]
+    hvp, cross = jax.tree.map(lambda plus, minus: (plus - minus) / (2 * step), *moved)
+    for dtype in BOTH:
+        _, found_hvp, found_cross = computed[dtype]["v"]
+        assert relative(found_hvp, hvp) < TOLERANCE
+        assert relative(found_cross, cross) < TOLERANCE
+
+
+def test_all_that_the_solver_keeps_is_float32():
+    solver = bf.auto(BOTH[jnp.bfloat16], inner=optax.adam(1e-3), steps=10)
+    state = solver.init(Z, X)
+    update = jax.jit(solver.update)
+    for _ in range(2):
+        state, info = update(state, bf.Batch(BATCH, BATCH))
+    bf.check_finite(info)
+    floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    assert {a.dtype for a in floats} == {jnp.dtype(jnp.float32)}
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(state.adjoint))
