@@ -100,6 +100,17 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]
     return figures
 
 
+def figure_of(rows: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
+    """All values of the rows in one panel; None where none has two finite values.
+
+    Args:
+        rows: Each with a `step`.
+        title: A single value of this name gets no legend.
+    """
+    series = _series(rows)
+    return _draw(series, title) if series else None
+
+
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.lower()))
 

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel_flax import health_report
 from bilevel_flax.curves import as_title, curve_figures, readable
 from bilevel_flax.report_sections import (
     Section,
-    figure_html,
+    curve_grid,
     figure_section,
     gallery_section,
     note_html,
@@ -77,7 +78,9 @@ def write_report(
     rows = read_metrics(metrics) if metrics.exists() else []
 
     body = [_header(workdir, summary, config, rows)]
-    body += [_section(section) for section in (_curves(rows), *sections)]
+    health = health_report.section(rows)
+    own = (_curves(rows), *([] if health is None else [health]))
+    body += [_section(section) for section in (*own, *sections)]
     body += [_pairs("All numbers", summary, rates=True), _pairs("Config", config, rates=False)]
     content = page(f"{_title(workdir, config)} · bilevel_flax", "\n".join(filter(None, body)))
 
@@ -145,17 +148,16 @@ def _header(
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Section:
-    figures = curve_figures(rows)
+    elsewhere = health_report.names()
+    figures = curve_figures(
+        [{name: row[name] for name in row if name not in elsewhere} for row in rows]
+    )
     if not figures:
         return Section(
             "Curves", note_html("metrics.jsonl holds fewer than two steps: nothing to draw")
         )
-    grid = "".join(
-        f"<div><h3>{html.escape(title)}</h3>{figure_html(figure, title)}</div>"
-        for title, figure in figures
-    )
     note = note_html("Light: as measured. Strong: centred moving average.")
-    return Section("Curves", f'<div class="grid">{grid}</div>{note}')
+    return Section("Curves", curve_grid(figures) + note)
 
 
 def _section(section: Section) -> str:

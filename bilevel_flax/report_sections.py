@@ -146,6 +146,15 @@ def figure_html(figure: Figure, title: str, caption: str = "") -> str:
     return f"<figure>{_svg(figure, title)}{note}</figure>"
 
 
+def curve_grid(figures: Sequence[tuple[str, Figure]]) -> str:
+    """Figures with their titles side by side, as many as fit."""
+    cells = "".join(
+        f"<div><h3>{html.escape(title)}</h3>{figure_html(figure, title)}</div>"
+        for title, figure in figures
+    )
+    return f'<div class="grid">{cells}</div>'
+
+
 def _svg(figure: Figure, title: str) -> str:
     stream = io.StringIO()
     # Text stays text (small, sharp, selectable); the salt keeps the ids of two figures apart.
