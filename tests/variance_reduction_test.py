@@ -193,7 +193,7 @@ def test_saba_one_epoch_at_a_frozen_point_makes_the_mean_the_full_gradient(x64):
     assert spread < 1e-12
 
 
-@pytest.mark.parametrize("length", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [100_000])
 @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
 def test_saba_running_means_stay_the_means_of_the_tables(length, table_dtype):
     data = quadratics(num_inner=32, num_outer=16, dtype=jnp.float32)
