@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.model_selection import train_test_split
 
 from bilevel_flax import bench, cli
 from bilevel_flax.base import Batch
@@ -19,6 +20,7 @@ from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.config import ConfigError
 from bilevel_flax.solvers import inner_only
+from examples.mnist_hypercleaning import published
 
 SMALL = {"samples": 128, "outer_samples": 128, "inner_size": 4, "outer_size": 3}
 REQUIRED = ["task", "solver", "seed", "params", "iteration", "seconds", "cpu_seconds"]
@@ -392,6 +394,28 @@ def test_every_task_on_the_list_can_be_imported():
 
     for target in tasks.TASKS.values():
         assert callable(config.imported(target))
+
+
+def test_the_published_split_of_mnist(data_dir):
+    """Labels of the first training digits, as scikit-learn's train_test_split draws them."""
+    examples = published.load_examples(data_dir / "mnist", 0.7)
+    everything = published._read(data_dir / "mnist", "train")[1]
+    rng = np.random.RandomState(32)
+    train, validation = train_test_split(
+        np.arange(60_000), train_size=20_000, test_size=5_000, random_state=rng
+    )
+    np.testing.assert_array_equal(examples.true_labels, everything[train])
+    np.testing.assert_array_equal(examples.validation_labels, everything[validation])
+    drawn = rng.rand(20_000) < 0.7
+    given = np.where(drawn, -1, examples.true_labels)
+    given[drawn] = rng.randint(0, 10, drawn.sum())
+    np.testing.assert_array_equal(examples.given_labels, given)
+    assert abs(examples.is_wrong.mean() - 0.63) < 0.01 and len(examples.test_labels) == 10_000
+
+
+def test_the_published_split_names_missing_files(tmp_path):
+    with pytest.raises(ConfigError, match="lacks .*train-images-idx3-ubyte.gz"):
+        published.load_examples(tmp_path, 0.5)
 
 
 def test_the_quadratics_task_of_published_size_is_well_conditioned(tmp_path):

@@ -160,7 +160,6 @@ def make(name: str, context: Context, **sizes: int) -> BenchTask:
         measure=measure,
         optimizers=optimizers,
         quantity="h - h*",
-        tuned={},
         default=(0.25, 1.0),
         seconds=10.0,
         box=BOX,

@@ -56,17 +56,20 @@ def _number(value: float, rate: bool = False) -> str:
 def table(bench_task: BenchTask, runs: Runs, clock: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows, a method a row, best final gap first."""
     rate = is_rate(bench_task.quantity)
-    header = ["solver", "steps", f"final {bench_task.quantity}", "20-80 %"]
+    header = ["solver", "ρ, ρ/γ", f"final {bench_task.quantity}", "20-80 %"]
+    published = bench_task.published_finals
+    header += ["published"] if published else []
     if not rate:
         header += [f"s to {level:.0e}".replace("e-0", "e-") for level in LEVELS]
         header += [f"units to {LEVELS[2]:.0e}".replace("e-0", "e-")]
-    header += ["steps taken", "µs a step", "CPU µs", "units", "diverged"]
+    header += ["updates", "µs an update", "CPU µs", "units", "diverged"]
     lines = []
     for solver, group in by_solver(runs).items():
         last = [rows[-1] for rows in group]
         middle, low, high = quantiles([row.gap for row in last])
         cells = [solver, last[0].params, _number(middle, rate)]
         cells += [f"{_number(low, rate)} .. {_number(high, rate)}"]
+        cells += [published.get(solver, "")] if published else []
         if not rate:
             for level in LEVELS:
                 cells += [_number(quantiles([time_below(rows, level, clock) for rows in group])[0])]
@@ -129,7 +132,7 @@ def write(
     )
     note = note_html("Line: median over seeds. Band: 20 to 80 %. A curve ends where runs diverged.")
     sections.append(
-        report.Section(as_title(bench_task.quantity), f'<div class="grid">{grid}</div>{note}')
+        report.Section(f"Curves of {bench_task.quantity}", f'<div class="grid">{grid}</div>{note}')
     )
     if bench_task.published[1]:
         header, rows = bench_task.published
@@ -166,7 +169,7 @@ def _grid_section(bench_task: BenchTask, runs: Runs) -> report.Section:
         for key, rows in sorted(runs.items(), key=lambda item: (item[0].solver, score(item[1])))
         if key.seed == 0
     ]
-    header = ["solver", "steps", bench_task.quantity, "selected by", "end"]
+    header = ["solver", "ρ, ρ/γ", bench_task.quantity, "selected by", "end"]
     return report.table_section("Every pair of steps, seed 0", header, rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optax
@@ -12,6 +13,7 @@ import optax
 import bilevel_flax
 from bilevel_flax import config as configs
 from bilevel_flax.base import TrainState
+from bilevel_flax.bench.tuned import TUNED
 from bilevel_flax.task import Task
 
 # Names on the command line, and the function that makes each: `make(name, context) -> BenchTask`.
@@ -96,13 +98,14 @@ class BenchTask(NamedTuple):
         measure: `measure(state) -> Measured`.
         optimizers: `optimizers(setting) -> Optimizers`.
         quantity: what `gap` is, for axes and tables.
-        tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them.
         default: (ρ, ratio) for all other solvers.
         seconds: the default budget of a run.
+        tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them: `make` fills it.
         box: (low, high) of every entry of x, where searches look for it; None: a search over x is
             hopeless on this task.
         published: header and rows of published results, to be shown beside ours.
         published_note: how these were obtained.
+        published_finals: the published final value by solver, for the table of ours.
     """
 
     name: str
@@ -110,12 +113,13 @@ class BenchTask(NamedTuple):
     measure: Callable[[TrainState], Measured]
     optimizers: Callable[[Setting], Optimizers]
     quantity: str
-    tuned: Mapping[str, tuple[float, float]]
     default: tuple[float, float]
     seconds: float = 30.0
+    tuned: Mapping[str, tuple[float, float]] = MappingProxyType({})
     box: tuple[float, float] | None = None
     published: tuple[Sequence[str], Sequence[Sequence[Any]]] = ((), ())
     published_note: str = ""
+    published_finals: Mapping[str, str] = MappingProxyType({})
 
 
 def check_name(name: str) -> None:
@@ -142,4 +146,5 @@ def make(name: str, context: Context) -> BenchTask:
     root = str(Path(bilevel_flax.__file__).resolve().parent.parent)
     if (Path(root) / "examples").is_dir() and root not in sys.path:
         sys.path.append(root)
-    return configs.imported(TASKS[name])(name, context)
+    made = configs.imported(TASKS[name])(name, context)
+    return made._replace(tuned=TUNED.get(name, {}))

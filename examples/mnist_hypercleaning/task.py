@@ -170,18 +170,19 @@ def make_problem(
     )
 
 
-def make_task(config: Any) -> Task:
+def make_task(config: Any, examples: Examples | None = None) -> Task:
     """The task that `configs/mnist_hypercleaning.py` describes.
 
     Args:
         config: keys `model`, `weights`, `regularization`, `corruption`, `noise`, `batch_size`,
             `steps`, `eval_every`, `seed`, `baselines`, `solver.inner` and `data`.
+        examples: the data; None: what `config` asks for.
 
     Raises:
         ConfigError: an unknown model or parametrisation, empty splits.
         ValueError: as `load_examples`.
     """
-    examples = load_examples(config)
+    examples = load_examples(config) if examples is None else examples
     num_train = len(examples.given_labels)
     model = make_model(config.model, examples.num_classes)
     if config.weights not in PARAMETRISATIONS:
