@@ -24,7 +24,7 @@ class Row(NamedTuple):
 # p and d: entries of z and x; N and M: inner and outer minibatches; T inner and S adjoint steps.
 ROWS = (
     Row("soba", "4", "-", "the start: any network, BatchNorm, augmentation, streams"),
-    Row("saba", "4", "(2N+M)p + (N+M)d", "finite data: converges where SOBA stalls"),
+    Row("saba", "4", "(2N+M)p + (N+M)d", "finite data: converges where SOBA stalls; see docs/memory.md"),
     Row("srba", "8 + passes", "3p + 2d", "as saba, where its tables do not fit"),
     Row("spaba", "8 + passes", "3p + 2d", "as srba, full passes at random steps"),
     Row("masoba", "4", "d", "noisy outer gradients"),
