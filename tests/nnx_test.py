@@ -219,7 +219,7 @@ def test_batchnorm_moves_exactly_once_a_step(cnn):
     batch = next(batches(IMAGES, 1))
     features = model.conv(jnp.asarray(batch.inner["data"]))
     mean, var = features.mean((0, 1, 2)), features.var((0, 1, 2))
-    variable, seed = model.norm.mean, jax.random.key_data(model.dropout.rngs.key[...])
+    variable, seed = model.norm.mean, np.array(jax.random.key_data(model.dropout.rngs.key[...]))
     step(model, optimizer, batch)
     np.testing.assert_allclose(model.norm.mean[...], 0.1 * mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(model.norm.var[...], 0.9 + 0.1 * var, rtol=1e-4)

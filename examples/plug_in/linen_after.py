@@ -38,7 +38,7 @@ outer = lambda params, x, batch: losses(params, batch).mean()
 solver = bf.auto(bf.Problem(inner, outer, per_sample=True), inner=tx, steps=STEPS)
 state = solver.init(params, weights.init())
 for _, *batch in zip(range(STEPS), digits.batches(train), digits.batches(validation), strict=False):
-    state, loss = train_step(state, batch)
+    state, logs = train_step(state, batch)
 
 predicted = model.apply({"params": state.params}, test["image"]).argmax(-1)
 print(f"test error {np.mean(predicted != test['label']):.3f}")

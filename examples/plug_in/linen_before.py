@@ -34,7 +34,7 @@ model, tx = MLP(), optax.adam(1e-3)
 params = model.init(jax.random.key(0), train["image"][:1])["params"]
 state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 for _, batch in zip(range(STEPS), digits.batches(train), strict=False):
-    state, loss = train_step(state, batch)
+    state, logs = train_step(state, batch)
 
 predicted = model.apply({"params": state.params}, test["image"]).argmax(-1)
 print(f"test error {np.mean(predicted != test['label']):.3f}")

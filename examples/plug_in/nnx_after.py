@@ -42,7 +42,7 @@ outer = lambda model, x, batch: losses(model, batch).mean()
 problem = bf.nnx.problem(inner, outer, model, weights.init(), per_sample=True)
 optimizer = bf.nnx.Optimizer(model, bf.auto(problem, inner=tx, steps=STEPS), weights.init())
 for _, *batch in zip(range(STEPS), digits.batches(train), digits.batches(validation), strict=False):
-    loss = train_step(model, optimizer, batch)
+    logs = train_step(model, optimizer, batch)
 
 model.eval()
 predicted = model(test["image"]).argmax(-1)

@@ -38,7 +38,7 @@ def train_step(model, optimizer, batch):
 model, tx = CNN(nnx.Rngs(0)), optax.adam(1e-3)
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 for _, batch in zip(range(STEPS), digits.batches(train), strict=False):
-    loss = train_step(model, optimizer, batch)
+    logs = train_step(model, optimizer, batch)
 
 model.eval()
 predicted = model(test["image"]).argmax(-1)
