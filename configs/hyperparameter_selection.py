@@ -65,6 +65,7 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     config.data = {
         "name": name,
         "manual_dir": config_dict.placeholder(str),
+        "data_dir": config_dict.placeholder(str),  # of prepared sets; None: TFDS's own
         "seed": 0,
     }
     config.task = {"call": "examples.hyperparameter_selection.task:make_task"}

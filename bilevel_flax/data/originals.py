@@ -58,9 +58,6 @@ def prepare(
       ValueError: no such configuration, `data_dir` cannot be written, or a file is not the
         original; one line each.
     """
-    import tensorflow_datasets as tfds  # takes a second: only where something is prepared
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-
     cls = builder_class(name)
     configs = sorted(cls.builder_configs)
     if configs and config not in configs:
@@ -70,6 +67,38 @@ def prepare(
         )
     if not configs and config is not None:
         raise ValueError(f'data set "{name}" has no configuration "{config}": use "{name}"')
+    return build(cls, name, config, data_dir, manual_dir)
+
+
+def build(
+    cls: Any,
+    name: str,
+    config: str | None,
+    data_dir: pathlib.Path,
+    manual_dir: pathlib.Path | None,
+    *,
+    registered: bool = True,
+) -> pathlib.Path:
+    """Runs a TFDS builder that needs no TensorFlow.
+
+    Args:
+      cls: its class.
+      name: of the data set.
+      config: its configuration, or None.
+      data_dir: where prepared sets live.
+      manual_dir: where the original files lie; None downloads them.
+      registered: whether the files' checksums are registered with TFDS; otherwise the builder
+        makes sure of what it reads.
+
+    Returns:
+      The folder of the prepared set.
+
+    Raises:
+      ValueError: `data_dir` cannot be written, or a file is not the original; one line each.
+    """
+    import tensorflow_datasets as tfds  # takes a second: only where something is prepared
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
     if manual_dir is not None or not sys.stderr.isatty():
         tfds.disable_progress_bar()
     print(f"preparing {name} in {data_dir} (once)", file=sys.stderr, flush=True)
@@ -82,7 +111,7 @@ def prepare(
                 download_config=tfds.download.DownloadConfig(
                     manual_dir=str(manual_dir) if manual_dir else None,
                     try_download_gcs=False,
-                    force_checksums_validation=True,
+                    force_checksums_validation=registered,
                 )
             )
     except (tfds.download.DownloadError, NonMatchingChecksumError) as error:

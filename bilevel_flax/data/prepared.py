@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,11 +127,47 @@ def _read_records(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
             for part, split in names.items()
         }
     except Exception as error:  # array_record raises bare RuntimeErrors for a damaged file
-        raise ValueError(
-            f"{folder} cannot be read ({' '.join(str(error).split())[:200]}): "
-            "delete that folder and run again"
-        ) from error
+        raise ValueError(_unreadable(folder, error)) from error
     return parts, list(label.names)
+
+
+def read_columns(
+    folder: pathlib.Path, parts: Sequence[str], features: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Reads numeric features of a prepared set.
+
+    Args:
+      folder: as `find` returns it.
+      parts: names of splits.
+      features: names of features, one number or one array of a fixed shape an example.
+
+    Returns:
+      "[part]_[feature]" -> array [examples, ...], in the order of the records.
+
+    Raises:
+      ValueError: a file is damaged, a part or a feature is not there.
+    """
+    import tensorflow_datasets as tfds
+
+    columns = {}
+    try:
+        builder: Any = tfds.builder_from_directory(str(folder))
+        for part in parts:
+            source = builder.as_data_source(split=part)
+            records = []
+            for start in range(0, len(source), _AT_ONCE):
+                stop = min(start + _AT_ONCE, len(source))
+                records += source.__getitems__(range(start, stop))
+            for name in features:
+                columns[f"{part}_{name}"] = np.stack([record[name] for record in records])
+    except Exception as error:  # array_record raises bare RuntimeErrors for a damaged file
+        raise ValueError(_unreadable(folder, error)) from error
+    return columns
+
+
+def _unreadable(folder: pathlib.Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{folder} cannot be read ({reason}): delete that folder and run again"
 
 
 def _decode(source: Any, shape: tuple[int, int, int]) -> Part:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilevel_flax.config import ConfigError, nearest
-from bilevel_flax.data import catalog
+from bilevel_flax.data import catalog, ijcnn1
 from examples.hyperparameter_selection.exact import Data
 
 NAMES = ("breast_cancer", "ijcnn1", "covtype", "covtype10k")
-_IJCNN1 = (("ijcnn1.trn.bz2", "ijcnn1.bz2"), ("ijcnn1.tst.bz2", "ijcnn1.t.bz2"))
-_IJCNN1_FEATURES = 22
 _COVTYPE10K = ("covtype.5000.train.csv.gz", "covtype.5000.test.csv.gz")
 _COVTYPE_SIZES = (371_847, 92_962)
+_COVTYPE_SHAPE = (581_012, 54)
+_COVTYPE_CLASSES = 7
 
 
 class Features(NamedTuple):
     """A table in two parts.
 
     Attributes:
-        train: inputs float64 [n, features]; labels -1 and 1, or 0 .. num_classes - 1.
+        train: inputs float64 [n, features] (covtype: float32); labels -1 and 1, or 0 ..
+            num_classes - 1.
         validation: the same.
         num_classes: 0 for labels -1 and 1.
     """
@@ -32,7 +34,9 @@ class Features(NamedTuple):
     num_classes: int
 
 
-def load(name: str, manual_dir: str | None = None, seed: int = 0) -> Features:
+def load(
+    name: str, manual_dir: str | None = None, seed: int = 0, data_dir: str | None = None
+) -> Features:
     """Loads a table and its split.
 
     Args:
@@ -40,14 +44,16 @@ def load(name: str, manual_dir: str | None = None, seed: int = 0) -> Features:
             published split), "covtype" (371,847 and 92,962 x 54 in 7 classes, drawn at random,
             fetched by scikit-learn), or "covtype10k" (a binary subset of it, 4,858 and 5,142).
         manual_dir: the folder of the original files of ijcnn1 or covtype10k, or the one above.
+            Without it ijcnn1 is fetched from LIBSVM's page.
         seed: of the random splits.
+        data_dir: where the prepared ijcnn1 is kept; None: TFDS's folder.
 
     Raises:
         ConfigError: an unknown name (the nearest is named), missing files, no network.
     """
     readers = {
         "breast_cancer": _breast_cancer,
-        "ijcnn1": lambda _: _ijcnn1(manual_dir),
+        "ijcnn1": lambda _: _ijcnn1(manual_dir, data_dir),
         "covtype": _covtype,
         "covtype10k": lambda _: _covtype10k(manual_dir),
     }
@@ -100,29 +106,31 @@ def _breast_cancer(seed: int) -> Features:
     return Features(sides[0], sides[1], 0)
 
 
-def _ijcnn1(manual_dir: str | None) -> Features:
-    paths = folder_of(manual_dir, "ijcnn1", _IJCNN1)
-    if paths is None:
-        raise _missing("ijcnn1", manual_dir, _IJCNN1)
-    train, validation = (_svmlight(path, _IJCNN1_FEATURES) for path in paths)
-    return Features(train, validation, 0)
-
-
-def _svmlight(path: Path, num_features: int) -> Data:
-    from sklearn import datasets  # slow to import: a missing file is said first
-
+def _ijcnn1(manual_dir: str | None, data_dir: str | None) -> Features:
     try:
-        inputs, labels = datasets.load_svmlight_file(str(path), n_features=num_features)
-    except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as svmlight ({error}): fetch it again") from error
-    return Data(np.asarray(inputs.toarray(), np.float64), np.where(labels > 0, 1, -1))
+        parts = ijcnn1.load(manual_dir, data_dir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Features(Data(*parts["train"]), Data(*parts["test"]), 0)
 
 
 def _covtype(seed: int) -> Features:
+    inputs, labels = _fetched_covtype()
+    low, high = inputs.min(0), inputs.max(0)
+    inputs -= low
+    inputs /= np.where(high > low, high - low, 1)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    train, validation, _ = np.split(order, np.cumsum(_COVTYPE_SIZES))
+    sides = [Data(inputs[part], labels[part]) for part in (train, validation)]
+    return Features(sides[0], sides[1], _COVTYPE_CLASSES)
+
+
+def _fetched_covtype() -> tuple[np.ndarray, np.ndarray]:
+    """Inputs float32 [581,012, 54] and labels 0 .. 6; scikit-learn's float64 table is let go."""
     from sklearn import datasets
 
     try:
-        table = datasets.fetch_covtype(download_if_missing=False)
+        table: Any = datasets.fetch_covtype(download_if_missing=False)
     except OSError as error:
         if not catalog.reachable(_covtype_address()):
             raise ConfigError(
@@ -130,15 +138,22 @@ def _covtype(seed: int) -> Features:
                 "reached: fetch it where there is a network (sklearn.datasets.fetch_covtype), or "
                 "use covtype10k with --config.data.manual_dir=DIR (bench: --manual-dir DIR)"
             ) from error
-        table: Any = datasets.fetch_covtype()
-    inputs = np.asarray(table.data, np.float64)
-    labels = np.asarray(table.target, np.int64) - 1
-    low, high = inputs.min(0), inputs.max(0)
-    inputs = (inputs - low) / np.where(high > low, high - low, 1.0)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    train, validation, _ = np.split(order, np.cumsum(_COVTYPE_SIZES))
-    sides = [Data(inputs[part], labels[part]) for part in (train, validation)]
-    return Features(sides[0], sides[1], 7)
+        try:
+            table = datasets.fetch_covtype()
+        except OSError as failure:
+            raise ConfigError(
+                f"data set covtype could not be fetched ({' '.join(str(failure).split())[:200]}): "
+                "try again, or use covtype10k with --config.data.manual_dir=DIR (bench: "
+                "--manual-dir DIR)"
+            ) from failure
+    shape = np.shape(table.data)
+    if shape != _COVTYPE_SHAPE or set(np.unique(table.target)) != set(range(1, 8)):
+        raise ConfigError(
+            f"scikit-learn's covtype has the shape {shape} and not {_COVTYPE_SHAPE} with labels "
+            "1 .. 7: remove the folder covertype in scikit-learn's data folder, it is fetched again"
+        )
+    # All values are integers below 2^24, which float32 holds exactly.
+    return np.array(table.data, np.float32), np.asarray(table.target, np.int64) - 1
 
 
 def _covtype_address() -> str:
@@ -159,7 +174,16 @@ def _covtype10k(manual_dir: str | None) -> Features:
 
 def _csv(path: Path) -> Data:
     try:
-        table = np.loadtxt(path, delimiter=",", dtype=np.float64)
-    except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as CSV ({error}): fetch it again") from error
+        table = np.loadtxt(path, delimiter=",", dtype=np.float64, ndmin=2)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} cannot be read as CSV ({reason}): fetch it again") from error
+    if table.shape[1] != 1 + _COVTYPE_SHAPE[1]:
+        raise ConfigError(
+            f"{path} has {table.shape[1]} columns: the label and {_COVTYPE_SHAPE[1]} features are "
+            "expected, fetch it again"
+        )
+    other = table[~np.isin(table[:, 0], (-1, 1)), 0]
+    if len(other):
+        raise ConfigError(f"{path} has the label {other[0]:g}: -1 and 1 are expected")
     return Data(table[:, 1:], (table[:, 0] > 0).astype(np.int64))

@@ -81,9 +81,9 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
     """The task that `configs/hyperparameter_selection.py` describes.
 
     Args:
-        config: keys `data.name`, `data.manual_dir`, `data.seed`, `batch_size`, `start` (the
-            constant that x starts from), `bounds` (the box for x), `seed` and `optimum` (whether
-            `finish` computes it).
+        config: keys `data.name`, `data.manual_dir`, `data.data_dir`, `data.seed`, `batch_size`,
+            `start` (the constant that x starts from), `bounds` (the box for x), `seed` and
+            `optimum` (whether `finish` computes it).
         table: the data; None: what `config.data` names.
 
     Raises:
@@ -93,7 +93,8 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
     if not np.isfinite(config.start):
         raise ConfigError(f"--config.start={config.start}: x must start from a finite number")
     if table is None:
-        table = features.load(config.data.name, config.data.manual_dir, config.data.seed)
+        source = config.data
+        table = features.load(source.name, source.manual_dir, source.seed, source.get("data_dir"))
     length, width = num_penalties(table), table.train.inputs.shape[1]
     reference = exact_problem(table)
 
