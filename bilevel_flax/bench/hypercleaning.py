@@ -67,7 +67,7 @@ def make(name: str, context: Context) -> BenchTask:
     module = "examples.mnist_hypercleaning"
     make_task = configs.imported(f"{module}.task:make_task")
     root = Path(make_task.__code__.co_filename).parents[2]
-    config = configs.load(str(root / "configs" / "mnist_hypercleaning.py"))
+    config = configs.load(f"{root / 'configs' / 'mnist_hypercleaning.py'}:soba")
     config.update({"seed": context.seed, "baselines": False, "corruption": CORRUPTION[name]})
     if context.manual_dir is None:
         examples = configs.imported(f"{module}.task:load_examples")(config)
