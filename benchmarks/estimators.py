@@ -28,18 +28,19 @@ def ijcnn1():
     """Hyperparameter selection: one penalty for each of 22 features."""
     n, m, p = 49_990, 91_701, 22
 
-    def loss(z, batch):
-        return jnp.mean(jax.nn.softplus(-batch["y"] * (batch["x"] @ z)))
+    def losses(logits, x, batch):
+        return jax.nn.softplus(-batch["y"] * logits)
 
-    def inner_loss(z, x, batch):
-        return loss(z, batch) + 0.5 * jnp.sum(jnp.exp(x) * z**2)
+    def penalty(z, x):
+        return 0.5 * jnp.sum(jnp.exp(x) * z**2)
 
     def draw(key, samples):
         inputs = jax.random.normal(key, (-(-samples // BATCH), BATCH, p))
         return {"x": inputs, "y": jnp.sign(inputs[..., 0])}
 
     keys = jax.random.split(jax.random.key(0))
-    problem = bf.Problem(inner_loss, lambda z, x, batch: loss(z, batch))
+    logits = lambda z, batch: batch["x"] @ z
+    problem = bf.linear_problem(logits, losses, losses, inner_penalty=penalty)
     start = jnp.zeros(p), jnp.full(p, -2.0)
     return problem, draw(keys[0], n), draw(keys[1], m), start, (0.03, 0.03)
 
@@ -48,13 +49,8 @@ def cleaning():
     """Hypercleaning: a linear model and one weight for each of 20,000 examples."""
     n, m = 20_000, 5_000
 
-    def entropies(z, batch):
-        logits = batch["x"] @ z
+    def entropies(logits, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-
-    def inner_loss(z, x, batch):
-        losses = jax.nn.sigmoid(x) * entropies(z, batch)
-        return bf.masked_mean(losses, batch["mask"]) + 0.2 * jnp.sum(z**2)
 
     def draw(key, samples):
         num = -(-samples // BATCH)
@@ -65,8 +61,13 @@ def cleaning():
         return {"x": inputs, "y": labels, "index": index, "mask": mask}
 
     keys = jax.random.split(jax.random.key(0))
-    outer_loss = lambda z, x, batch: bf.masked_mean(entropies(z, batch), batch["mask"])
-    problem = bf.Problem(inner_loss, outer_loss, per_sample=True)
+    problem = bf.linear_problem(
+        lambda z, batch: batch["x"] @ z,
+        lambda logits, x, batch: jax.nn.sigmoid(x) * entropies(logits, batch),
+        lambda logits, x, batch: entropies(logits, batch),
+        inner_penalty=lambda z, x: 0.2 * jnp.sum(z**2),
+        per_sample=True,
+    )
     start = jnp.zeros((784, 10)), jnp.full(n, -2.0)
     return problem, draw(keys[0], n), draw(keys[1], m), start, (1e-3, 1.0)
 
@@ -74,16 +75,25 @@ def cleaning():
 TASKS = {"ijcnn1": ijcnn1, "cleaning": cleaning}
 
 
-def make(name, problem, num_inner, num_outer, steps):
-    """The solver of that name with plain SGD."""
+def make(name, problem, inner, outer, steps):
+    """The solver of that name with plain SGD; `saba-compact` memorises residuals."""
+    num_inner, num_outer = (len(jax.tree.leaves(side)[0]) for side in (inner, outer))
     optimisers = {"inner": optax.sgd(steps[0]), "outer": optax.sgd(steps[1])}
     counts = {"num_inner_batches": num_inner, "num_outer_batches": num_outer}
     extra = {
         "saba": counts,
+        "saba-compact": counts
+        | {"memory": "compact", "example_batch": bf.Batch(row(inner, 0), row(outer, 0))},
         "srba": counts | {"period": num_inner},
         "spaba": counts | {"probability": 1 / num_inner},
     }
-    return getattr(bf, name)(problem, **optimisers, **extra.get(name, {}))
+    method = getattr(bf, name.partition("-")[0])
+    return method(problem, **optimisers, **extra.get(name, {}))
+
+
+def megabytes(tree):
+    """Of all leaves together."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e6
 
 
 def row(tree, k):
@@ -124,10 +134,9 @@ def first_pass(solver, state, inner, outer):
 def measure(task, names, rounds, length):
     """Prints a line for each solver; SOBA is the first."""
     problem, inner, outer, start, steps = TASKS[task]()
-    counts = [len(jax.tree.leaves(side)[0]) for side in (inner, outer)]
     runs = {}
     for name in names:
-        solver = make(name, problem, *counts, steps)
+        solver = make(name, problem, inner, outer, steps)
         state = first_pass(solver, solver.init(*start), inner, outer)
         run = compiled(solver, inner, outer, length)
         step = jax.jit(run, donate_argnums=0).lower(state, inner, outer).compile()
@@ -145,8 +154,8 @@ def measure(task, names, rounds, length):
         assert bool(jnp.isfinite(state.step)) and int(state.step) == length * (rounds + 1), name
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
         print(
-            f"{jax.__version__:8} {task:10} {name:8} {best:9.1f} {middle:9.1f}"
-            f" {ratio:7.2f} {temp / 1e6:10.3f}",
+            f"{jax.__version__:8} {task:10} {name:12} {best:9.1f} {middle:9.1f}"
+            f" {ratio:7.2f} {temp / 1e6:10.3f} {megabytes(state.estimator_state):12.3f}",
             flush=True,
         )
 
@@ -154,10 +163,13 @@ def measure(task, names, rounds, length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default="ijcnn1,cleaning")
-    parser.add_argument("--solvers", default="saba,srba,spaba,masoba,storm,fsla")
+    parser.add_argument("--solvers", default="saba,saba-compact,srba,spaba,masoba,storm,fsla")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    print("jax      task       solver     us (min)  us (med)  / soba  temp (MB)", flush=True)
+    print(
+        "jax      task       solver       us (min)  us (med)  / soba  temp (MB)  memory (MB)",
+        flush=True,
+    )
     for task in args.tasks.split(","):
         length = {"ijcnn1": 5000, "cleaning": 500}[task]
         measure(task, ["soba", *args.solvers.split(",")], args.rounds, length)
