@@ -47,6 +47,28 @@ def counts(data, weights=True):
     return found
 
 
+@functools.cache
+def ragged():
+    """The quadratic of most tests, in float64 (under `x64`)."""
+    return quadratics(ragged=True)
+
+
+@functools.cache
+def unit_saba():
+    return bf.saba(ragged().problem, **ONE, **counts(ragged()), init_tables="refresh")
+
+
+@functools.cache
+def unit_soba():
+    sides = ("inner_weights", "outer_weights")
+    return bf.soba(ragged().problem, **ONE, **{side: counts(ragged())[side] for side in sides})
+
+
+@functools.cache
+def unit_srba():
+    return bf.srba(ragged().problem, **ONE, **counts(ragged()), period=10)
+
+
 def at(state, variables):
     z, v, x = variables
     return state.replace(inner_params=z, adjoint=v, outer_params=x)
@@ -140,8 +162,7 @@ def mean_error(memory):
 
 
 def test_saba_is_unbiased_whatever_the_tables_hold(x64):
-    data = quadratics(ragged=True)
-    solver = bf.saba(data.problem, **ONE, **counts(data))
+    data, solver = ragged(), unit_saba()
     start = at(solver.init(data.inner_params, data.outer_params), data.random_variables())
     found = every_direction(solver, data, random_tables(start))
     expected = flat(data.full_directions(data.random_variables()))
@@ -169,7 +190,7 @@ def test_saba_per_sample_rows_are_unbiased(x64):
 
 
 def test_saba_one_epoch_at_a_frozen_point_makes_the_mean_the_full_gradient(x64):
-    data = quadratics(ragged=True)
+    data = ragged()
     still = optax.sgd(0.0)
     solver = bf.saba(data.problem, inner=still, outer=still, **counts(data))
     point = data.random_variables()
@@ -188,8 +209,7 @@ def test_saba_one_epoch_at_a_frozen_point_makes_the_mean_the_full_gradient(x64):
         flat(inner.cross_jvp) + flat(outer.outer_grad_outer), flat(full.outer), atol=1e-12
     )
     # At this point no minibatch is noisy any more.
-    ones = bf.saba(data.problem, **ONE, **counts(data))
-    spread = np.ptp(every_direction(ones, data, state), axis=0).max()
+    spread = np.ptp(every_direction(unit_saba(), data, state), axis=0).max()
     assert spread < 1e-12
 
 
@@ -214,10 +234,7 @@ def test_saba_running_means_stay_the_means_of_the_tables(length, table_dtype):
 
 
 def test_saba_variance_falls_with_the_distance_squared_and_sobas_does_not(x64):
-    data = quadratics(ragged=True)
-    solver = bf.saba(data.problem, **ONE, **counts(data), init_tables="refresh")
-    plain = bf.soba(data.problem, **ONE, inner_weights=data.inner_weights,
-                    outer_weights=data.outer_weights)  # fmt: skip
+    data, solver, plain = ragged(), unit_saba(), unit_soba()
     x = data.x_star()
     target = bf.Variables(data.z_star(x), data.v_star(x), x)
     state = full_pass(solver, data, at(solver.init(data.inner_params, x), target))
@@ -235,8 +252,7 @@ def test_saba_variance_falls_with_the_distance_squared_and_sobas_does_not(x64):
 
 
 def test_saba_first_pass_fills_the_tables_and_happens_once(x64):
-    data = quadratics(ragged=True)
-    solver = bf.saba(data.problem, **ONE, **counts(data), init_tables="refresh")
+    data, solver = ragged(), unit_saba()
     state = solver.init(data.inner_params, data.outer_params)
     assert int(solver.next_refresh(state)) == 0
     point = data.random_variables()
@@ -339,7 +355,7 @@ def test_lazy_rows_need_no_memory_and_are_handed_on_as_the_minibatch_gave_them(x
 
 
 def test_saba_finds_the_solution_with_constant_steps_where_soba_stalls(x64):
-    data = quadratics(ragged=True)
+    data = ragged()
     start = data.inner_params, data.outer_params
     steps_of = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.03)}
 
@@ -438,8 +454,7 @@ def test_saba_memory_is_its_three_tables_and_little_else():
 
 def test_srba_identity_by_enumeration(x64):
     """E[d_k] = D(u_k) - D(u_{k-1}) + d_{k-1}; SARAH is not unbiased, so this is what holds."""
-    data = quadratics(ragged=True)
-    solver = bf.srba(data.problem, **ONE, **counts(data), period=10)
+    data, solver = ragged(), unit_srba()
     state = solver.init(data.inner_params, data.outer_params)
     before, now, carried = (data.random_variables(seed) for seed in (1, 2, 3))
     memory = state.estimator_state.replace(directions=carried, previous=before)
@@ -449,8 +464,7 @@ def test_srba_identity_by_enumeration(x64):
 
 
 def test_srba_full_pass_is_the_full_direction_and_resumes_bit_for_bit(x64):
-    data = quadratics(ragged=True)
-    solver = bf.srba(data.problem, **ONE, **counts(data), period=10)
+    data, solver = ragged(), unit_srba()
     state = solver.init(data.inner_params, data.outer_params)
     assert int(solver.next_refresh(state)) == 0
     noisy = state.estimator_state.replace(
@@ -487,9 +501,8 @@ def test_srba_telescopes(x64):
         np.testing.assert_allclose(found, flat(data.full_directions(point)), atol=1e-12)
 
 
-def test_srba_does_not_run_on_without_its_full_pass():
-    data = quadratics()
-    solver = bf.srba(data.problem, **ONE, **counts(data), period=3)
+def test_srba_does_not_run_on_without_its_full_pass(x64):
+    data, solver = ragged(), unit_srba()
     state = solver.init(data.inner_params, data.outer_params)
     new, info = jitted(solver.update)(state, data.batch(0, 0))
     assert not bool(info.finite.inner) and int(new.step) == 0
@@ -530,7 +543,7 @@ def run_with_passes(solver, data, state, length, seed=0):
     ids=["srba", "spaba"],
 )
 def test_srba_and_spaba_find_the_solution_with_constant_steps(x64, method, kwargs):
-    data = quadratics(ragged=True)
+    data = ragged()
     solver = method(
         data.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.03), **counts(data), **kwargs
     )
@@ -542,14 +555,14 @@ def test_srba_and_spaba_find_the_solution_with_constant_steps(x64, method, kwarg
 
 
 def test_spaba_draws_its_passes_from_the_geometric_law_and_the_seed():
-    schedule = geometric_schedule(0.2, seed=5)
-    waits = np.asarray(jax.vmap(schedule)(jnp.arange(20_000, dtype=jnp.int32))) - np.arange(20_000)
+    at_once = lambda seed: quick(jax.vmap(geometric_schedule(0.2, seed)))
+    steps = jnp.arange(20_000, dtype=jnp.int32)
+    waits = np.asarray(at_once(5)(steps)) - np.arange(20_000)
     assert waits.min() == 1
     counted = np.bincount(waits, minlength=6)[1:6] / len(waits)
     np.testing.assert_allclose(counted, 0.2 * 0.8 ** np.arange(5), atol=0.01)
-    again = jax.vmap(geometric_schedule(0.2, seed=5))(jnp.arange(9))
-    np.testing.assert_array_equal(again, waits[:9] + np.arange(9))
-    other = jax.vmap(geometric_schedule(0.2, seed=6))(jnp.arange(50))
+    np.testing.assert_array_equal(at_once(5)(steps[:9]), waits[:9] + np.arange(9))
+    other = at_once(6)(steps[:50])
     assert (np.asarray(other) != waits[:50] + np.arange(50)).any()
     assert int(geometric_schedule(1.0, seed=0)(jnp.int32(4))) == 5
 
