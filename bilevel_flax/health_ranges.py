@@ -63,7 +63,6 @@ RANGES = (
         lambda v: v["health/step_outer"] == 0.0,
         "x stands still: nothing is learned about it. Is the outer learning rate 0, does the "
         "schedule of x end too early, or does outer_params not reach the inner loss?",
-        probes=3,
     ),
     Range(
         "outer_size",

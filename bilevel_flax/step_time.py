@@ -43,8 +43,8 @@ def over_plain(
     """
     start = int(state.step)
     plain = _Plain(problem, inner, state)
-    _, taken, spent = loop.rehearse(state, start, 1)  # compiles; the first run is not counted
-    if not taken:
+    after, taken, spent = loop.rehearse(state, start, 1)  # compiles; this run is not counted
+    if int(after.step) == start:
         return float("nan"), float("nan")
     _, taken, spent = loop.rehearse(state, start, 4)
     steps = int(np.clip(seconds * max(taken, 1) / max(spent, 1e-9), 1, _MOST_STEPS))
