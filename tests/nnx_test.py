@@ -23,6 +23,9 @@ LABELS = rng.integers(0, CLASSES, size=N)
 weights = bf.outer.sigmoid(N)
 
 
+UPDATE = lambda model, optimizer, batch: optimizer.update(model, batch)
+
+
 def batches(data, steps):
     """Training and validation minibatches, both from the same examples."""
     for step in range(steps):
@@ -154,21 +157,17 @@ SOLVERS = {
 def test_the_numbers_of_linen(pair, solver):
     linen_class, nnx_class, data = PAIRS[pair]
     net, make = linen_class(), SOLVERS[solver]
-    variables = dict(net.init(jax.random.key(3), data[:1], train=False))
+    variables = dict(jax.jit(lambda key: net.init(key, data[:1], train=False))(jax.random.key(3)))
     z = variables.pop("params")
     by_linen = make(linen_problem(net, bool(variables)))
     state = by_linen.init(z, weights.init(), model_state=variables or None)
 
     model = nnx_class(nnx.Rngs(0))
     by_nnx = make(nnx_problem(model))
-    start = by_nnx.init(
-        jax.tree.map(jnp.asarray, z),
-        weights.init(),
-        model_state=variables.get("batch_stats"),
-    )
-    bf.nnx.write(start, model)  # the same start, into the module
+    # The same start, into the module.
+    bf.nnx.write(state.replace(model_state=variables.get("batch_stats")), model)
     optimizer = bf.nnx.Optimizer(model, by_nnx, weights.init())
-    update = nnx.jit(lambda model, optimizer, batch: optimizer.update(model, batch))
+    update = nnx.jit(UPDATE)
     linen_update = jax.jit(by_linen.update)
     for batch in batches(data, 4):
         state, info = linen_update(state, batch)
@@ -325,7 +324,7 @@ def test_modules_and_arrays_in_x_and_a_state_that_comes_back():
     assert not problem.stateful  # nothing but Params: methods with memory need not warn
     solver = bf.soba(problem, inner=optax.sgd(0.1), outer=bf.outer.lazy_sgd(0.5))
     optimizer = bf.nnx.Optimizer(model, solver, x)
-    step = nnx.jit(lambda model, optimizer, batch: optimizer.update(model, batch))
+    step = nnx.jit(UPDATE)
     first, second, third = batches(IMAGES, 3)
     kernel, before = scorer.out.kernel, np.array(scorer.out.kernel[...])
     step(model, optimizer, first)
@@ -359,7 +358,7 @@ def test_wrt_holds_the_other_parameters_fixed():
     solver = SOLVERS["soba"](nnx_problem(model, wrt=wrt))
     optimizer = bf.nnx.Optimizer(model, solver, weights.init(), wrt=wrt)
     first, second = np.array(model.first.kernel[...]), np.array(model.second.kernel[...])
-    optimizer.update(model, next(batches(IMAGES, 1)))
+    nnx.jit(UPDATE)(model, optimizer, next(batches(IMAGES, 1)))
     np.testing.assert_array_equal(model.first.kernel[...], first)
     assert (np.asarray(model.second.kernel[...]) != second).any()
     batch = next(batches(IMAGES, 1))

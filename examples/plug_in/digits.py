@@ -25,10 +25,10 @@ def load(noise: float = 0.5, seed: int = 0):
         (train, validation, test, is_wrong), the last one bool [n]: what the loops must find out.
     """
     rng = np.random.default_rng(seed)
-    digits = sklearn.datasets.load_digits()
-    order = rng.permutation(len(digits.target))
-    images = (digits.images[order, :, :, None] / 16).astype(np.float32)
-    labels = digits.target[order].astype(np.int32)
+    pixels, targets = map(np.asarray, sklearn.datasets.load_digits(return_X_y=True))
+    order = rng.permutation(len(targets))
+    images = (pixels[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    labels = targets[order].astype(np.int32)
     train, validation, test = (
         {"image": image, "label": label}
         for image, label in zip(
@@ -51,8 +51,8 @@ class Examples:
     def __len__(self):
         return len(self._arrays["label"])
 
-    def __getitem__(self, position):
-        return {name: array[position] for name, array in self._arrays.items()}
+    def __getitem__(self, index):
+        return {name: array[index] for name, array in self._arrays.items()}
 
 
 def batches(arrays, batch_size: int = 50, seed: int = 0):

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,7 +28,7 @@ class MLP(nn.Module):
 
 
 def losses(params, batch):
-    logits = model.apply({"params": params}, batch["image"])
+    logits = jnp.asarray(model.apply({"params": params}, batch["image"]))
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
 
@@ -46,6 +47,6 @@ state = solver.init(params, weights.init())
 for _, *batch in zip(range(STEPS), stream(train), stream(validation), strict=False):
     state, logs = train_step(state, batch)
 
-predicted = model.apply({"params": state.params}, test["image"]).argmax(-1)
+predicted = jnp.argmax(jnp.asarray(model.apply({"params": state.params}, test["image"])), -1)
 print(f"test error {np.mean(predicted != test['label']):.3f}")
 print(f"wrong labels found, AUC {digits.found(weights.weights(state.outer_params), is_wrong):.3f}")

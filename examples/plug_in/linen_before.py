@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
@@ -20,7 +21,7 @@ class MLP(nn.Module):
 
 
 def losses(params, batch):
-    logits = model.apply({"params": params}, batch["image"])
+    logits = jnp.asarray(model.apply({"params": params}, batch["image"]))
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
 
@@ -36,5 +37,5 @@ state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 for _, batch in zip(range(STEPS), digits.batches(train), strict=False):
     state, logs = train_step(state, batch)
 
-predicted = model.apply({"params": state.params}, test["image"]).argmax(-1)
+predicted = jnp.argmax(jnp.asarray(model.apply({"params": state.params}, test["image"])), -1)
 print(f"test error {np.mean(predicted != test['label']):.3f}")
