@@ -3,9 +3,11 @@
 SOBA's directions (see `solvers/soba.py`) with, each for a measured reason (`docs/auto.md`):
 
 * v moved by z's own transformation, schedule included, with statistics of its own;
-* x moved in units of x by `outer.robust_sgd`: neither the number of examples nor the scale of
-  v matters, and no single example can make the others stand still;
+* x moved in units of x by `outer.robust_sgd`: neither the number of examples, the length of the
+  run nor the scale of v matters, and no single example can make the others stand still;
 * a step of x that falls linearly to 0 over the run, and needs the number of steps only;
+* a damping of v that follows its residual: none where Hv is exact, enough where the noise of Hv
+  or negative curvature has the better of it;
 * ‖v‖ bounded, so that an inner step at the edge of stability stops v from growing, not the run;
 * on request a part of the minibatch, or every k-th step only, for v and x (`thrifty.py`).
 """
@@ -25,6 +27,8 @@ from bilevel_flax.single_loop import single_loop
 
 # Far above any healthy v, far below where squares of D_v overflow float32.
 _ADJOINT_LIMIT = 1e12
+# One visit, however few there are in the run, says no more than this about a row.
+_LONGEST_VISIT = 1.0
 
 
 def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
@@ -53,10 +57,10 @@ def auto(
     *,
     inner: optax.GradientTransformation,
     steps: int,
-    learning_rate: float = 1.0,
+    learning_rate: float = 5.0,
     dense_learning_rate: float = 0.01,
     warmup: float = 0.0,
-    damping: float = 0.0,
+    damping: float | None = None,
     fraction: float = 1.0,
     every: int = 1,
     estimator: Estimator | None = None,
@@ -71,11 +75,12 @@ def auto(
         problem: the bilevel problem.
         inner: z's optimiser, as in a loop without hyperparameters.
         steps: updates in the run; the step of x falls to 0 there.
-        learning_rate: of per-sample leaves of x, in units of x: how far a typical entry moves when
-            its example is visited, at first.
+        learning_rate: of per-sample leaves of x, in units of x: how far a typical entry can travel
+            in the whole run, whatever the number of examples, of epochs and the minibatch.
         dense_learning_rate: of the other leaves of x, which move in every step.
         warmup: share of the steps in which x stands still, in [0, 1).
-        damping: δ >= 0, v solves (H + δI)v = -∇₁F.
+        damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
+            (`adjoint.self_damped`).
         fraction: share 1/m of the examples that D_v and D_x use.
         every: k, v and x move in every k-th step.
         estimator: takes the place of SOBA's, e.g. with memory; refused together with `fraction`
@@ -132,14 +137,19 @@ def auto(
         chosen = estimator
 
     own = adjoint is None
-    moves_v = adjoints.damped(inner if own else adjoint, damping)
-    moves_v = adjoints.bounded(moves_v, _ADJOINT_LIMIT)
+    moves_v = adjoints.bounded(inner if own else adjoint, _ADJOINT_LIMIT)
+    if damping is None:
+        moves_v = adjoints.self_damped(moves_v)
+    else:
+        moves_v = adjoints.damped(moves_v, damping)
     if outer is None:
         moves, frozen = -(-steps // every), int(warmup * steps) // every
-        # Fewer visits, longer steps: a row can travel as far as without the savings.
+        # The area under a triangle: what a row travels if all its visits agree.
+        peak = 2 * learning_rate / max(moves - frozen, 1)
         outer = robust_sgd(
-            decay_to_zero(learning_rate * every / fraction, moves, frozen),
+            decay_to_zero(peak, moves, frozen),
             dense_learning_rate=decay_to_zero(dense_learning_rate * every, moves, frozen),
+            catch_up=_LONGEST_VISIT,
         )
     return single_loop(
         problem,

@@ -240,7 +240,8 @@ def single_loop(
             (`outer.lazy_adam` ...), dense otherwise.
         adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`. It is called with the
             extra arguments `inner_opt_state`, `inner_direction` (D_z) and `inner_params`, all of
-            before the step, so that a preconditioner can be shared (`adjoint.like_inner`).
+            before the step, so that a preconditioner can be shared (`adjoint.like_inner`), and
+            `adjoint_residual`, so that damping can follow it (`adjoint.self_damped`).
         inner_weights: float [N], each inner minibatch's share of the samples, summing to 1
             (`FiniteSum.weights`); None: equal. Needs `batch.inner_id`.
         outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
@@ -314,11 +315,13 @@ def single_loop(
 
         d_z, d_v, d_x = directions
         d_x = muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
+        misfit = residual(found.oracles) if found.residual is None else found.residual
         curvature = {"outer_params": state.outer_params}  # x shapes G's curvature in z and v
         extra = {
             "inner_opt_state": state.inner_opt_state,
             "inner_direction": learnable(d_z),
             "inner_params": learnable(state.inner_params),
+            "adjoint_residual": misfit,
             **curvature,
         }
         points = zip(
@@ -354,9 +357,7 @@ def single_loop(
             outer_loss=found.outer_loss,
             norms=norms,
             finite=finite,
-            adjoint_residual=(
-                residual(found.oracles) if found.residual is None else found.residual
-            ),
+            adjoint_residual=misfit,
             oracle_units=jnp.float32(estimator.units),
             metrics=found.metrics,
         )

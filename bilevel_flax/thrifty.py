@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax import oracles, rows
+from bilevel_flax.adjoint import SelfDampedState
 from bilevel_flax.base import Estimator
 from bilevel_flax.single_loop import (
     RowTransformation,
@@ -128,6 +129,8 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
 
 def _clocks(own: Any, inner: Any) -> Any:
     """`own` with the integer leaves of z's optimiser state: one schedule for both."""
+    if isinstance(own, SelfDampedState):
+        return own._replace(inner=_clocks(own.inner, inner))
     if jax.tree.structure(own) != jax.tree.structure(inner):
         return own
     return jax.tree.map(lambda a, b: a if oracles.is_inexact(a) else b, own, inner)

@@ -1,9 +1,12 @@
 """Data hypercleaning: find the wrong labels while the network trains.
 
-    bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/clean
+    bilevel-flax train --config configs/mnist_hypercleaning.py --workdir runs/clean
 
-`:soba`, `:saba`, `:srba` ... are the papers' methods with SGD on z, for the linear model; `:auto`
-is `bf.auto` with AdamW, for `--config.model=mlp` and `cnn` (docs/auto.md: what it reaches).
+is `bf.auto`, with nothing to tune: `--config.model=linear|mlp|cnn`, `--config.data.name=NAME`,
+`--config.noise=symmetric|class` (docs/auto.md: what it reaches). Its z takes
+`--config.inner=sgd|momentum|adamw` (default: SGD for the linear model, AdamW for the others).
+`--config.weights=sigmoid|softmax|meta_weight_net` is the parametrisation. `:soba`, `:saba`,
+`:srba` ... are the papers' methods with SGD on z, for the linear model.
 
 Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Full MNIST
 (`--config.data.name=mnist --config.data.manual_dir=DIR`): see benchmarks/README.md.
@@ -27,7 +30,7 @@ SOLVERS = {
 }
 
 
-def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
+def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     """The config; the argument names the solver."""
     if solver not in SOLVERS:
         raise ConfigError(
@@ -43,6 +46,7 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config.corruption = 0.5
     config.noise = "symmetric"
     config.model = "linear"
+    config.inner = config_dict.placeholder(str)
     config.weights = "sigmoid"
     config.regularization = config_dict.placeholder(float)
     config.baselines = True
@@ -60,33 +64,34 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
     config.report = "examples.mnist_hypercleaning.report:sections"
+    steps = config.get_oneway_ref("steps")
     if solver == "auto":
-        inner = {"call": "optax:adamw", "learning_rate": decaying(1e-3, config)}
-        steps = config.get_oneway_ref("steps")
+        inner = {
+            "call": "examples.mnist_hypercleaning.rates:inner_optimizer",
+            "name": config.get_oneway_ref("inner"),
+            "model": config.get_oneway_ref("model"),
+            "steps": steps,
+        }
         config.solver = {"call": "bilevel_flax:auto", "steps": steps, "inner": inner}
         return config
+    rate = {
+        "call": "optax:linear_schedule",
+        "init_value": 0.01,
+        "end_value": 0.0,
+        "transition_steps": steps,
+    }
     config.solver = {
         "call": f"bilevel_flax:{solver}",
-        "inner": {"call": "optax:sgd", "learning_rate": decaying(0.01, config)},
+        "inner": {"call": "optax:sgd", "learning_rate": rate},
         "outer": {
             "call": "bilevel_flax.outer:normalized_sgd",
             "learning_rate": {
                 "call": "examples.mnist_hypercleaning.rates:outer_rate",
                 "weights": config.get_oneway_ref("weights"),
-                "steps": config.get_oneway_ref("steps"),
+                "steps": steps,
                 "peak": config_dict.placeholder(float),
             },
         },
         **SOLVERS[solver],
     }
     return config
-
-
-def decaying(peak: float, config: ml_collections.ConfigDict) -> dict:
-    """A learning rate that falls linearly to 0 over the run."""
-    return {
-        "call": "optax:linear_schedule",
-        "init_value": peak,
-        "end_value": 0.0,
-        "transition_steps": config.get_oneway_ref("steps"),
-    }

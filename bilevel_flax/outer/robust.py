@@ -37,6 +37,7 @@ def robust_sgd(
     dense_learning_rate: optax.ScalarOrSchedule | None = None,
     decay: float = 0.99,
     clip: float = 1.0,
+    catch_up: float = 0.0,
 ) -> RowTransformation:
     """Row-sparse SGD with each leaf's direction in units of its typical entry, clipped.
 
@@ -46,9 +47,12 @@ def robust_sgd(
             only when its example is visited. None: as `learning_rate`.
         decay: β of the running mean, in [0, 1).
         clip: c > 0, the largest move in units of γ.
+        catch_up: rows are visited in a share b/n of the steps only. Where this is not 0 their γ is
+            n/b times as long, but at most `catch_up`: Σ_t γ_t is then how far a row travels in
+            the run, whatever n, the minibatch b and the number of epochs.
 
     Raises:
-        ValueError: `decay` is outside [0, 1), or `clip` is not positive.
+        ValueError: `decay` is outside [0, 1), `clip` is not positive, `catch_up` is negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,6 +66,8 @@ def robust_sgd(
         raise ValueError(f"decay={decay} must lie in [0, 1)")
     if not clip > 0:
         raise ValueError(f"clip={clip} must be positive")
+    if not catch_up >= 0:
+        raise ValueError(f"catch_up={catch_up} must be >= 0")
     dense = learning_rate if dense_learning_rate is None else dense_learning_rate
 
     def init(params):
@@ -81,23 +87,29 @@ def robust_sgd(
         del extra_args
         if params is None:
             raise ValueError("robust_sgd needs params: update(updates, state, params)")
-        now = jax.tree.map(typical, updates, params, is_leaf=rows.is_rows)
-        size = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.size, now)
+        sizes = jax.tree.map(typical, updates, params, is_leaf=rows.is_rows)
+        size = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.size, sizes)
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = 1 - decay ** count.astype(jnp.float32)
 
-        def step(node, size):
+        def step(node, size, leaf):
             if rows.is_rows(node):
-                return Rows(node.index, move(node.values, size, learning_rate))
-            return move(node, size, dense)
+                rate = now(learning_rate)
+                if catch_up:
+                    rate = jnp.minimum(rate * (leaf.shape[0] / len(node.index)), catch_up)
+                return Rows(node.index, move(node.values, size, rate))
+            return move(node, size, now(dense))
+
+        def now(rate):
+            return jnp.asarray(rate(state.count) if callable(rate) else rate)
 
         def move(values, size, rate):
-            rate = jnp.asarray(rate(state.count) if callable(rate) else rate)
             unit = size / correction
             # 0 / 0 where a direction was zero ever since: no move.
             relative = values.astype(jnp.float32) / jnp.where(unit > 0, unit, 1.0)
             return (-rate * jnp.clip(relative, -clip, clip)).astype(values.dtype)
 
-        return jax.tree.map(step, updates, size, is_leaf=rows.is_rows), RobustState(count, size)
+        moved = jax.tree.map(step, updates, size, params, is_leaf=rows.is_rows)
+        return moved, RobustState(count, size)
 
     return RowTransformation(init, update)

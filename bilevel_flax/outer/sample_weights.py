@@ -1,4 +1,4 @@
-"""Per-sample weights: one learned number for each training example.
+"""Weights of the training examples: one learned number for each.
 
 x is a vector [n] of logits, and the inner loss is mean_i w_i ℓ_i. The published hypercleaning
 task uses w_i = σ(x_i) with x₀ = -2.
@@ -16,22 +16,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel_flax.base import PyTree
+
 
 class SampleWeights(NamedTuple):
     """A parametrisation of per-sample weights.
 
     Attributes:
-        init: `init() -> float32 [n]`, the logits to start from.
-        apply: `apply(outer_params, batch) -> [batch]`, the minibatch's weights. What it is handed
-            in `outer_params` is the rows [batch] where `per_sample`, else the whole vector [n].
-        weights: `weights(outer_params) -> [n]`, all weights from all logits.
+        init: `init()`, where x starts: the logits float32 [n], or a network's parameters.
+        apply: `apply(outer_params, batch, losses=None) -> [batch]`, the minibatch's weights. What
+            it is handed in `outer_params` is the rows [batch] where `per_sample`, else all of x.
+        weights: `weights(outer_params, losses=None) -> [n]`, the weights of all examples.
         per_sample: what to pass as `Problem(per_sample=...)` for this leaf.
+        by_loss: `apply` and `weights` need the examples' unweighted losses.
     """
 
-    init: Callable[[], jax.Array]
+    init: Callable[[], PyTree]
     apply: Callable[..., jax.Array]
-    weights: Callable[[jax.Array], jax.Array]
+    weights: Callable[..., jax.Array]
     per_sample: bool
+    by_loss: bool = False
 
 
 def _checked(num_samples: int) -> int:
@@ -52,11 +56,15 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
     """
     n = _checked(num_samples)
 
-    def apply(outer_params, batch):
-        del batch
+    def apply(outer_params, batch, losses=None):
+        del batch, losses
         return jax.nn.sigmoid(outer_params)
 
-    return SampleWeights(lambda: jnp.full((n,), init), apply, jax.nn.sigmoid, True)
+    def weights(outer_params, losses=None):
+        del losses
+        return jax.nn.sigmoid(outer_params)
+
+    return SampleWeights(lambda: jnp.full((n,), init), apply, weights, True)
 
 
 def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
@@ -74,10 +82,12 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
     """
     n = _checked(num_samples)
 
-    def weights(outer_params):
+    def weights(outer_params, losses=None):
+        del losses
         return n * jax.nn.softmax(outer_params)
 
-    def apply(outer_params, batch):
+    def apply(outer_params, batch, losses=None):
+        del losses
         if "index" not in batch:
             raise ValueError(
                 'softmax weights need batch["index"] (int32 [batch]); '

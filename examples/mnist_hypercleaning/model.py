@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import bilevel_flax as bf
 from bilevel_flax.config import ConfigError, nearest
@@ -78,16 +79,30 @@ def make_model(name: str, num_classes: int) -> nn.Module:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _count_errors(model: nn.Module, params, model_state, images, labels) -> jax.Array:
+def _judge(model: nn.Module, params, model_state, images, labels) -> tuple[jax.Array, jax.Array]:
     logits = jnp.asarray(model.apply({"params": params, **model_state}, images, train=False))
-    return jnp.sum(jnp.argmax(logits, axis=-1) != labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.argmax(logits, axis=-1) != labels, losses
+
+
+def _judge_all(model: nn.Module, state: bf.TrainState, images: np.ndarray, labels: np.ndarray):
+    variables = (state.inner_params, state.model_state or {})
+    parts = [
+        _judge(model, *variables, images[i : i + 5000], labels[i : i + 5000])
+        for i in range(0, len(labels), 5000)
+    ]
+    return (np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def error(model: nn.Module, state: bf.TrainState, images: np.ndarray, labels: np.ndarray) -> float:
     """The share of images that the network gets wrong, in [0, 1]."""
-    chunks = range(0, len(labels), 5000)
-    variables = (state.inner_params, state.model_state or {})
-    wrong = [
-        _count_errors(model, *variables, images[i : i + 5000], labels[i : i + 5000]) for i in chunks
-    ]
-    return float(sum(int(count) for count in wrong) / len(labels))
+    wrong, _ = _judge_all(model, state, images, labels)
+    return float(wrong.mean())
+
+
+def losses(
+    model: nn.Module, state: bf.TrainState, images: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """The cross entropy of every image, float32 [n], with dropout off."""
+    _, found = _judge_all(model, state, images, labels)
+    return found

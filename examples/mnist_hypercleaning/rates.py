@@ -1,8 +1,18 @@
-"""The outer step of each parametrisation of the weights, in units of its logits."""
+"""The optimisers of a run: z's, and the outer step of each parametrisation of the weights."""
 
 from __future__ import annotations
 
 import optax
+
+from bilevel_flax.config import ConfigError, nearest
+
+# Peak steps of z, as one would take them for the same network without weights.
+INNER = {
+    "sgd": (0.01, optax.sgd),
+    "momentum": (0.01, lambda rate: optax.sgd(rate, momentum=0.9)),
+    "adamw": (1e-3, lambda rate: optax.adamw(rate, weight_decay=1e-4)),
+}
+OWN_INNER = {"linear": "sgd"}  # the published one; AdamW for the others
 
 # Chosen on validation data (full MNIST, p = .7). A softmax logit scales a weight that may grow to
 # thousands, so it must move more slowly than a sigmoid's: at .01 the inner problem cannot follow.
@@ -18,3 +28,26 @@ def outer_rate(weights: str, steps: int, peak: float | None = None) -> optax.Sch
         peak: where it starts; None: the parametrisation's own.
     """
     return optax.linear_schedule(PEAK.get(weights, 0.5) if peak is None else peak, 0.0, steps)
+
+
+def inner_optimizer(
+    name: str | None, model: str, steps: int, learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of z, its step falling linearly to 0 over the run.
+
+    Args:
+        name: `sgd`, `momentum` or `adamw`; None: the network's own.
+        model: the network.
+        steps: the run's steps.
+        learning_rate: the first step; None: the optimiser's own.
+
+    Raises:
+        ConfigError: no such optimiser.
+    """
+    name = OWN_INNER.get(model, "adamw") if name is None else name
+    if name not in INNER:
+        raise ConfigError(
+            f"--config.inner={name}: choose one of {', '.join(INNER)}{nearest(name, list(INNER))}"
+        )
+    peak, make = INNER[name]
+    return make(optax.linear_schedule(peak if learning_rate is None else learning_rate, 0.0, steps))

@@ -31,7 +31,7 @@ from bilevel_flax import data
 from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.task import Start, Task
 from examples.mnist_hypercleaning import baselines, report
-from examples.mnist_hypercleaning.model import Linear, error, make_model
+from examples.mnist_hypercleaning.model import Linear, error, losses, make_model
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
 
 # The published sizes; `mnist5k` has its own.
@@ -39,11 +39,15 @@ SPLITS = (20_000, 5_000, 10_000)
 # The coefficient c of ‖z‖²: the published one for the linear model. The deeper ones interpolate
 # with it as a weight decay of ordinary size.
 REGULARIZATION = {"linear": 0.2, "mlp": 1e-4, "cnn": 1e-4}
-PARAMETRISATIONS = {"sigmoid": bf.outer.sigmoid, "softmax": bf.outer.softmax}
+PARAMETRISATIONS = {
+    "sigmoid": bf.outer.sigmoid,
+    "softmax": bf.outer.softmax,
+    "meta_weight_net": lambda num_train: bf.outer.meta_weight_net(),
+}
 UNWEIGHTED = bf.outer.SampleWeights(
     init=lambda: jnp.zeros(()),
-    apply=lambda outer_params, batch: jnp.ones(batch["label"].shape),
-    weights=lambda outer_params: jnp.ones(()),
+    apply=lambda outer_params, batch, losses=None: jnp.ones(batch["label"].shape),
+    weights=lambda outer_params, losses=None: jnp.ones(()),
     per_sample=False,
 )
 HEADLINE = (
@@ -131,6 +135,10 @@ def make_problem(
     def cross_entropy(logits, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
+    def weighted(logits, outer_params, batch):
+        losses = cross_entropy(logits, batch)
+        return weights.apply(outer_params, batch, losses) * losses
+
     def decay(params):
         matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
         return jnp.asarray(regularization * sum(jnp.sum(leaf**2) for leaf in matrices))
@@ -138,7 +146,7 @@ def make_problem(
     if isinstance(model, Linear):
         return bf.linear_problem(
             lambda z, batch: jnp.asarray(model.apply({"params": z}, batch["image"], train=True)),
-            lambda logits, x, batch: weights.apply(x, batch) * cross_entropy(logits, batch),
+            weighted,
             lambda logits, x, batch: cross_entropy(logits, batch),
             inner_penalty=lambda z, x: decay(z),
             per_sample=weights.per_sample,
@@ -152,7 +160,7 @@ def make_problem(
             mutable=list(model_state),
             rngs=None if rng is None else {"dropout": rng},
         )
-        losses = weights.apply(outer_params, batch) * cross_entropy(logits, batch)
+        losses = weighted(logits, outer_params, batch)
         loss = bf.masked_mean(losses, batch.get("mask")) + decay(params)
         return loss, bf.Aux(model_state=dict(new_state))
 
@@ -205,7 +213,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         return Start(params, weights.init(), variables if model.stateful else None)
 
     def learned(state: bf.TrainState) -> np.ndarray:
-        return np.array(weights.weights(state.outer_params))
+        if not weights.by_loss:
+            return np.array(weights.weights(state.outer_params))
+        found = losses(model, state, examples.train_images, examples.given_labels)
+        return np.array(weights.weights(state.outer_params, found))
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         return {
