@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax.base import PyTree
+from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.single_loop import frozen_unless, scaled
-from bilevel_flax.solvers.pieces import OuterGrads, Pieces, Sample, axpy, scan, vdot
+from bilevel_flax.solvers.pieces import OuterGrads, Pieces, Sample, at_step, axpy, scan, vdot
 
 
 class Hypergradient(NamedTuple):
@@ -74,6 +74,27 @@ def randomised_neumann(step: Any, count: int, factors: jax.Array):
         return scaled(term, -count * step)
 
     return solve
+
+
+def randomised_hypergradient(
+    pieces: Pieces, state: TrainState, z, x, samples, step: Any, count: int, after=None
+) -> tuple[Hypergradient, jax.Array]:
+    """BSA's and TTSA's D_x with the randomised series of `count` terms, and the p that was drawn.
+
+    Args:
+        pieces: of the update.
+        state: before the update; its rng and step draw p.
+        z: where.
+        x: where.
+        samples: (system, cross, outer), as for `hypergradient`.
+        step: η, or a schedule of it.
+        count: K.
+        after: as for `hypergradient`.
+    """
+    factors = draw_factors(state.rng, state.step, count)
+    solve = randomised_neumann(at_step(step, state.step), count, factors)
+    system, cross, outer = samples
+    return hypergradient(pieces, z, x, system, cross, outer, solve, after), factors
 
 
 def check_damping(value: Any) -> None:

@@ -21,9 +21,9 @@ import optax
 from bilevel_flax import rows
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.adjoints import draw_factors, hypergradient, randomised_neumann
+from bilevel_flax.solvers.adjoints import randomised_hypergradient
 from bilevel_flax.solvers.nested import nested, trace
-from bilevel_flax.solvers.pieces import Pieces, at_step, moved, only, split
+from bilevel_flax.solvers.pieces import Pieces, moved, only, split
 
 
 def bsa(
@@ -74,11 +74,10 @@ def bsa(
     def step(pieces: Pieces, state, inner, outer):
         z, _, x = state.variables
         system, cross, descent = split(inner, adjoint_steps - 1, 1, inner_steps)
-        factors = draw_factors(state.rng, state.step, adjoint_steps)
-        eta = at_step(adjoint_step, state.step)
-        solve = randomised_neumann(eta, adjoint_steps, factors)
         samples = system, only(cross), only(outer)
-        found = hypergradient(pieces, z, x, *samples, solve)
+        found, factors = randomised_hypergradient(
+            pieces, state, z, x, samples, adjoint_step, adjoint_steps
+        )
         d_x = rows.densify(found.d_x, x)
         x, outer_opt_state = moved(pieces.transforms.outer, d_x, state.outer_opt_state, x)
         pieces = pieces.after(found.outer.out[1])

@@ -20,9 +20,9 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.adjoints import draw_factors, hypergradient, randomised_neumann
+from bilevel_flax.solvers.adjoints import randomised_hypergradient
 from bilevel_flax.solvers.nested import nested, trace
-from bilevel_flax.solvers.pieces import Pieces, at_step, only, split
+from bilevel_flax.solvers.pieces import Pieces, only, split
 
 
 def ttsa(
@@ -74,11 +74,10 @@ def ttsa(
         z, _, x = state.variables
         descent, system, cross = split(inner, inner_steps, adjoint_steps - 1, 1)
         z, opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
-        factors = draw_factors(state.rng, state.step, adjoint_steps)
-        eta = at_step(adjoint_step, state.step)
-        solve = randomised_neumann(eta, adjoint_steps, factors)
         samples = system, only(cross), only(outer)
-        found = hypergradient(pieces, z, x, *samples, solve, first[1])
+        found, factors = randomised_hypergradient(
+            pieces, state, z, x, samples, adjoint_step, adjoint_steps, first[1]
+        )
         state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
         units = inner_steps + 2 + factors
         return state, trace(first, found.outer, norms, found.hvp, found.d_x, units)
