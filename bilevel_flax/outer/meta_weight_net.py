@@ -58,9 +58,9 @@ def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> Samp
             raise ValueError(
                 "meta_weight_net weighs by the loss: apply(outer_params, batch, losses)"
             )
-        seen = jax.lax.stop_gradient(losses)[:, None]
+        seen = jax.lax.stop_gradient(losses)
         first, last = outer_params["first"], outer_params["last"]
-        out = jax.nn.relu(seen * first["kernel"] + first["bias"])
+        out = jax.nn.relu(jnp.outer(seen, first["kernel"]) + first["bias"][None])
         return jax.nn.sigmoid(out @ last["kernel"] / jnp.sqrt(float(hidden)) + last["bias"])
 
     def apply(outer_params, batch, losses=None):
