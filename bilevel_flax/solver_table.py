@@ -23,8 +23,14 @@ class Row(NamedTuple):
 
 # p and d: entries of z and x; N and M: inner and outer minibatches; T inner and S adjoint steps.
 ROWS = (
+    Row("auto", "1+3s/k", "as soba", "deep networks: nothing to tune; s and k: fraction=, every="),
     Row("soba", "4", "-", "the start: any network, BatchNorm, augmentation, streams"),
-    Row("saba", "4", "(2N+M)p + (N+M)d", "finite data: converges where SOBA stalls; see docs/memory.md"),
+    Row(
+        "saba",
+        "4",
+        "(2N+M)p + (N+M)d",
+        "finite data: converges where SOBA stalls; see docs/memory.md",
+    ),
     Row("srba", "8 + passes", "3p + 2d", "as saba, where its tables do not fit"),
     Row("spaba", "8 + passes", "3p + 2d", "as srba, full passes at random steps"),
     Row("masoba", "4", "d", "noisy outer gradients"),
@@ -45,13 +51,20 @@ ROWS = (
     Row("inner_only", "1", "-", "the baseline: plain training with x fixed"),
 )
 
+COST = """\
+cost: a gradient, a Hessian-vector product and a cross-JVP count 1 unit each; plain training is 1.
+  auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4.
+  `train` prints the cost of its config, summary.json has gradient_units_per_step (full passes
+  included) and step_seconds_over_plain (measured)."""
+
 
 def render() -> str:
     """The table as text."""
     rows = [Row("solver", "units a step", "extra memory", "use it for"), *ROWS]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
+    table = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         + f"  {row.use}"
         for row in rows
     )
+    return f"{table}\n\n{COST}"
