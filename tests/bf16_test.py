@@ -1,8 +1,8 @@
 """The oracles under bfloat16 compute with float32 masters, against float32.
 
-bfloat16 keeps 8 bits: eps = 2**-7 = .8 %. Stated tolerances: a product is within 3 % of its float32
-value, the Hessian is symmetric to 3 % of ‖u‖‖Hv‖, and D_v's and D_x's directions agree with
-differences of float32 gradients to 3 %. Everything that the solver keeps stays float32.
+bfloat16 keeps 8 bits: eps = 2**-7 = .8 %. Stated tolerances: ∇₁G, Hv and Jv are within 2 % of their
+float32 values (measured: .4 to .9 %) and of differences of float32 gradients, and the Hessian is
+symmetric to 5e-4 of ‖u‖‖Hv‖ (measured: 8e-5). Everything that the solver keeps stays float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
 
-TOLERANCE = 0.03
+TOLERANCE, SYMMETRY = 0.02, 5e-4
 N = 32
 rng = np.random.default_rng(0)
 BATCH = {
@@ -104,12 +104,12 @@ def test_products_are_those_of_float32(computed):
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, TOLERANCE), (jnp.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, SYMMETRY), (jnp.float32, 1e-6)])
 def test_the_hessian_is_symmetric(computed, dtype, tolerance):
     hu, hv = flat(computed[dtype]["u"][1]), flat(computed[dtype]["v"][1])
     u, v = flat(U), flat(V)
     scale = np.linalg.norm(u) * np.linalg.norm(hv)
-    assert abs(u @ hv) > 0.001 * scale  # there is something to compare
+    assert abs(u @ hv) > 10 * tolerance * scale  # there is something to compare
     assert abs(u @ hv - v @ hu) < tolerance * scale
 
 
