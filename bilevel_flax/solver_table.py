@@ -29,7 +29,7 @@ ROWS = (
         "saba",
         "4",
         "(2N+M)p + (N+M)d",
-        "finite data: converges where SOBA stalls; see docs/memory.md",
+        "finite data: goes on where SOBA stalls; docs/memory.md",
     ),
     Row("srba", "8 + passes", "3p + 2d", "as saba, where its tables do not fit"),
     Row("spaba", "8 + passes", "3p + 2d", "as srba, full passes at random steps"),
