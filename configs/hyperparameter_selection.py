@@ -31,8 +31,8 @@ SOLVERS = {
 DATA = {
     "breast_cancer": (0.5, (-8.0, 12.0)),
     "ijcnn1": (8.0, (-25.0, 12.0)),
-    "covtype": (1.0, (-25.0, 12.0)),
-    "covtype10k": (1.0, (-25.0, 12.0)),
+    "covtype": (0.25, (-25.0, 12.0)),
+    "covtype10k": (0.25, (-25.0, 12.0)),
 }
 
 OPTIMIZERS = "examples.hyperparameter_selection.optimizers"

@@ -69,7 +69,7 @@ def softmax(z: np.ndarray, data: Data, curvature: bool = True):
         inputs = np.asarray(data.inputs[start : start + _BLOCK_ROWS], np.float64)
         chosen = (np.arange(len(inputs)), data.labels[start : start + _BLOCK_ROWS])
         logits = inputs @ z.reshape(features, classes)
-        value += (special.logsumexp(logits, axis=1) - logits[chosen]).sum()
+        value += np.sum(np.asarray(special.logsumexp(logits, axis=1)) - logits[chosen])
         chance = special.softmax(logits, axis=1)
         residual = chance.copy()
         residual[chosen] -= 1
@@ -223,10 +223,11 @@ class Exact:
         for k in coordinates:
             shift = np.zeros_like(x)
             shift[k] = 1e-4
-            above, below = (self.value_and_grad(x + sign * shift)[1] for sign in (1, -1))
+            above = self.value_and_grad(x + shift)[1]
+            below = self.value_and_grad(x - shift)[1]
             columns.append((above - below)[coordinates] / 2e-4)
         hessian = np.array(columns)
-        return (hessian + hessian.T) / 2
+        return 0.5 * (hessian + hessian.T)
 
 
 def _pointing_inside(x: np.ndarray, gradient: np.ndarray, bounds: tuple[float, float]) -> float:

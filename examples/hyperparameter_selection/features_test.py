@@ -3,6 +3,7 @@
 import gzip
 import tracemalloc
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,9 +58,10 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     data = exact.Data(rng.normal(size=(50, 3)).astype(np.float32), rng.integers(0, 4, size=50))
     z = rng.normal(size=12)
-    whole = exact.softmax(z, data)
+    whole: Any = exact.softmax(z, data)
     monkeypatch.setattr(exact, "_BLOCK_ROWS", 7)
-    for one, other in zip(whole, exact.softmax(z, data), strict=True):
+    blocks: Any = exact.softmax(z, data)
+    for one, other in zip(whole, blocks, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
     assert exact.softmax(z, data, curvature=False)[2] is None
 

@@ -214,6 +214,24 @@ def test_covtype_subset(data_dir, tmp_path):
     assert start.inner_params.shape == (54, 2) and start.outer_params.shape == (2,)
 
 
+@pytest.mark.parametrize("start", [-9.0, -3.0])
+def test_the_hypergradient_on_covtype_against_differences_of_h(start, data_dir, x64):
+    table = features.load("covtype10k", str(data_dir))
+    reference, problem = task.exact_problem(table), task.make_problem()
+    x = np.array([start, start + 1.0])
+    differences = [
+        (reference.value(x + shift) - reference.value(x - shift)) / 2e-4
+        for shift in 1e-4 * np.eye(2)
+    ]
+    z = jnp.asarray(reference.solve(x)).reshape(54, 2)
+    inner, outer = task.as_arrays(table.train, 2), task.as_arrays(table.validation, 2)
+    dense = jax.hessian(lambda flat: problem.inner_loss(flat.reshape(54, 2), x, inner))
+    right = jax.grad(problem.outer_loss)(z, x, outer)
+    v = -jnp.linalg.solve(jax.jit(dense)(z.ravel()), right.ravel()).reshape(z.shape)
+    found: Any = bf.oracles.evaluate(problem, bf.Variables(z, v, x), bf.Batch(inner, outer))
+    np.testing.assert_allclose(found.cross_jvp + found.outer_grad_outer, differences, rtol=1e-6)
+
+
 def test_the_published_optimum_of_ijcnn1(data_dir):
     parts = {
         name: ijcnn1.parse(data_dir / "ijcnn1" / part.filenames[0], part)
