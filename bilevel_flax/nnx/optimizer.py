@@ -1,0 +1,135 @@
+"""A bilevel solver in the place of `nnx.Optimizer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bilevel_flax.base import Batch, BilevelSolver, Info, PyTree, TrainState
+from bilevel_flax.nnx.modules import is_module, map_modules, plain, template_of, value_of
+from bilevel_flax.nnx.state import init, params, write
+
+
+class OptimizerArray(nnx.Variable):
+    """An array of the solver's state inside an `Optimizer`."""
+
+
+class OuterParam(nnx.Variable):
+    """An array of x inside an `Optimizer`."""
+
+
+class Optimizer(nnx.Pytree):
+    """A bilevel solver in the place of `nnx.Optimizer`.
+
+    Hand it to `nnx.jit` together with the module, as an `nnx.Optimizer`:
+    `info = optimizer.update(model, bf.Batch(train_batch, validation_batch))`. The module is changed
+    in place, and so are modules in `outer`. z lives in the module, everything else here;
+    `nnx.jit(..., donate_argnums=...)` saves the second copy.
+
+    Args:
+        model: the module to train.
+        solver: any solver of a `problem`, e.g. `bf.auto(problem, inner=optax.adamw(1e-3), ...)`.
+        outer: x, as given to `problem`.
+        wrt: as given to `problem`.
+        rng: key of the run; None: a fixed one.
+
+    Raises:
+        TypeError: `model` is no `nnx.Module`, `solver` no solver.
+        ValueError: there is nothing to learn in `model`.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        solver: BilevelSolver,
+        outer: PyTree,
+        *,
+        wrt: Any = nnx.Param,
+        rng: jax.Array | None = None,
+    ):
+        if not isinstance(solver, BilevelSolver):
+            raise TypeError(
+                f"solver must be a BilevelSolver, got {type(solver).__name__}: Optimizer(model, "
+                "bf.auto(bf.nnx.problem(...), inner=optax.adamw(1e-3), steps=...), outer)"
+            )
+        state = init(solver, model, outer, wrt=wrt, rng=rng)
+        self.solver = solver
+        self.wrt = wrt
+        self._rest = nnx.data(jax.tree.map(OptimizerArray, _without_variables(state)))
+        # Modules keep their own variables, so that nnx.jit updates the user's own modules.
+        self._outer = nnx.data(
+            map_modules(
+                lambda node, _: node, lambda _, leaf: OuterParam(leaf), outer, state.outer_params
+            )
+        )
+
+    @property
+    def outer(self) -> PyTree:
+        """x: arrays, and the modules that were handed in."""
+        return jax.tree.map(value_of, self._outer, is_leaf=_is_module_or_variable)
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar, the updates taken so far."""
+        return self._rest.step.get_value()
+
+    def update(self, model: nnx.Module, batch: Batch) -> Info:
+        """One step of the solver, written into `model` and into the modules of `outer`.
+
+        Args:
+            model: the module, as given to the constructor or of the same structure.
+            batch: one training and one validation minibatch (as many as `solver.batches`).
+
+        Raises:
+            TypeError: `batch` is no `Batch`.
+            ValueError: whatever the solver refuses.
+        """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"batch must be bf.Batch(train_batch, validation_batch), got {type(batch).__name__}"
+            )
+        state, info = self.solver.update(self.state(model), batch)
+        self.restore(model, state)
+        return info
+
+    def state(self, model: nnx.Module) -> TrainState:
+        """Everything that a checkpoint needs, as one pytree of arrays."""
+        rest = jax.tree.map(value_of, self._rest, is_leaf=_is_variable)
+        return rest.replace(
+            inner_params=params(model, wrt=self.wrt),
+            outer_params=params(self.outer),
+            model_state=plain(template_of(model, self.wrt).rest) or None,
+        )
+
+    def restore(self, model: nnx.Module, state: TrainState) -> None:
+        """Takes up a state (from a checkpoint), in place; the opposite of `state`."""
+        write(state, model, self.outer, wrt=self.wrt)
+        jax.tree.map(_assign, self._rest, _without_variables(state), is_leaf=_is_variable)
+        _map_modules_and_variables(self._outer, state.outer_params)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _is_module_or_variable(node: Any) -> bool:
+    return is_module(node) or _is_variable(node)
+
+
+def _assign(variable: nnx.Variable, value: jax.Array) -> None:
+    variable.set_value(value)
+
+
+def _map_modules_and_variables(outer: PyTree, values: PyTree) -> None:
+    def assign(node, value):
+        if _is_variable(node):
+            node.set_value(value)
+
+    jax.tree.map(assign, outer, values, is_leaf=_is_module_or_variable)
+
+
+def _without_variables(state: TrainState) -> TrainState:
+    """The part of the state that is neither in the module nor in x."""
+    return state.replace(inner_params=None, outer_params=None, model_state=None)
