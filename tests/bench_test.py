@@ -198,6 +198,9 @@ def test_only_the_chosen_pair_of_a_grid_is_measured_at_many_times(small, tmp_pat
     assert chosen[-1].status == FINISHED and len(chosen) > 5
     every = results.read(tmp_path / "out" / "results.csv")
     others = [rows for key, rows in every.items() if key != chosen[0].key]
+    # Had the second run gone worse than another pair, the choice would still be the same one.
+    assert math.isfinite(chosen[-1].screened) and results.score(chosen) == chosen[-1].screened
+    assert results.score(chosen) == min(map(results.score, every.values()))
     assert len(every) == 2 and all(rows[-1].status == SCREENED for rows in others)
     assert all(len(rows) <= 5 for rows in others)
 
@@ -332,7 +335,7 @@ def test_bands_are_quantiles_of_step_functions_and_a_diverged_run_is_the_worst()
 
 
 def test_written_rows_are_read_back(tmp_path):
-    rows = [row(0.1 + 0.2), row(math.nan, DIVERGED)]
+    rows = [row(0.1 + 0.2, screened=0.1), row(math.nan, DIVERGED)]
     results.write(tmp_path / "r.csv", {rows[0].key: rows})
     (found,) = results.read(tmp_path / "r.csv").values()
     assert found[0] == rows[0] and math.isnan(found[1].gap) and found[1].status == DIVERGED

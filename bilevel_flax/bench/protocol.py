@@ -7,6 +7,7 @@ the task's own validation metric at the end of a run with seed 0.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,10 +52,13 @@ def run(options: Options, say: Callable[[str], None] = print) -> Runs:
         rows = done.get(key)
         if rows is None or (rows[-1].status == SCREENED and not screening):
             say(f"[{where}] {solver}, seed {seed}, {key.params}")
-            done[key] = runner.run(maker(seed), key, pair, screening)
+            fresh = runner.run(maker(seed), key, pair, screening)
             if rows is None:
-                results.append(path, done[key])
-            else:  # the run of the grid, measured anew at more times
+                done[key] = fresh
+                results.append(path, fresh)
+            else:  # a pair of the grid, measured anew at more times
+                score = results.score(rows)
+                done[key] = [dataclasses.replace(row, screened=score) for row in fresh]
                 results.write(path, done)
             say(_last_line(done[key], maker(seed).quantity))
         return done[key]

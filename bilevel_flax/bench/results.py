@@ -42,6 +42,9 @@ class Row:
         validation: what steps are selected by.
         status: "" within a run; in its last row "finished", "screened" (the same, measured at few
             times: a pair of a grid) or "diverged".
+        screened: `validation` at the end of the same run in the grid, where there was one. A budget
+            in seconds ends two runs at different steps, and the choice of a pair must not change
+            when its run is done again.
     """
 
     task: str
@@ -56,6 +59,7 @@ class Row:
     gap: float
     validation: float
     status: str
+    screened: float = math.nan
 
     @property
     def key(self) -> Key:
@@ -140,6 +144,8 @@ def _shown(value) -> str:
 def score(rows: list[Row]) -> float:
     """What a run's steps are selected by: its last validation metric; infinite once diverged."""
     last = rows[-1]
+    if math.isfinite(last.screened):
+        return last.screened
     good = last.status in (FINISHED, SCREENED) and math.isfinite(last.validation)
     return last.validation if good else math.inf
 
