@@ -57,7 +57,7 @@ def auto(
     *,
     inner: optax.GradientTransformation,
     steps: int,
-    learning_rate: float = 5.0,
+    learning_rate: float = 10.0,
     dense_learning_rate: float = 0.01,
     warmup: float = 0.0,
     damping: float | None = None,
