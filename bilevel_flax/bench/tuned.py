@@ -1,9 +1,15 @@
-"""Pairs (ρ, ρ/γ) that grids of this bench found, by task and method: what runs without `--grid`.
+r"""Pairs (ρ, ρ/γ) that grids of this bench found, by task and method: what runs without `--grid`.
 
 Each method chose from the same number of pairs by the value at the end of a short run with seed 0
 (hypercleaning: by the validation error). The commands, ALL being all methods:
 
-    bilevel-flax bench quadratics --solvers ALL --grid 8 --seconds 0.5 --clock cpu
+    bilevel-flax bench quadratics --solvers ALL --grid 8 --seconds 0.5 --clock cpu --out DIR
+    bilevel-flax bench breast_cancer --solvers ALL --grid 6 --seconds 0.25 --clock cpu --out DIR
+    bilevel-flax bench mnist_hypercleaning --solvers soba --grid 6 --seeds 3 --seconds 8 \
+        --clock cpu --manual-dir DATA --out DIR        (_p70 with soba,saba; _p90)
+
+Budgets are short, and a pair that leads early need not lead late: for a comparison that matters
+run a grid of your own with its budget.
 """
 
 from __future__ import annotations
@@ -31,5 +37,38 @@ TUNED: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "ttsa": (0.125, 10.0),
         "unrolled": (0.125, 10.0),
         "vrbo": (0.125, 0.1),
+    },
+    "breast_cancer": {
+        "amigo": (8.0, 1.0),
+        "bsa": (2.0, 0.0316228),
+        "bsg": (2.0, 0.0316228),
+        "bsgo": (0.5, 0.1),
+        "f2sa": (8.0, 1.0),
+        "fsla": (8.0, 1.0),
+        "grid_search": (8.0, 1.0),
+        "implicit": (0.5, 0.1),
+        "masoba": (8.0, 1.0),
+        "mrbo": (8.0, 1.0),
+        "random_search": (0.125, 10.0),
+        "saba": (8.0, 1.0),
+        "soba": (8.0, 1.0),
+        "spaba": (8.0, 1.0),
+        "srba": (8.0, 1.0),
+        "stocbio": (2.0, 0.0316228),
+        "storm": (8.0, 1.0),
+        "sustain": (8.0, 1.0),
+        "ttsa": (2.0, 0.0316228),
+        "unrolled": (2.0, 0.0316228),
+        "vrbo": (2.0, 0.0316228),
+    },
+    "mnist_hypercleaning": {
+        "soba": (0.5, 0.1),
+    },
+    "mnist_hypercleaning_p70": {
+        "saba": (0.5, 0.1),
+        "soba": (0.125, 0.1),
+    },
+    "mnist_hypercleaning_p90": {
+        "soba": (0.5, 0.1),
     },
 }
