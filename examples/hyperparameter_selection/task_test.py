@@ -211,7 +211,7 @@ def test_covtype_subset(data_dir, tmp_path):
     # Almost no penalty, and a softmax that its shifts leave unchanged: Newton has to find an end.
     reference = task.exact_problem(table)
     for x in ([-24.0, -24.0], [-25.0, -24.0], [-25.0, -25.0]):
-        assert reference.value(np.array(x)) == pytest.approx(0.528, abs=2e-4)
+        assert reference.value(np.array(x)) == pytest.approx(0.528, abs=4e-4)
     (tmp_path / "optimum_covtype10k.json").write_text('{"value": 0.5}')
     made = bench_tasks.make("covtype10k", Context(0, str(data_dir), tmp_path, lambda line: None))
     start = made.task.init(jax.random.PRNGKey(0))
