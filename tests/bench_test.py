@@ -18,6 +18,7 @@ from bilevel_flax.bench.options import grid
 from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
+from bilevel_flax.bench.tuned import TUNED
 from bilevel_flax.config import ConfigError
 from bilevel_flax.solvers import inner_only
 from examples.mnist_hypercleaning import published
@@ -111,6 +112,14 @@ def test_all_methods_are_handed_the_same_steps_up_to_their_published_decay(tmp_p
     assert seen["soba"].inner_decay == 0.5 and seen["saba"].inner_decay == 0
     assert seen["saba"].units == 4 and seen["amigo"].units == 22
     assert seen["stocbio"].explicit_adjoint and not seen["amigo"].explicit_adjoint
+
+
+def test_recorded_pairs_are_pairs_of_the_grid():
+    texts = {results.params_text(*pair) for pair in grid(63)}
+    assert set(TUNED) <= set(tasks.TASKS)
+    for recorded in TUNED.values():
+        assert set(recorded) <= set(methods.names())
+        assert {results.params_text(*pair) for pair in recorded.values()} <= texts
 
 
 def test_grid_pairs_are_the_published_ones():

@@ -45,7 +45,7 @@ TUNED: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "bsgo": (0.5, 0.1),
         "f2sa": (8.0, 1.0),
         "fsla": (8.0, 1.0),
-        "grid_search": (8.0, 1.0),
+        "grid_search": (0.125, 10.0),
         "implicit": (0.5, 0.1),
         "masoba": (8.0, 1.0),
         "mrbo": (8.0, 1.0),
@@ -62,11 +62,11 @@ TUNED: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "vrbo": (2.0, 0.0316228),
     },
     "mnist_hypercleaning": {
-        "soba": (0.5, 0.1),
+        "soba": (0.125, 0.1),
     },
     "mnist_hypercleaning_p70": {
-        "saba": (0.5, 0.1),
-        "soba": (0.125, 0.1),
+        "saba": (8.0, 1.0),
+        "soba": (0.5, 0.1),
     },
     "mnist_hypercleaning_p90": {
         "soba": (0.5, 0.1),
