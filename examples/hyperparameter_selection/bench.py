@@ -16,7 +16,7 @@ START = -3.0
 STARTS = (-12.0, -8.0, -5.0)  # of the search for h*
 BATCH_SIZE = 64
 # ρ = 8 in the grid is about half the inverse of the loss's curvature on ijcnn1; the other tables
-# have larger curvatures (a minibatch of covtype10k up to 1.7: with ρ = 1 SABA diverges in the end).
+# have larger curvatures (a minibatch of covtype10k up to 1.7).
 INNER_UNIT = {"ijcnn1": 1.0, "breast_cancer": 1 / 16, "covtype": 1 / 32, "covtype10k": 1 / 32}
 # γ in units of x: the outer optimiser is Adam.
 OUTER_UNIT = 4e-3
