@@ -6,29 +6,25 @@ directions are taken at the same, old point.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bilevel_flax import checks, oracles, rows
 from bilevel_flax.base import (
-    Aux,
     Batch,
     BilevelSolver,
     Estimator,
     Info,
     Problem,
     PyTree,
-    Rows,
-    Table,
     TrainState,
     Variables,
 )
+from bilevel_flax.freezing import frozen_state, muted_unless
+from bilevel_flax.shares import scaled_problem, share_factors
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -39,57 +35,6 @@ class RowTransformation(optax.GradientTransformationExtraArgs):
     belongs into a `Table`, written at these indices only. Any other transformation of x is handed
     dense leaves.
     """
-
-
-def share_factors(name: str, weights: Any) -> jax.Array | None:
-    """N·w_i for each minibatch, or None for equal ones.
-
-    Raises:
-        ValueError: `weights` are no shares that sum to 1.
-    """
-    if weights is None:
-        return None
-    values = np.asarray(weights, np.float64)
-    if values.ndim != 1 or not len(values) or not (values > 0).all():
-        raise ValueError(
-            f"{name} must be a vector of positive shares, one for each minibatch, "
-            f"got shape {values.shape}: pass FiniteSum.weights"
-        )
-    if abs(values.sum() - 1) > 1e-4:
-        raise ValueError(f"{name} must sum to 1 (shares of the samples), got {values.sum():.6g}")
-    return jnp.asarray(values * len(values))
-
-
-def times(loss: Callable[..., Any], factor: jax.Array) -> Callable[..., Any]:
-    """The loss times a scalar: cheaper than scaling each of its derivatives."""
-
-    def scaled_loss(*args):
-        out = loss(*args)
-        if isinstance(out, tuple):
-            return (out[0] * factor.astype(jnp.result_type(out[0])), *out[1:])
-        return out * factor.astype(jnp.result_type(out))
-
-    return scaled_loss
-
-
-def scaled_problem(problem: Problem, factor: jax.Array, side: str) -> Problem:
-    """The problem with its `side` loss ("inner", "outer") times a scalar."""
-    linear = problem.linear
-    if linear is not None:  # the penalties are no matter of minibatches
-        linear = linear._replace(**{f"{side}_data": times(getattr(linear, f"{side}_data"), factor)})
-    loss = times(getattr(problem, f"{side}_loss"), factor)
-    return dataclasses.replace(problem, **{f"{side}_loss": loss}, linear=linear)
-
-
-def scaled(tree: PyTree, factor: Any) -> PyTree:
-    """The float leaves times a scalar, in their own dtypes; None: as they are."""
-    if factor is None:
-        return tree
-
-    def times(leaf):
-        return leaf * jnp.asarray(factor, leaf.dtype) if oracles.is_inexact(leaf) else leaf
-
-    return jax.tree.map(times, tree)
 
 
 def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
@@ -130,56 +75,6 @@ def norm(tree: PyTree) -> jax.Array:
     ]
     squares = [jnp.vdot(leaf, leaf) for leaf in flat]
     return jnp.sqrt(sum(squares))
-
-
-def frozen_unless(alive: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where alive, else `old`; tables are taken as they are (they only hold finite rows)."""
-
-    def select(after, before):
-        if isinstance(after, Table):
-            return after
-        return jnp.where(alive, after, before)
-
-    return jax.tree.map(select, new, old, is_leaf=lambda node: isinstance(node, Table))
-
-
-def frozen_state(alive: jax.Array, new: TrainState, old: TrainState, d_x: PyTree) -> TrainState:
-    """As `frozen_unless`; leaves of x that moved by rows are taken as they are.
-
-    Their `Rows` in `d_x` are muted unless alive, so they did not move, and a choice between two
-    versions of them would copy all n rows in every step.
-    """
-
-    def wrapped(state):
-        return state.replace(
-            outer_params=jax.tree.map(
-                lambda node, leaf: Table(leaf) if rows.is_rows(node) else leaf,
-                d_x,
-                state.outer_params,
-                is_leaf=rows.is_rows,
-            )
-        )
-
-    def is_table(node):
-        return isinstance(node, Table)
-
-    chosen = frozen_unless(alive, wrapped(new), wrapped(old))
-    plain = jax.tree.map(
-        lambda node: node.rows if is_table(node) else node, chosen.outer_params, is_leaf=is_table
-    )
-    return chosen.replace(outer_params=plain)
-
-
-def muted_unless(alive: jax.Array, direction: PyTree) -> PyTree:
-    """The direction with every `Rows` pointing at no row unless alive, so that no table moves."""
-
-    def mute(node):
-        if not rows.is_rows(node):
-            return node
-        nowhere = jnp.iinfo(node.index.dtype).max
-        return Rows(jnp.where(alive, node.index, nowhere), node.values)
-
-    return jax.tree.map(mute, direction, is_leaf=rows.is_rows)
 
 
 def init_state(
@@ -390,20 +285,3 @@ def residual(found: oracles.Oracles) -> jax.Array:
     return jnp.where(
         bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
     )
-
-
-__all__ = [
-    "Aux",
-    "RowTransformation",
-    "frozen_state",
-    "frozen_unless",
-    "init_state",
-    "learnable",
-    "muted_unless",
-    "norm",
-    "require_ids",
-    "residual",
-    "scaled",
-    "share_factors",
-    "single_loop",
-]

@@ -26,12 +26,8 @@ import optax
 from bilevel_flax import oracles, rows
 from bilevel_flax.adjoint import SelfDampedState
 from bilevel_flax.base import Estimator
-from bilevel_flax.single_loop import (
-    RowTransformation,
-    frozen_unless,
-    muted_unless,
-    residual,
-)
+from bilevel_flax.freezing import frozen_unless, muted_unless
+from bilevel_flax.single_loop import RowTransformation, residual
 from bilevel_flax.solvers.soba import directions
 from bilevel_flax.solvers.soba import estimator as plain
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bilevel_flax"
 # Lowest first; a module may import its own layer and those below. Anything else is on top.
 LAYERS = (
     {"base"},
-    {"rows", "losses", "linear", "oracles"},
+    {"rows", "losses", "linear", "oracles", "shares", "freezing"},
     {"checks", "single_loop"},
     {"outer", "adjoint", "solvers"},
 )

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import PyTree, TrainState
-from bilevel_flax.single_loop import frozen_unless, scaled
+from bilevel_flax.freezing import frozen_unless
+from bilevel_flax.shares import scaled
 from bilevel_flax.solvers.pieces import OuterGrads, Pieces, Sample, at_step, axpy, scan, vdot
 
 

@@ -25,7 +25,8 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.single_loop import learnable, norm, scaled
+from bilevel_flax.shares import scaled
+from bilevel_flax.single_loop import learnable, norm
 from bilevel_flax.solvers.nested import nested, trace
 from bilevel_flax.solvers.pieces import (
     Pieces,

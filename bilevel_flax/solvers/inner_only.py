@@ -15,15 +15,9 @@ import optax
 
 from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, BilevelSolver, Info, Problem, TrainState, Variables
-from bilevel_flax.single_loop import (
-    frozen_unless,
-    init_state,
-    learnable,
-    norm,
-    require_ids,
-    scaled,
-    share_factors,
-)
+from bilevel_flax.freezing import frozen_unless
+from bilevel_flax.shares import scaled, share_factors
+from bilevel_flax.single_loop import init_state, learnable, norm, require_ids
 
 
 def inner_only(

@@ -27,16 +27,9 @@ from bilevel_flax.base import (
     TrainState,
     Variables,
 )
-from bilevel_flax.single_loop import (
-    RowTransformation,
-    frozen_state,
-    init_state,
-    muted_unless,
-    norm,
-    require_ids,
-    residual,
-    share_factors,
-)
+from bilevel_flax.freezing import frozen_state, muted_unless
+from bilevel_flax.shares import share_factors
+from bilevel_flax.single_loop import RowTransformation, init_state, norm, require_ids, residual
 from bilevel_flax.solvers.pieces import OuterGrads, Pieces, Sample, axpy, moved, only
 
 

@@ -24,7 +24,7 @@ import optax
 from bilevel_flax import oracles
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
-from bilevel_flax.single_loop import scaled
+from bilevel_flax.shares import scaled
 from bilevel_flax.solvers.nested import Trace, nested
 from bilevel_flax.solvers.pieces import Pieces, only
 

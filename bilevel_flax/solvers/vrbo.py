@@ -30,7 +30,9 @@ import optax
 from bilevel_flax import rows
 from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
 from bilevel_flax.checks import check_count, check_partition, check_positive, warn_unless_finite_sum
-from bilevel_flax.single_loop import frozen_unless, norm, require_ids, scaled, share_factors
+from bilevel_flax.freezing import frozen_unless
+from bilevel_flax.shares import scaled, share_factors
+from bilevel_flax.single_loop import norm, require_ids
 from bilevel_flax.solvers.adjoints import hypergradient, neumann
 from bilevel_flax.solvers.nested import Trace, nested, refresh_sample, trace
 from bilevel_flax.solvers.pieces import (
