@@ -5,6 +5,8 @@ Each method chose from the same number of pairs by the value at the end of a sho
 
     bilevel-flax bench quadratics --solvers ALL --grid 8 --seconds 0.5 --clock cpu --out DIR
     bilevel-flax bench breast_cancer --solvers ALL --grid 6 --seconds 0.25 --clock cpu --out DIR
+    bilevel-flax bench ijcnn1 --solvers saba,srba,soba,amigo,spaba,masoba,storm,fsla --grid 6 \
+        --seconds 0.4 --clock cpu --manual-dir DATA --out DIR
     bilevel-flax bench mnist_hypercleaning --solvers soba --grid 6 --seeds 3 --seconds 8 \
         --clock cpu --manual-dir DATA --out DIR        (_p70 with soba,saba; _p90)
 
@@ -60,6 +62,16 @@ TUNED: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "ttsa": (2.0, 0.0316228),
         "unrolled": (2.0, 0.0316228),
         "vrbo": (2.0, 0.0316228),
+    },
+    "ijcnn1": {
+        "amigo": (8.0, 1.0),
+        "fsla": (8.0, 1.0),
+        "masoba": (8.0, 1.0),
+        "saba": (8.0, 1.0),
+        "soba": (8.0, 1.0),
+        "spaba": (8.0, 1.0),
+        "srba": (8.0, 1.0),
+        "storm": (8.0, 1.0),
     },
     "mnist_hypercleaning": {
         "soba": (0.125, 0.1),
