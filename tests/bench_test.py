@@ -20,6 +20,7 @@ from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.bench.tuned import TUNED
 from bilevel_flax.config import ConfigError
+from bilevel_flax.data import catalog
 from bilevel_flax.solvers import inner_only
 from examples.mnist_hypercleaning import published
 
@@ -372,7 +373,9 @@ def test_written_rows_are_read_back(tmp_path):
         (["covtype10k"], "covtype.5000.train.csv.gz"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, expected, tmp_path, capsys):
+def test_mistakes_end_in_one_line(arguments, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))  # ijcnn1 may lie prepared in the user's
+    monkeypatch.setattr(catalog, "reachable", lambda url: False)
     assert cli.main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert expected in message and message.count("\n") == 1
