@@ -189,7 +189,7 @@ def probe_estimator(
             here = quantity(state, batch)
             mean = jax.tree.map(lambda m, q: m + weight.astype(q.dtype) * q, mean, here)
             square = norm(here) ** 2
-            curve = optax.tree.vdot(learnable(state.adjoint), learnable(here))
+            curve = jnp.asarray(optax.tree.vdot(learnable(state.adjoint), learnable(here)))
             below = below + weight * (curve < 0)
             return (mean, squares + weight.astype(square.dtype) * square, below), None
 
