@@ -99,6 +99,8 @@ ROW = "1," + ",".join(["0.5"] * 54) + "\n"
         (gzip.compress(ROW.replace("1,", "1,2,", 1).encode()), "has 56 columns"),
         (gzip.compress((ROW + ROW.replace("1,", "2,", 1)).encode()), "has the label 2"),
     ],
+    # The compressed bytes hold the time: as names they would differ between processes.
+    ids=["no gzip", "truncated", "no number", "columns", "label"],
 )
 def test_damaged_covtype10k_is_named(content, expected, tmp_path):
     for part in ("train", "test"):

@@ -43,6 +43,32 @@ class MLP(nn.Module):
         return nn.Dense(self.num_classes)(hidden)
 
 
+class StridedConv(nn.Module):
+    """A 3x3 convolution of stride 2 with SAME padding, as one product of the image's patches.
+
+    On a CPU, XLA runs convolutions inside a compiled loop ten times slower than this: 120 ms
+    against 12 ms for a step of this network (outside a loop 13 ms).
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Float [batch, ceil(h/2), ceil(w/2), channels] of [batch, h, w, c]."""
+        padding, lengths = [(0, 0)], []
+        for size in images.shape[1:3]:
+            out = -(-size // 2)
+            total = max(2 * out + 1 - size, 0)
+            padding.append((total // 2, total - total // 2))
+            lengths.append(2 * out - 1)
+        padded = jnp.pad(images, [*padding, (0, 0)])
+        height, width = lengths
+        patches = [
+            padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)
+        ]
+        return nn.Dense(self.channels, use_bias=False)(jnp.concatenate(patches, axis=-1))
+
+
 class CNN(nn.Module):
     """Two strided convolutions with BatchNorm, a hidden layer with dropout."""
 
@@ -55,7 +81,7 @@ class CNN(nn.Module):
         """Logits [batch, num_classes] of images [batch, h, w, c]; `train` selects the mode."""
         out = images
         for channels in (16, 32):
-            out = nn.Conv(channels, (3, 3), strides=(2, 2), use_bias=False)(out)
+            out = StridedConv(channels)(out)
             out = nn.relu(nn.BatchNorm(use_running_average=not train)(out))
         out = nn.relu(nn.Dense(64)(out.reshape(len(out), -1)))
         out = nn.Dropout(self.dropout, deterministic=not train)(out)
