@@ -18,6 +18,7 @@ from bilevel_flax import cli
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/mnist_hypercleaning.py:soba"
+PROGRESS = ("cost:", "soba:", "comp")  # what a run says before its first step
 # Small, so that what gets as far as the training is soon there.
 SMALL = (
     "--config.data.splits=120,60,40",
@@ -42,7 +43,7 @@ class Outcome:
         self.last = error.strip().splitlines()[-1] if error.strip() else ""
 
     def is_one_line(self) -> bool:
-        lines = [line for line in self.error.splitlines() if not line.startswith(("soba:", "comp"))]
+        lines = [line for line in self.error.splitlines() if not line.startswith(PROGRESS)]
         return len(lines) == 1 and "Traceback" not in self.error
 
 
