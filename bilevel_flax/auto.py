@@ -136,8 +136,8 @@ def auto(
     else:
         chosen = estimator
 
-    own = adjoint is None
-    moves_v = adjoints.bounded(inner if own else adjoint, _ADJOINT_LIMIT)
+    moves_v = thrifty.clocked(inner) if adjoint is None else adjoint
+    moves_v = adjoints.bounded(moves_v, _ADJOINT_LIMIT)
     if damping is None:
         moves_v = adjoints.self_damped(moves_v)
     else:
@@ -156,7 +156,7 @@ def auto(
         chosen,
         inner=inner,
         outer=thrifty.gated(outer, every),
-        adjoint=thrifty.gated(moves_v, every, like_inner=own),
+        adjoint=thrifty.gated(moves_v, every),
         inner_weights=inner_weights,
         outer_weights=outer_weights,
         name="auto",

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax import oracles, rows
-from bilevel_flax.adjoint import SelfDampedState
 from bilevel_flax.base import Estimator
 from bilevel_flax.freezing import frozen_unless, muted_unless
 from bilevel_flax.single_loop import RowTransformation, residual
@@ -123,25 +122,34 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
     return Estimator(init=init, update=update, units=units(fraction, every))
 
 
-def _clocks(own: Any, inner: Any) -> Any:
-    """`own` with the integer leaves of z's optimiser state: one schedule for both."""
-    if isinstance(own, SelfDampedState):
-        return own._replace(inner=_clocks(own.inner, inner))
-    if jax.tree.structure(own) != jax.tree.structure(inner):
-        return own
-    return jax.tree.map(lambda a, b: a if oracles.is_inexact(a) else b, own, inner)
+def clocked(
+    transform: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """A copy of z's transformation that counts with it: one schedule, steps left out or not.
+
+    Args:
+        transform: z's; `update` needs the extra argument `inner_opt_state`, whose integer leaves
+            take the place of its own.
+    """
+    step = optax.with_extra_args_support(transform)
+
+    def update(updates, state, params=None, **extra_args):
+        state = jax.tree.map(
+            lambda own, z: own if oracles.is_inexact(own) else z,
+            state,
+            extra_args["inner_opt_state"],
+        )
+        return step.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(step.init, update)
 
 
-def gated(
-    transform: optax.GradientTransformation, every: int, *, like_inner: bool = False
-) -> optax.GradientTransformation:
+def gated(transform: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
     """Updates in every k-th step; in the others nothing moves, its state included.
 
     Args:
         transform: of v or x.
         every: k >= 1; 1 gives back the transformation itself.
-        like_inner: the transformation is a copy of z's: its step count, and so its schedule,
-            follows z's.
     """
     if _checked(every) == 1:
         return transform
@@ -152,10 +160,7 @@ def gated(
 
     def update(updates, state, params=None, **extra_args):
         now = state.count % every == 0
-        before = state.inner
-        if like_inner:
-            before = _clocks(before, extra_args["inner_opt_state"])
-        moved, after = step.update(muted_unless(now, updates), before, params, **extra_args)
+        moved, after = step.update(muted_unless(now, updates), state.inner, params, **extra_args)
         kept = muted_unless(now, moved)
         kept = jax.tree.map(
             lambda node: node if rows.is_rows(node) else jnp.where(now, node, jnp.zeros_like(node)),

@@ -203,7 +203,9 @@ def test_the_grid_is_searched_with_equal_effort_and_selects_by_validation(small,
         assert scores[key] == min(scores.values())
 
 
-def test_only_the_chosen_pair_of_a_grid_is_measured_at_many_times(small, tmp_path):
+def test_only_the_chosen_pair_of_a_grid_is_measured_at_many_times(small, tmp_path, monkeypatch):
+    # Both pairs are stable: how many steps fit in the budget depends on the machine.
+    monkeypatch.setattr(protocol, "grid", lambda count: [(0.25, 1.0), (0.125, 1.0)][:count])
     (chosen,) = quadratics(tmp_path, grid=2)[0].values()
     assert chosen[-1].status == FINISHED and len(chosen) > 5
     every = results.read(tmp_path / "out" / "results.csv")
