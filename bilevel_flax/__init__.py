@@ -4,7 +4,7 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import adjoint, diagnostics, nnx, oracles, outer
+from bilevel_flax import adjoint, diagnostics, nnx, oracles, outer, sharding
 from bilevel_flax.auto import auto
 from bilevel_flax.base import (
     Aux,
@@ -82,6 +82,7 @@ __all__ = [
     "outer",
     "random_search",
     "saba",
+    "sharding",
     "single_loop",
     "soba",
     "spaba",

@@ -1,0 +1,25 @@
+"""One state on many devices: a mesh, rules, and shardings of the whole `TrainState`.
+
+    mesh = bf.sharding.make_mesh("data=2,fsdp=4")
+    state = jax.eval_shape(solver.init, inner_params, outer_params)
+    shardings = bf.sharding.state_shardings(state, mesh, rules, problem)
+
+v, both optimisers' states and the estimator's tables follow z; per-sample weights are spread over
+all devices; scalars are replicated.
+"""
+
+from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share, make_mesh, mesh_shape
+from bilevel_flax.sharding.rules import param_specs
+from bilevel_flax.sharding.state import batch_shardings, state_shardings, state_specs
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "batch_share",
+    "batch_shardings",
+    "make_mesh",
+    "mesh_shape",
+    "param_specs",
+    "state_shardings",
+    "state_specs",
+]
