@@ -35,6 +35,26 @@ NEVER = int(jnp.iinfo(jnp.int32).max)
 DERIVATIVES = ("forward_over_reverse", "reverse_over_reverse", "finite_differences")
 
 
+COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+
+
+def _check_compute_dtype(dtype: Any, derivatives: str) -> None:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype={dtype!r} is not among {COMPUTE_DTYPES} (float16 overflows without "
+            "loss scaling); None computes in the parameters' own"
+        )
+    if name == "bfloat16" and derivatives == "finite_differences":
+        raise ValueError(
+            f'compute_dtype={dtype!r} has 8 bits, too few for derivatives="finite_differences": '
+            "take another of the two"
+        )
+
+
 class Variables(NamedTuple):
     """A point (z, v, x); directions and updates are the same type, as in Optax.
 
@@ -143,10 +163,24 @@ class Problem:
             differentiate, or "finite_differences" (approximate; see `oracles`).
         remat: recompute the inner loss's forward pass in the backward one
             (`jax.checkpoint`): less memory, about 1.2 times the FLOPs.
+        microbatches: k >= 1: the oracles are summed over k equal parts of every minibatch, one
+            after the other, inside the step. The same numbers with the activations of one part;
+            the leading lengths of the minibatches must be divisible by k. A stateful loss is
+            called k times, each with a key of its own and the model state after the part before,
+            so BatchNorm normalises by the statistics of a part.
+        compute_dtype: "bfloat16": the losses are handed z and the minibatch's floats (but not
+            `batch["mask"]`) rounded to it, inside the differentiated function; x stays as it is.
+            z, v, all gradients and products and the optimisers keep their own dtypes (float32
+            masters). Products are then within about 1 % of those in float32. Best with losses
+            that go on from `logits.astype(jnp.float32)`. None: as the parameters are.
         linear: the parts of a model that is linear in its parameters; set by `linear_problem`.
+        distributed: how the oracles are computed in shares of a minibatch and added up over
+            devices; set by `sharding.data_parallel`. `distributed(problem, evaluate, variables,
+            batch, model_state, rngs, combine, seed) -> (Evaluation, sketch)`; see there.
 
     Raises:
-        ValueError: `derivatives` is not one of the three.
+        ValueError: `derivatives` is not one of the three, `microbatches` no integer >= 1,
+            `compute_dtype` not among those that there are, or too coarse for finite differences.
         TypeError: a loss is not callable.
 
     Example:
@@ -165,7 +199,10 @@ class Problem:
     per_sample: PyTree = None
     derivatives: str = "forward_over_reverse"
     remat: bool = False
+    microbatches: int = 1
+    compute_dtype: Any = None
     linear: Any = None
+    distributed: Callable[..., Any] | None = None
 
     def __post_init__(self):
         for name in ("inner_loss", "outer_loss"):
@@ -175,6 +212,11 @@ class Problem:
             raise ValueError(
                 f"derivatives={self.derivatives!r} is unknown; choose one of {DERIVATIVES}"
             )
+        count = self.microbatches
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"microbatches={count!r} must be an integer >= 1")
+        if self.compute_dtype is not None:
+            _check_compute_dtype(self.compute_dtype, self.derivatives)
 
 
 class TrainState(struct.PyTreeNode):
@@ -267,7 +309,10 @@ class Estimator(NamedTuple):
     """Turns oracle calls into directions; it takes the place of `jax.grad`.
 
     The `oracle` that it is handed is `oracle(variables) -> oracles.Evaluation`, on one minibatch.
-    `oracle(variables, evaluate)` evaluates less of it (`oracles.evaluate_block` ...).
+    `oracle(variables, evaluate)` evaluates less of it (`oracles.evaluate_block` ...), and
+    `oracle(variables, evaluate, combine)` fills in `Evaluation.directions` by the linear function
+    `combine(oracles)`: all that an estimator without memory needs, and on many devices all that
+    is then added up (the oracles themselves are None there).
     Its quantities are scaled by N·w_i (w_i the minibatch's share of the samples), so that the
     objective is the plain average of N components and no estimator needs to know about ragged
     minibatches.

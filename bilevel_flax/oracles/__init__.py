@@ -21,6 +21,7 @@ pays for a quantity that it does not use.
 
 from bilevel_flax.base import Oracles
 from bilevel_flax.oracles.evaluation import Evaluation, evaluate, evaluate_all
+from bilevel_flax.oracles.forward import FORWARD_UNITS, evaluate_forward, inner_grad_and_cross
 from bilevel_flax.oracles.leaves import is_inexact, split, uses
 from bilevel_flax.oracles.less import evaluate_block, evaluate_inner
 from bilevel_flax.oracles.linear import Components, check_linear, evaluate_linear, plus
@@ -38,6 +39,7 @@ from bilevel_flax.oracles.pieces import (
 )
 
 __all__ = [
+    "FORWARD_UNITS",
     "Components",
     "Evaluation",
     "Oracles",
@@ -47,10 +49,12 @@ __all__ = [
     "evaluate",
     "evaluate_all",
     "evaluate_block",
+    "evaluate_forward",
     "evaluate_inner",
     "evaluate_linear",
     "hvp",
     "inner_grad",
+    "inner_grad_and_cross",
     "inner_grad_outer",
     "inner_products",
     "inner_value_and_grad",

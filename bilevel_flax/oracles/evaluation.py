@@ -21,6 +21,7 @@ class Evaluation(NamedTuple):
         metrics: the user's scalars, `inner_` and `outer_` before their names.
         residual: the adjoint's relative residual; None: that of `oracles`.
         components: the oracles taken apart (`linear.Components`), or None.
+        directions: what an estimator asked to have combined out of the oracles, or None.
     """
 
     oracles: Oracles
@@ -30,6 +31,7 @@ class Evaluation(NamedTuple):
     metrics: Metrics
     residual: Any = None
     components: Any = None
+    directions: Any = None
 
 
 def merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:

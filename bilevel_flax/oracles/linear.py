@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from bilevel_flax import rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Variables
@@ -65,6 +66,8 @@ def evaluate_linear(
     """`evaluate_all` of a `linear_problem`, with its `components` beside the oracles.
 
     Where a minibatch's losses are scaled (`LinearModel.inner_data`), the penalties are not.
+    `Problem.microbatches` is not needed: a linear model's activations are the logits, and those
+    of the whole minibatch are what is asked for.
 
     Args:
         problem: made by `linear_problem`.
@@ -82,7 +85,7 @@ def evaluate_linear(
     codes, exact = NOTHING, NOTHING
     inner_loss = outer_loss = pull_inner = pull_outer = None
     if batch.inner is not None:
-        logits, moved, pull_inner = _push(model.logits, at, along, batch.inner)
+        logits, moved, pull_inner = _push(problem, at, along, batch.inner)
         seen = split(rows.gather(problem.per_sample, x, batch.inner))
 
         def inner_data(logits, leaves):
@@ -100,7 +103,7 @@ def evaluate_linear(
             parts = at.complete(grad), at.complete(curved), shown.complete(cross)
             exact = exact._replace(inner_grad=parts[0], hvp=parts[1], cross_jvp=parts[2])
     if batch.outer is not None:
-        logits, _, pull_outer = _push(model.logits, at, along, batch.outer)
+        logits, _, pull_outer = _push(problem, at, along, batch.outer)
         shown, restore = losses.visible(problem, x, "outer_losses")
 
         def outer_data(logits, leaves):
@@ -141,7 +144,7 @@ def check_linear(problem: Problem, z: PyTree, batch: PyTree) -> None:
     at = split(z)
 
     def moved(leaves, along):
-        return _push(problem.linear.logits, at._replace(leaves=leaves), along, batch)[1]
+        return _push(problem, at._replace(leaves=leaves), along, batch)[1]
 
     if any(uses(moved, at.leaves, at.leaves)[: len(at.leaves)]):
         raise ValueError(
@@ -150,11 +153,15 @@ def check_linear(problem: Problem, z: PyTree, batch: PyTree) -> None:
         )
 
 
-def _push(logits: Callable, at: Split, along: list, batch: PyTree):
+def _push(problem: Problem, at: Split, along: list, batch: PyTree):
     """`([A z], [A v], code -> Aᵀ code)`, lists of one leaf as `PRODUCTS` wants them."""
+    seen = losses.lowered(problem, batch)
 
     def of(leaves):
-        return [logits(at.merge(leaves), batch)]
+        logits = problem.linear.logits(losses.lowered(problem, at.merge(leaves)), seen)
+        if problem.compute_dtype is not None:
+            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return [logits]
 
     value, moved = jax.jvp(of, (at.leaves,), (along,))
     _, transpose = jax.vjp(of, at.leaves)

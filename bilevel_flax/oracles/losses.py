@@ -90,16 +90,46 @@ def _outline(tree) -> str:
     return "None" if tree is None else f"a {type(tree).__name__}"
 
 
+def lowered(problem: Problem, tree):
+    """The tree with its floats in `problem.compute_dtype`; `mask`s stay, for they are summed."""
+    if problem.compute_dtype is None:
+        return tree
+
+    def cast(path, leaf):
+        is_mask = path and getattr(path[-1], "key", None) == "mask"
+        if is_mask or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf
+        return jnp.asarray(leaf, problem.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
+
+
+def _raised(problem: Problem, value, before, after):
+    """A loss and a model state in the dtypes that they have without a `compute_dtype`."""
+    if problem.compute_dtype is None:
+        return value, after
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    if jax.tree.structure(before) == jax.tree.structure(after):
+        after = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, before)
+    return value, after
+
+
 def inner(problem: Problem, z, x, batch, model_state, rng):
     """G as a function of the differentiable leaves of z and of x's rows -> (loss, aux)."""
     z_split = split(z)
     x_split = split(rows.gather(problem.per_sample, x, batch))
 
     def loss(z_leaves, x_leaves):
-        args = (z_split.merge(z_leaves), x_split.merge(x_leaves), batch)
+        args = (
+            lowered(problem, z_split.merge(z_leaves)),
+            x_split.merge(x_leaves),
+            lowered(problem, batch),
+        )
         context = (model_state, rng)
         value, aux = checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)
-        return value, aux._replace(model_state=_handed_on(model_state, aux.model_state))
+        after = _handed_on(model_state, aux.model_state)
+        value, after = _raised(problem, value, model_state, after)
+        return value, aux._replace(model_state=after)
 
     if problem.remat:
         loss = jax.checkpoint(loss)
@@ -134,8 +164,14 @@ def outer(problem: Problem, z, x, batch, model_state, rng):
     x_split, restore = visible(problem, x, "outer_loss")
 
     def loss(z_leaves, x_leaves):
-        args = (z_split.merge(z_leaves), restore(x_split.merge(x_leaves)), batch)
+        args = (
+            lowered(problem, z_split.merge(z_leaves)),
+            restore(x_split.merge(x_leaves)),
+            lowered(problem, batch),
+        )
         context = (model_state, rng)
-        return checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)
+        value, aux = checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)
+        value, after = _raised(problem, value, model_state, aux.model_state)
+        return value, aux._replace(model_state=after)
 
     return loss, z_split, x_split

@@ -9,6 +9,7 @@ import jax
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.leaves import is_inexact, split
+from bilevel_flax.oracles.microbatches import accumulated
 from bilevel_flax.oracles.products import PRODUCTS, check_adjoint
 
 
@@ -27,18 +28,26 @@ def inner_products(problem: Problem, variables: Variables, batch, model_state=No
     """
     z, v, x = variables
     check_adjoint(z, v)
-    loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-    out, grad_z, (hvp, cross) = PRODUCTS[problem.derivatives](
-        loss, z_split.leaves, x_split.leaves, split(v).leaves
-    )
-    return out, z_split.complete(grad_z), z_split.complete(hvp), as_outer(cross)
+
+    def on(batch, model_state, rng):
+        loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+        out, grad_z, (hvp, cross) = PRODUCTS[problem.derivatives](
+            loss, z_split.leaves, x_split.leaves, split(v).leaves
+        )
+        return out, z_split.complete(grad_z), z_split.complete(hvp), as_outer(cross)
+
+    return accumulated(problem, on, batch, model_state, rng)
 
 
 def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=None):
     """`((loss, aux), ∇₁G)` (1 unit)."""
-    loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
-    out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
-    return out, z_split.complete(grad)
+
+    def on(batch, model_state, rng):
+        loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
+        out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
+        return out, z_split.complete(grad)
+
+    return accumulated(problem, on, batch, model_state, rng)
 
 
 def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
@@ -48,9 +57,15 @@ def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyT
 
 def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
     """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`."""
-    loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-    grad, _ = jax.grad(loss, argnums=1, has_aux=True)(z_split.leaves, x_split.leaves)
-    return as_outer(grad)
+
+    def on(batch, model_state, rng):
+        loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+        out, grad = jax.value_and_grad(loss, argnums=1, has_aux=True)(
+            z_split.leaves, x_split.leaves
+        )
+        return out, as_outer(grad)
+
+    return accumulated(problem, on, batch, model_state, rng)[1]
 
 
 def hvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:
@@ -65,11 +80,15 @@ def cross_jvp(problem: Problem, variables: Variables, batch, model_state=None, r
 
 def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
     """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
-    loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
-    out, (grad_z, grad_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        z_split.leaves, x_split.leaves
-    )
-    return out, z_split.complete(grad_z), x_split.complete(grad_x)
+
+    def on(batch, model_state, rng):
+        loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
+        out, (grad_z, grad_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            z_split.leaves, x_split.leaves
+        )
+        return out, z_split.complete(grad_z), x_split.complete(grad_x)
+
+    return accumulated(problem, on, batch, model_state, rng)
 
 
 def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
@@ -97,8 +116,14 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
     def total(leaves):
         now = x_split.merge(leaves)
         z, model_state, extra = unroll(now)
-        loss, z_split, seen = losses.outer(problem, z, now, batch, model_state, rng)
-        value, aux = loss(z_split.leaves, seen.leaves)
+
+        def on(batch, model_state, rng):
+            loss, z_split, seen = losses.outer(problem, z, now, batch, model_state, rng)
+            return (loss(z_split.leaves, seen.leaves),)
+
+        # Backprop through a sum of parts would keep the activations of them all.
+        part = on if problem.microbatches == 1 else jax.checkpoint(on)
+        ((value, aux),) = accumulated(problem, part, batch, model_state, rng)
         return value, (aux, (z, extra))
 
     (value, (aux, found)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)

@@ -1,0 +1,99 @@
+"""∇₁G and ∇²₂₁G v without Hv: what x needs in a step in which v stands still.
+
+∇²₂₁G v is the gradient in x of one number, the slope of G at z in the direction v. Forward mode gives
+the slope for a third of a gradient, on top of the forward pass that ∇₁G takes anyway, and
+backprop to x goes only as deep as x enters: for weights of examples, not into the network at all.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax.base import Batch, Oracles, Problem, Variables
+from bilevel_flax.oracles import losses
+from bilevel_flax.oracles.evaluation import Evaluation
+from bilevel_flax.oracles.leaves import split
+from bilevel_flax.oracles.microbatches import accumulated
+from bilevel_flax.oracles.pieces import outer_grads
+from bilevel_flax.oracles.products import check_adjoint
+
+# Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
+FORWARD_UNITS = 4 / 3
+
+
+def inner_grad_and_cross(
+    problem: Problem, variables: Variables, batch, model_state=None, rng=None
+):
+    """∇₁G and ∇²₂₁G v (4/3 units where x enters after the network, as weights of examples do).
+
+    Args:
+        problem: the problem, with forward-mode derivatives.
+        variables: the point (z, v, x).
+        batch: an inner minibatch.
+        model_state: mutable state, handed to a stateful loss.
+        rng: its key; one draw serves both.
+
+    Returns:
+        `((loss, aux), inner_grad, cross_jvp)`.
+
+    Raises:
+        ValueError: `problem.derivatives` is another mode.
+    """
+    if problem.derivatives != "forward_over_reverse":
+        raise ValueError(
+            f"derivatives={problem.derivatives!r}: D_x without Hv needs forward mode; leave out "
+            "adjoint_every"
+        )
+    z, v, x = variables
+    check_adjoint(z, v)
+
+    def on(batch, model_state, rng):
+        loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+
+        def with_slope(z_leaves, x_leaves):
+            value, slope, aux = jax.jvp(
+                lambda leaves: loss(leaves, x_leaves),
+                (z_leaves,),
+                (split(v).leaves,),
+                has_aux=True,
+            )
+            return (value, slope), aux
+
+        (value, slope), pull, aux = jax.vjp(
+            with_slope, z_split.leaves, x_split.leaves, has_aux=True
+        )
+        # One linearisation, pulled back twice; what nobody reads of it is never computed.
+        grad_z, _ = pull((jnp.ones_like(value), jnp.zeros_like(slope)))
+        _, cross = pull((jnp.zeros_like(value), jnp.ones_like(slope)))
+        return (value, aux), z_split.complete(grad_z), as_outer(cross)
+
+    return accumulated(problem, on, batch, model_state, rng)
+
+
+def evaluate_forward(
+    problem: Problem, variables: Variables, batch: Batch, model_state, rngs, like: Evaluation
+) -> Evaluation:
+    """∇₁G, ∇²₂₁G v and ∇₂F, in the shape of the evaluation `like`: Hv and ∇₁F are zeros.
+
+    F's loss and metrics are NaN, so that F is not evaluated where x has only per-sample leaves or F
+    does not use it; an `outer_updates_state` is skipped.
+
+    Raises:
+        ValueError: as `inner_grad_and_cross`.
+    """
+    z, _, x = variables
+    (loss, aux), grad, cross = inner_grad_and_cross(
+        problem, variables, batch.inner, model_state, rngs[0]
+    )
+    _, outer_grad = outer_grads(problem, z, x, batch.outer, model_state, rngs[1])
+    zeros = jax.tree.map(jnp.zeros_like, grad)
+    metrics = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in like.metrics.items()}
+    metrics |= {f"inner_{k}": v for k, v in aux.metrics.items()}
+    return Evaluation(
+        Oracles(grad, zeros, cross, zeros, outer_grad),
+        loss,
+        jnp.full(like.outer_loss.shape, jnp.nan, like.outer_loss.dtype),
+        aux.model_state,
+        metrics,
+    )

@@ -1,0 +1,142 @@
+"""A minibatch in k equal parts, one after the other: less memory for activations, same numbers.
+
+The losses are means over the minibatch's examples, so every quantity of the whole minibatch is the
+mean of the parts' quantities, weighted by each part's share of the real examples (`batch["mask"]`):
+
+    q(minibatch) = sum_i s_i q(part_i)        s_i = sum(mask_i) / sum(mask),  1/k without a mask
+
+A scan adds them up; activations, and the tangents beside them, live for one part at a time. Part i
+holds the examples i, i + k, i + 2k ...: where the minibatch is sharded over devices by its leading
+axis, so is each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax.base import Problem, PyTree, Rows
+from bilevel_flax.oracles.leaves import is_inexact
+from bilevel_flax.rows import is_rows
+
+
+def accumulated(
+    problem: Problem,
+    evaluate: Callable[[PyTree, PyTree, Any], tuple],
+    batch: PyTree,
+    model_state: PyTree,
+    rng: Any,
+) -> tuple:
+    """What `evaluate` gives for the minibatch, put together from `problem.microbatches` parts.
+
+    Args:
+        problem: says how many parts.
+        evaluate: `evaluate(batch, model_state, rng) -> ((loss, aux), *trees)`, all of them means
+            over the examples; `Rows` in the trees belong to one example each.
+        batch: the minibatch; leaves [batch, ...], which the number of parts divides. Scalars go to
+            every part.
+        model_state: mutable state; each part is handed the state after the one before.
+        rng: a key, from which each part gets its own, or None.
+
+    Returns:
+        The same as `evaluate`: sums in the dtypes of the parts' quantities (added up in float32 at
+        least), the last part's model state, the mean metrics, and one entry of `Rows` for each
+        example, in the minibatch's order.
+
+    Raises:
+        ValueError: the number of parts does not divide a leading length.
+    """
+    count = problem.microbatches
+    if count == 1 or not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(batch)):
+        return evaluate(batch, model_state, rng)
+    batch = jax.tree_util.tree_map_with_path(lambda path, leaf: _in_parts(path, leaf, count), batch)
+    shares = _shares(batch, count)
+
+    def part(number, state):
+        chosen = jax.tree.map(
+            lambda leaf: (
+                jax.lax.dynamic_index_in_dim(leaf, number, 1, keepdims=False) if leaf.ndim else leaf
+            ),
+            batch,
+        )
+        key = None if rng is None else jax.random.fold_in(rng, number)
+        (loss, aux), *trees = evaluate(chosen, state, key)
+        metrics = {k: jnp.asarray(v, _wide(v * 1.0)) for k, v in aux.metrics.items()}
+        return (loss, aux._replace(model_state=None, metrics=metrics), trees), aux.model_state
+
+    shapes, _ = jax.eval_shape(part, jnp.int32(0), model_state)
+
+    def add(carry, number):
+        totals, state = carry
+        found, state = part(number, state)
+        terms = jax.tree.map(lambda node: _times(node, shares[number]), found, is_leaf=is_rows)
+        totals = jax.tree.map(
+            lambda total, term: None if total is None else total + term,
+            totals,
+            terms,
+            is_leaf=lambda node: node is None,
+        )
+        by_example = jax.tree.map(
+            lambda term: term if is_rows(term) else None, terms, is_leaf=is_rows
+        )
+        return (totals, state), by_example
+
+    start = jax.tree.map(
+        lambda node: None if is_rows(node) else jnp.zeros(node.shape, _wide(node)),
+        shapes,
+        is_leaf=is_rows,
+    )
+    (totals, state), by_example = jax.lax.scan(add, (start, model_state), jnp.arange(count))
+
+    def joined(node, total, shape):
+        if node is None:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, shape)
+        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), node)
+
+    loss, aux, trees = jax.tree.map(
+        joined, by_example, totals, shapes, is_leaf=lambda node: node is None or is_rows(node)
+    )
+    return (loss, aux._replace(model_state=state)), *trees
+
+
+def _in_parts(path, leaf, count: int):
+    """[batch, ...] -> [batch / count, count, ...]; axis 1 is the part's number."""
+    leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if not leaf.ndim:
+        return leaf
+    if leaf.shape[0] % count:
+        raise ValueError(
+            f"microbatches={count} does not divide the minibatch: its leaf "
+            f"{jax.tree_util.keystr(path) or 'array'} has shape {leaf.shape}; choose a divisor of "
+            f"{leaf.shape[0]}, or another batch size"
+        )
+    return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:])
+
+
+def _shares(batch: PyTree, count: int) -> jax.Array:
+    """Each part's share of the real examples, [count]."""
+    equal = jnp.full(count, 1 / count)
+    if not (isinstance(batch, dict) and "mask" in batch):
+        return equal
+    mask = batch["mask"].astype(equal.dtype)
+    real = mask.sum(tuple(axis for axis in range(mask.ndim) if axis != 1))
+    total = real.sum()
+    return jnp.where(total > 0, real / jnp.where(total > 0, total, 1), equal)
+
+
+def _wide(leaf: Any):
+    dtype = jnp.result_type(leaf)
+    return jnp.promote_types(dtype, jnp.float32) if is_inexact(leaf) else dtype
+
+
+def _times(node: Any, share: jax.Array):
+    if is_rows(node):
+        return Rows(node.index, _times(node.values, share).astype(node.values.dtype))
+    if not is_inexact(node):
+        return node  # a zero, opposite a leaf that is not differentiated
+    wide = _wide(node)
+    # A part of padding alone may well give NaN.
+    return jnp.where(share > 0, node.astype(wide) * share.astype(wide), 0)
