@@ -8,8 +8,14 @@ One directory holds the newest `keep` checkpoints, in Orbax's format and readabl
 A save writes into a temporary directory that is renamed when complete, so a killed or failed save
 leaves nothing that looks like a checkpoint. What is lost or altered on the disk afterwards is found
 by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
+
+With many processes (`distributed.start`) every process makes the same calls and writes and reads
+its own shards, in a directory that all of them see. What was saved by one number of processes, on
+one mesh, is restored by any other: the template's shardings decide.
 """
 
+import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -19,10 +25,16 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from bilevel_flax import checkpoint_format, checkpoint_search, fingerprint
+from bilevel_flax import (
+    checkpoint_format,
+    checkpoint_leaves,
+    checkpoint_search,
+    checkpoint_together,
+    distributed,
+    fingerprint,
+)
 from bilevel_flax.checkpoint_format import (
     CheckpointError,
     CheckpointMismatch,
@@ -34,6 +46,7 @@ __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
 
 _T = TypeVar("_T")
 _logger = logging.getLogger("bilevel_flax")
+_NUMBERS = {"read": itertools.count(), "write": itertools.count()}
 
 
 class Restored(NamedTuple):
@@ -88,7 +101,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._on_event = on_event or _logger.warning
         self._read_only = read_only
-        self._manager: ocp.CheckpointManager | None = None
+        self._channels: dict[str, distributed.Channel] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._running: tuple[int, Future[None]] | None = None
         self._failure: CheckpointError | None = None
@@ -124,60 +137,48 @@ class Checkpointer:
                 "the steps saved must increase (see latest_step())."
             )
         plain = checkpoint_format.plain_json(meta)
-        arrays, records = fingerprint.host_copy(state)
+        arrays, records = checkpoint_leaves.host_copy(state)
+        channel = self._channel("write")
         self._failure = None
         # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
         # asyncio, or gives up.
         self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running = (step, self._worker.submit(self._write, step, arrays, records, plain))
+        self._running = (
+            step,
+            self._worker.submit(self._write, channel, step, arrays, records, plain),
+        )
         if not self._asynchronous:
             self.wait()
 
     def _write(
         self,
+        channel: distributed.Channel,
         step: int,
-        arrays: dict[str, np.ndarray],
+        arrays: dict[str, np.ndarray | jax.Array],
         records: dict[str, fingerprint.Record],
         meta: dict[str, Any],
     ) -> None:
         try:
-            items = checkpoint_format.save_args(step, arrays, records, meta)
             with quiet_orbax():
-                manager = self._manager = self._manager or self._open_manager()
-                if not manager.save(step, args=items, force=True):
-                    raise RuntimeError("Orbax declined to save it")
+                checkpoint_together.write(
+                    self._directory, step, arrays, records, meta, self._keep, channel
+                )
         except Exception as error:
-            self._discard_manager()
+            if distributed.is_leader():
+                # The disk has failed, and that is being reported; the next save cleans up.
+                with contextlib.suppress(OSError):
+                    checkpoint_search.discard(self._directory)
             self._failure = CheckpointError(
                 f"The checkpoint of step {step} was not saved: {reason(error)}. Earlier ones in "
                 f"{str(self._directory)!r} are untouched."
             )
             self._on_event(str(self._failure))
 
-    def _open_manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            # The background thread is ours: it also computes the checksums, which take as long as
-            # the writing, and Orbax's own asynchronous saves block for all their preparations.
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-        )
-        return ocp.CheckpointManager(
-            self._directory, options=options, item_names=checkpoint_format.ITEMS
-        )
-
-    def _discard_manager(self) -> None:
-        """Drops Orbax's list of steps, which a failure or a moved checkpoint has made wrong."""
-        with quiet_orbax():
-            if self._manager is not None:
-                self._manager.close()
-            self._manager = None
-            try:
-                # At once, not at the next save: on a full disk the remains are in the way.
-                for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                    path.rmtree()
-            except OSError:
-                pass  # The disk has failed, and that is being reported; the next manager cleans up.
+    def _channel(self, what: str) -> distributed.Channel:
+        # Numbered as they come: every process opens them in the same order.
+        if what not in self._channels:
+            self._channels[what] = distributed.Channel(f"checkpoint-{what}-{next(_NUMBERS[what])}")
+        return self._channels[what]
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """Restores the newest sound checkpoint, falling back over damaged ones.
@@ -202,21 +203,15 @@ class Checkpointer:
         expected = {name: fingerprint.describe(name, leaf) for name, leaf in leaves.items()}
         structure = jax.tree_util.tree_structure(template)
 
-        def read(path: epath.Path, found: int) -> Restored:
-            meta, records = checkpoint_format.read_document(path, found)
-            mismatch = fingerprint.first_mismatch(records, expected)
-            if mismatch is not None:
-                raise CheckpointMismatch(
-                    f"{str(path)!r} is a checkpoint of another model: {mismatch}."
-                )
-            arrays = checkpoint_format.read_arrays(path, records)
-            values = [
-                fingerprint.rebuild(leaf, arrays[name], records[name].impl)
-                for name, leaf in leaves.items()
-            ]
-            return Restored(jax.tree_util.tree_unflatten(structure, values), meta, found)
+        channel = self._channel("read")
 
-        return self._search(read, step, move_aside=not self._read_only)
+        def read(path: epath.Path, found: int) -> Restored:
+            wanted = checkpoint_together.Wanted(leaves, expected)
+            values, meta = checkpoint_together.read(path, found, wanted, channel)
+            state = jax.tree_util.tree_unflatten(structure, list(values.values()))
+            return Restored(state, meta, found)
+
+        return self._search(read, step, channel, move_aside=not self._read_only)
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Step and metadata of the newest checkpoint; the state is neither read nor verified.
@@ -237,18 +232,23 @@ class Checkpointer:
         def read(path: epath.Path, found: int) -> tuple[int, dict[str, Any]]:
             return found, checkpoint_format.read_document(path, found)[0]
 
-        return self._search(read, step, move_aside=False)
+        return self._search(read, step, None, move_aside=False)
 
     def _search(
-        self, read: Callable[[epath.Path, int], _T], only: int | None, move_aside: bool
+        self,
+        read: Callable[[epath.Path, int], _T],
+        only: int | None,
+        channel: distributed.Channel | None,
+        move_aside: bool,
     ) -> _T | None:
         self._join()
-        result, damaged = checkpoint_search.newest_sound(self._directory, read, only)
+        result, damaged = checkpoint_search.newest_sound(self._directory, read, only, channel)
         for step, why in damaged.items():
             fate = "It was passed over."
             if move_aside:
-                fate = checkpoint_search.move_aside(self._directory, step)
-                self._discard_manager()
+                leads = distributed.is_leader()
+                fate = checkpoint_search.move_aside(self._directory, step) if leads else ""
+                fate = channel.lead(fate) if channel is not None else fate
             self._on_event(f"The checkpoint of step {step} is damaged: {why}. {fate}")
         return result
 
@@ -288,10 +288,6 @@ class Checkpointer:
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
-        if self._manager is not None:
-            with quiet_orbax():
-                self._manager.close()
-            self._manager = None
         self._raise_failure()
 
     def __enter__(self) -> Self:

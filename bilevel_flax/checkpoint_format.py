@@ -1,6 +1,7 @@
 """One checkpoint on disk: what is written for a step, and how it is read and verified.
 
-    <step>/state    nested dicts of arrays, every leaf at its name (`fingerprint.named_leaves`)
+    <step>/state    nested dicts of arrays, every leaf at its name (`fingerprint.named_leaves`);
+                    each process writes its shards (`ocdbt.process_<i>`), one index finds them all
     <step>/meta     JSON: {"format", "step", "meta", "leaves", "digest"}
 
 `leaves` holds the records of all leaves, `digest` is a hash of the rest of the document. Leaves
@@ -17,15 +18,18 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from bilevel_flax import fingerprint
+from bilevel_flax.distributed import PeerFailed
 from bilevel_flax.fingerprint import Record
 
 ITEMS = ("state", "meta")
+TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax skips such directories, and deletes them.
 _VERSION = 1
 _SETTLE_SECONDS = 0.1  # After a failure the other reads and writes of an operation are soon over.
 
@@ -42,32 +46,48 @@ class Damaged(Exception):
     """One checkpoint cannot be used; the message says why, in one line."""
 
 
-def save_args(
-    step: int,
-    arrays: Mapping[str, np.ndarray],
-    records: Mapping[str, Record],
-    meta: Mapping[str, Any],
-) -> ocp.args.Composite:
-    """What `ocp.CheckpointManager.save` is to write.
+def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Writes what this process has of the arrays.
 
     Args:
+        path: the step's directory, with `state` in it.
+        arrays: leaf name -> array in host memory, the caller's until this returns.
+    """
+    stored = _nested({name: array for name, array in arrays.items() if array.size})
+    _handler().save(path / "state", args=ocp.args.PyTreeSave(stored))
+
+
+def finish(
+    path: epath.Path, step: int, records: Mapping[str, Record], meta: Mapping[str, Any]
+) -> None:
+    """Completes a checkpoint, on one process, once all have written their arrays.
+
+    Args:
+        path: the step's directory, with `state` and `meta` in it.
         step: the step.
-        arrays: leaf name -> array, owned by the caller until the save is done.
-        records: leaf name -> record, with or without its checksum.
+        records: leaf name -> record with its checksum.
         meta: the user's metadata, plain JSON.
     """
-    records = fingerprint.with_checksums(records, arrays)
+    _handler().finalize(path / "state")
     document = {
         "format": _VERSION,
         "step": step,
         "meta": meta,
         "leaves": {name: record._asdict() for name, record in records.items()},
     }
-    stored = {name: array for name, array in arrays.items() if array.size}
-    return ocp.args.Composite(
-        state=ocp.args.StandardSave(_nested(stored)),
-        meta=ocp.args.JsonSave({**document, "digest": _digest(document)}),
+    document["digest"] = _digest(document)
+    ocp.JsonCheckpointHandler().save(path / "meta", args=ocp.args.JsonSave(document))
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # The arrays are ours: Orbax need not copy them. One replica writes a shard; slicing it among
+    # all of them would run on the devices, under the training.
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
+        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)),
     )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def read_document(path: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Record]]:
@@ -99,34 +119,67 @@ def read_document(path: epath.Path, step: int) -> tuple[dict[str, Any], dict[str
     return document["meta"], records
 
 
-def read_arrays(path: epath.Path, records: Mapping[str, Record]) -> dict[str, np.ndarray]:
-    """Reads all arrays into host memory and verifies them.
+def read_arrays(
+    path: epath.Path,
+    records: Mapping[str, Record],
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, np.ndarray | jax.Array]:
+    """Reads the arrays into host memory, or to devices; nothing is verified.
 
     Args:
         path: the step's directory.
         records: what they should be, by leaf name.
+        shardings: of those of which this process reads its own pieces only.
 
     Raises:
-        Damaged: an array cannot be read, or is not what was written; the first such leaf is named.
+        Damaged: an array cannot be read.
     """
+    shardings = shardings or {}
     empty = {name: np.empty(r.shape, jnp.dtype(r.dtype)) for name, r in records.items()}
-    # NumPy targets of the saved dtype: Orbax casts to any other without a word.
-    targets = _nested({name: array for name, array in empty.items() if array.size})
+    # Targets of the saved dtype: Orbax casts to any other without a word.
+    targets = _nested(
+        {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
+            if name in shardings
+            else array
+            for name, array in empty.items()
+            if array.size
+        }
+    )
+    args = ocp.args.PyTreeRestore(
+        targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
+    )
     try:
         # In a thread: under a running event loop (a notebook) Orbax patches asyncio, or gives up.
         with quiet_orbax(), ThreadPoolExecutor(1) as thread:
-            args = ocp.args.StandardRestore(targets)
-            handler = ocp.StandardCheckpointHandler()
-            tree = thread.submit(handler.restore, path / "state", args=args).result()
-        arrays = {n: _at(tree, n) if array.size else array for n, array in empty.items()}
+            tree = thread.submit(_handler().restore, path / "state", args=args).result()
+        return {n: _at(tree, n) if array.size else array for n, array in empty.items()}
     except MemoryError:
         raise
     except Exception as error:
         raise Damaged(f"its arrays cannot be read ({reason(error)})") from error
-    damage = fingerprint.first_damage(arrays, records)
-    if damage is not None:
-        raise Damaged(damage)
-    return arrays
+
+
+def first_damage(
+    arrays: Mapping[str, np.ndarray | jax.Array],
+    sums: Mapping[str, int],
+    saved: Mapping[str, Record],
+) -> str | None:
+    """The first array that does not match its record, in words; None if all do.
+
+    Args:
+        arrays: by leaf name.
+        sums: of all processes, by leaf name.
+        saved: what they should be.
+    """
+    for name, record in saved.items():
+        array = arrays[name]
+        if (array.dtype.name, array.shape) != (record.dtype, record.shape):
+            found = Record(array.dtype.name, array.shape, record.impl)
+            return f"leaf {name!r} was saved as {record} and reads as {found}"
+        if fingerprint.as_checksum(sums[name]) != record.checksum:
+            return f"leaf {name!r} has changed on disk (its checksum differs)"
+    return None
 
 
 def plain_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +203,8 @@ def reason(error: BaseException) -> str:
     for sign, plain in _PLAIN_REASONS.items():
         if sign in text:
             return plain
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if not isinstance(error, CheckpointError | PeerFailed):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -201,7 +255,7 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, last = name.split(".")
@@ -212,7 +266,7 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def _at(tree: Any, name: str) -> np.ndarray:
+def _at(tree: Any, name: str) -> np.ndarray | jax.Array:
     for key in name.split("."):
         tree = tree[key]
-    return np.asarray(tree)
+    return tree if isinstance(tree, jax.Array) else np.asarray(tree)

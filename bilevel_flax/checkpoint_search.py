@@ -6,7 +6,9 @@ from typing import TypeVar
 
 from etils import epath
 
+from bilevel_flax import checkpoint_format
 from bilevel_flax.checkpoint_format import CheckpointError, Damaged, reason
+from bilevel_flax.distributed import Channel
 
 _T = TypeVar("_T")
 
@@ -45,14 +47,19 @@ def list_steps(directory: epath.Path) -> list[int]:
 
 
 def newest_sound(
-    directory: epath.Path, read: Callable[[epath.Path, int], _T], only: int | None = None
+    directory: epath.Path,
+    read: Callable[[epath.Path, int], _T],
+    only: int | None = None,
+    channel: Channel | None = None,
 ) -> tuple[_T | None, dict[int, str]]:
     """Reads the newest checkpoint that can be read.
 
     Args:
         directory: the directory of all checkpoints.
-        read: reads one, from its path and step; raises `Damaged` where that fails.
+        read: reads one, from its path and step; raises `Damaged` where that fails, on all processes
+            of the channel or on none.
         only: consider this step alone.
+        channel: of all processes, which then look at the same steps; None: this process is alone.
 
     Returns:
         What `read` returned, None if there is no checkpoint at all; and why newer ones were passed
@@ -62,6 +69,9 @@ def newest_sound(
         CheckpointError: there are checkpoints, but none can be read; or `only` is not there.
     """
     steps = list_steps(directory)
+    if channel is not None:
+        # A network's file system may show them to one process later than to another.
+        steps = channel.lead(steps)
     if only is not None and only not in steps:
         raise CheckpointError(f"step={only}: {str(directory)!r} has the steps {steps}.")
     damaged: dict[int, str] = {}
@@ -78,6 +88,33 @@ def newest_sound(
             "move the directory away to start from scratch."
         )
     return None, damaged
+
+
+def prepare(path: epath.Path) -> None:
+    """Makes the folder in which a checkpoint is put together, and deletes what is left of others.
+
+    At once, not after the next save: on a full disk the remains are in the way.
+    """
+    discard(path.parent)
+    for item in checkpoint_format.ITEMS:
+        (path / item).mkdir(parents=True)
+
+
+def discard(directory: epath.Path) -> None:
+    """Deletes what is left of saves that did not come to their end."""
+    for path in directory.glob(f"*{checkpoint_format.TEMPORARY}*"):
+        path.rmtree()
+
+
+def commit(path: epath.Path, step: int, keep: int) -> None:
+    """Makes a finished folder the checkpoint of its step, and deletes all but the newest `keep`."""
+    directory = path.parent
+    path.rename(directory / str(step))
+    for old in list_steps(directory)[:-keep]:
+        # Renamed first: a kill in the middle of the deletion leaves no half of a checkpoint.
+        doomed = directory / f"{old}{checkpoint_format.TEMPORARY}"
+        (directory / str(old)).rename(doomed)
+        doomed.rmtree()
 
 
 def move_aside(directory: epath.Path, step: int) -> str:

@@ -1,4 +1,4 @@
-"""The leaves of a state as a checkpoint sees them: names, host copies, records with checksums.
+"""The leaves of a state as a checkpoint sees them: names, and records with checksums.
 
 A checkpoint stores one *record* (dtype, shape, checksum) for every leaf beside the values. Records
 tell a damaged checkpoint (values and records disagree) from a foreign one (records and the model
@@ -14,6 +14,7 @@ in which pieces the array is visited, so that shards of one array, wherever they
 checksum of the whole. It guards against accidents, not against forgery.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -53,18 +54,82 @@ def checksum(array: np.ndarray) -> str:
         >>> checksum(np.array([1, 2], np.int32)) == checksum(np.array([2, 1], np.int32))
         False
     """
-    flat = np.ascontiguousarray(array).reshape(-1)
+    return as_checksum(piece_sum(array, (0,) * array.ndim, array.shape))
+
+
+def as_checksum(total: int) -> str:
+    """A sum of `piece_sum`s as a checksum."""
+    return f"{total % 2**64:016x}"
+
+
+def piece_sum(piece: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """What a rectangular piece contributes to the checksum of the whole array.
+
+    Args:
+        piece: the piece's values.
+        start: where in the whole it begins, an index for each axis.
+        shape: of the whole.
+
+    Returns:
+        The sum over the piece; those of pieces that tile the whole add up to the whole's, mod 2^64.
+
+    Example:
+        >>> whole = np.arange(6.0).reshape(2, 3)
+        >>> left, right = whole[:, :1], whole[:, 1:]
+        >>> total = piece_sum(left, (0, 0), (2, 3)) + piece_sum(right, (0, 1), (2, 3))
+        >>> as_checksum(total) == checksum(whole)
+        True
+    """
+    if not piece.size:
+        return 0
+    flat = np.ascontiguousarray(piece).reshape(-1)
     words = flat.view(f"u{min(flat.dtype.itemsize, 4)}")
+    width = words.size // flat.size
+    # From this axis on, what is contiguous in the piece is contiguous in the whole.
+    cut = max((i for i in range(piece.ndim) if piece.shape[i] != shape[i]), default=0)
+    run = math.prod(piece.shape[cut:]) * width
+    row = math.prod(shape[cut:]) * width
+    first = start[cut] * math.prod(shape[cut + 1 :]) * width if piece.ndim else 0
+    rows = np.zeros(1, np.int64)
+    for axis in range(cut):
+        rows = rows[:, None] * shape[axis] + start[axis] + np.arange(piece.shape[axis])
+        rows = rows.reshape(-1)
+    firsts = rows * row + first
+    if run >= _BLOCK // 8:
+        runs = words.reshape(-1, run)
+        return sum(_run_sum(runs[i], int(at)) for i, at in enumerate(firsts))
+    return _short_runs_sum(words.reshape(-1, run), firsts)
+
+
+def _run_sum(words: np.ndarray, first: int) -> int:
+    """The sum over words that are contiguous in the whole, from position `first` on."""
     # weight_i = (block's weight) x (weight within the block): one multiplication a word, no table
     # as long as the array.
-    blocks = _odd_words(_BLOCK, -(-words.size // _BLOCK))
+    block, inside = divmod(first, _BLOCK)
+    weights = _odd_words(_BLOCK + block, -(-(inside + words.size) // _BLOCK))
     buffer = np.empty(_BLOCK, np.uint64)
+    total = done = 0
+    for weight in weights:
+        piece = words[done : done + _BLOCK - inside]
+        within = _IN_BLOCK[inside : inside + piece.size]
+        products = np.multiply(piece, within, out=buffer[: piece.size])
+        total += int(weight) * int(products.sum())
+        done, inside = done + piece.size, 0
+    return total
+
+
+def _short_runs_sum(words: np.ndarray, firsts: np.ndarray) -> int:
+    """The sum over rows of words, row i contiguous in the whole from position firsts[i] on."""
+    at_once = max(1, (1 << 18) // words.shape[1])
     total = 0
-    for block, start in enumerate(range(0, words.size, _BLOCK)):
-        piece = words[start : start + _BLOCK]
-        products = np.multiply(piece, _IN_BLOCK[: piece.size], out=buffer[: piece.size])
-        total += int(blocks[block]) * int(products.sum())
-    return f"{total % 2**64:016x}"
+    for i in range(0, len(firsts), at_once):
+        positions = firsts[i : i + at_once, None] + np.arange(words.shape[1])
+        block, inside = np.divmod(positions, _BLOCK)
+        lowest = int(block.min())
+        weights = _odd_words(_BLOCK + lowest, int(block.max()) - lowest + 1)[block - lowest]
+        weights *= _IN_BLOCK[inside]
+        total += int((weights * words[i : i + at_once]).sum())
+    return total
 
 
 class Record(NamedTuple):
@@ -125,7 +190,7 @@ def describe(name: str, leaf: Any) -> Record:
     Raises:
         TypeError: the leaf is not an array of numbers, booleans or PRNG keys.
     """
-    if not _is_key(name, leaf):
+    if not is_key(name, leaf):
         return Record(np.dtype(leaf.dtype).name, tuple(leaf.shape))
     impl = ""
 
@@ -138,7 +203,7 @@ def describe(name: str, leaf: Any) -> Record:
     return Record(data.dtype.name, data.shape, impl)
 
 
-def _is_key(name: str, leaf: Any) -> bool:
+def is_key(name: str, leaf: Any) -> bool:
     """Whether the leaf is a typed PRNG key; raises TypeError unless it is that or a plain array."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -153,63 +218,6 @@ def _is_key(name: str, leaf: Any) -> bool:
         f"state: leaf {name!r} has {found} (value {value[:40]}); a checkpoint holds arrays of "
         "numbers only: make it jnp.asarray(...), or a static field (pytree_node=False)."
     )
-
-
-def host_copy(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Record]]:
-    """Copies every leaf into host memory of its own.
-
-    The copies never share memory with a leaf: a NumPy view of a jax array on a CPU keeps the buffer
-    referenced and so silently cancels its donation.
-
-    Args:
-        tree: any pytree of jax or NumPy arrays, typed PRNG keys included.
-
-    Returns:
-        Leaf name -> array (key data for a typed PRNG key); leaf name -> record without checksum.
-
-    Raises:
-        TypeError: a leaf is not an array (Python scalars and strings included).
-        ValueError: a leaf has been donated, or has shards in other processes.
-    """
-    leaves, impls = named_leaves(tree), {}
-    for name, leaf in leaves.items():
-        is_key = _is_key(name, leaf)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"state: leaf {name!r} is a jax.ShapeDtypeStruct; save arrays.")
-        if not isinstance(leaf, jax.Array):
-            continue
-        if leaf.is_deleted():
-            raise ValueError(
-                f"state: leaf {name!r} has been donated or deleted; save the state that the step "
-                "returned."
-            )
-        if not leaf.is_fully_addressable:
-            raise ValueError(
-                f"state: leaf {name!r} has shards in other processes; gather it first "
-                "(jax.experimental.multihost_utils.process_allgather)."
-            )
-        if is_key:
-            impls[name] = str(jax.random.key_impl(leaf))
-            leaf = leaves[name] = jax.random.key_data(leaf)
-        if next(iter(leaf.devices())).platform != "cpu":
-            leaf.copy_to_host_async()  # All transfers run at once; _own_copy collects them.
-    arrays = {name: _own_copy(leaf) for name, leaf in leaves.items()}
-    records = {n: Record(a.dtype.name, a.shape, impls.get(n, "")) for n, a in arrays.items()}
-    return arrays, records
-
-
-def _own_copy(leaf: Any) -> np.ndarray:
-    array = np.array(leaf, copy=True, order="C")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-
-def with_checksums(
-    records: Mapping[str, Record], arrays: Mapping[str, np.ndarray]
-) -> dict[str, Record]:
-    """Fills in the checksums of the arrays."""
-    return {
-        name: record._replace(checksum=checksum(arrays[name])) for name, record in records.items()
-    }
 
 
 def first_mismatch(saved: Mapping[str, Record], expected: Mapping[str, Record]) -> str | None:
@@ -228,43 +236,3 @@ def first_mismatch(saved: Mapping[str, Record], expected: Mapping[str, Record]) 
         if name not in expected:
             return f"leaf {name!r}: the checkpoint has {record}, the model has no such leaf"
     return None
-
-
-def first_damage(arrays: Mapping[str, np.ndarray], saved: Mapping[str, Record]) -> str | None:
-    """The first array that does not match its record, in words; None if all do."""
-    for name, record in saved.items():
-        array = arrays[name]
-        if (array.dtype.name, array.shape) != (record.dtype, record.shape):
-            found = Record(array.dtype.name, array.shape, record.impl)
-            return f"leaf {name!r} was saved as {record} and reads as {found}"
-        if checksum(array) != record.checksum:
-            return f"leaf {name!r} has changed on disk (its checksum differs)"
-    return None
-
-
-def rebuild(leaf: Any, array: np.ndarray, impl: str) -> Any:
-    """A leaf like the template's, with the stored values.
-
-    Args:
-        leaf: the template's leaf; its kind (jax or NumPy) and sharding are taken over. The result
-            is committed to devices only if that leaf is: a jitted function retraces otherwise.
-        array: the stored values, in host memory.
-        impl: the implementation, where the leaf is a typed PRNG key; else empty.
-
-    Returns:
-        A jax array without weak type and with memory of its own (safe to donate), or a NumPy array
-        where the template has one.
-    """
-    if isinstance(leaf, np.ndarray | np.generic):
-        return array
-    # copy=True: on a CPU jax may otherwise adopt NumPy's buffer, which it can never donate.
-    value = jnp.array(array, copy=True)
-    if value.dtype != array.dtype:
-        raise ValueError(
-            f"template: {array.dtype} became {value.dtype}; set jax_enable_x64 as at the save."
-        )
-    if impl:
-        value = jax.random.wrap_key_data(value, impl=impl)
-    if getattr(leaf, "committed", True) and leaf.sharding is not None:
-        value = jax.device_put(value, leaf.sharding)
-    return value

@@ -1,5 +1,7 @@
 """The checksum sees what it must, and leaf names are one to one."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,15 +55,39 @@ def test_order_in_memory_does_not_matter():
     assert fingerprint.checksum(array) != fingerprint.checksum(array.T)
 
 
-def test_pieces_add_up_to_the_whole():
-    # What checkpoints of arrays in several processes will stand on.
-    array = np.random.default_rng(2).normal(size=30_000).astype(np.float32)
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.sampled_from([(30_000,), (7, 5_000), (40, 6, 50), (3, 2, 5, 4), (16_384, 3), ()]),
+    dtype=st.sampled_from(["bool", "bfloat16", "float32", "float64", "complex128"]),
+    data=st.data(),
+)
+def test_pieces_add_up_to_the_whole(shape: tuple[int, ...], dtype: str, data: st.DataObject):
+    # Shards, wherever they live: what checkpoints of arrays in several processes stand on.
+    bytes_in_all = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    flat = np.frombuffer(np.random.default_rng(2).bytes(bytes_in_all), np.uint8)
+    array = (flat & 1).view(dtype) if dtype == "bool" else flat.view(jnp.dtype(dtype))
+    array = array.reshape(shape)
+    cuts = [
+        sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=2))})
+        for length in shape
+    ]
     total = 0
-    for start in range(0, array.size, 7_000):
-        piece = np.zeros_like(array)
-        piece[start : start + 7_000] = array[start : start + 7_000]
-        total += int(fingerprint.checksum(piece), 16)
-    assert f"{total % 2**64:016x}" == fingerprint.checksum(array)
+    for piece in itertools.product(*(itertools.pairwise(positions) for positions in cuts)):
+        index = tuple(slice(*ends) for ends in piece)
+        start = tuple(first for first, _ in piece)
+        total += fingerprint.piece_sum(array[index], start, shape)
+    assert fingerprint.as_checksum(total) == fingerprint.checksum(array)
+
+
+def test_the_checksum_is_the_sum_that_the_docstring_says():
+    # Checkpoints written by earlier versions must stay readable: the value itself is fixed.
+    words = np.random.default_rng(3).integers(0, 2**32, 40_000, np.uint32)
+    position = np.arange(len(words), dtype=np.uint64)
+    block, inside = np.divmod(position, np.uint64(1 << 14))
+    weights = fingerprint._odd_words(0, 1 << 14)[inside]
+    weights = weights * fingerprint._odd_words(1 << 14, 3)[block]
+    assert fingerprint.checksum(words) == f"{int((weights * words).sum()):016x}"
+    assert fingerprint.checksum(np.arange(5, dtype=np.float32)) == "c359cd8f24400000"
 
 
 def test_names_are_paths_and_never_collide():

@@ -83,9 +83,10 @@ def test_imports_lead_downwards(path: Path):
 
 @every_file
 def test_data_and_checkpoints_know_nothing_of_the_loop(path: Path):
-    if name_of(path) in ("data", "checkpoint", "checkpoint_format", "checkpoint_search"):
+    if name_of(path).startswith(("data", "checkpoint", "distributed")):
         others = own_imports(path) - {"base"}
-        assert all(other.startswith(("data", "checkpoint", "fingerprint")) for other in others)
+        known = ("data", "checkpoint", "fingerprint", "distributed")
+        assert all(other.startswith(known) for other in others)
 
 
 def test_only_the_command_line_imports_the_command_line():

@@ -1,0 +1,222 @@
+"""Many processes, one run: they start together, agree on things, and end together.
+
+All that is said here are strings in the key-value store of `jax.distributed`. No device takes part,
+so a background thread may talk while the devices train, and nothing waits without a time limit.
+With one process everything here is immediate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed as _service  # the client has no public name; Orbax does the same
+
+_T = TypeVar("_T")
+_SECONDS = 1800.0  # A process may take long (a slow disk); one that has died is noticed at once.
+_HEARTBEAT_SECONDS = 30
+
+
+class PeerFailed(RuntimeError):
+    """Another process failed or has gone; the message names it and says why, in one line."""
+
+
+def process_count() -> int:
+    """How many processes there are; asks no device."""
+    return _service.global_state.num_processes
+
+
+def process_index() -> int:
+    """Which of them this is."""
+    return _service.global_state.process_id or 0
+
+
+def is_leader() -> bool:
+    """Whether this is process 0: the one that writes logs, metrics and reports."""
+    return process_index() == 0
+
+
+def start(settings: Any = None) -> None:
+    """Joins the other processes, if there are any; must come before any use of a device.
+
+    Args:
+        settings: a dict of `coordinator` ("host:port" of process 0), `num_processes` and
+            `process_id`, each None where the cluster says so itself (Cloud TPU, SLURM, Open MPI,
+            Kubernetes); "auto": it says all three; None or False: the environment variables
+            `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` decide, and without
+            the first of them this is a single process.
+
+    Raises:
+        ValueError: settings that are none of this; a coordinator that does not answer; a cluster
+            that is not recognised.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = _settings(settings)
+    if given is None:
+        return
+    try:
+        jax.distributed.initialize(
+            given["coordinator"],
+            given["num_processes"],
+            given["process_id"],
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            initialization_timeout=int(os.environ.get("BILEVEL_FLAX_JOIN_SECONDS", "300")),
+        )
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"distributed={settings!r}: the processes could not be joined ({said}); give "
+            "coordinator=HOST:PORT of process 0, num_processes and process_id, before any use of "
+            "a device"
+        ) from error
+
+
+def _settings(settings: Any) -> dict[str, Any] | None:
+    names = ("coordinator", "num_processes", "process_id")
+    if settings == "auto":
+        return dict.fromkeys(names)
+    if isinstance(settings, Mapping):
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ValueError(f"distributed.{unknown[0]}: unknown; there are {', '.join(names)}")
+        given = {name: settings.get(name) for name in names}
+        return given if any(value is not None for value in given.values()) else None
+    if settings:
+        raise ValueError(f'distributed={settings!r}: must be "auto", a dict, or None')
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return None
+    numbers = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    count, index = (None if number is None else int(number) for number in numbers)
+    return {"coordinator": None, "num_processes": count, "process_id": index}
+
+
+class Channel:
+    """One conversation of all processes, in rounds.
+
+    Every process makes its channels with the same names and speaks on each in the same order. A
+    channel belongs to one thread.
+
+    Args:
+        name: unique among the channels of the program.
+        seconds: how long to wait for an answer.
+
+    Example:
+        >>> Channel("example").exchange({"rows": 3})  # one process
+        [{'rows': 3}]
+    """
+
+    def __init__(self, name: str, seconds: float = _SECONDS):
+        self._name, self._round = name, 0
+        self._seconds = seconds
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is process 0."""
+        return process_index() == 0
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Gives a value, gets everyone's.
+
+        Args:
+            value: anything that JSON holds.
+
+        Returns:
+            The values by process, after a round trip through JSON.
+
+        Raises:
+            PeerFailed: a process has gone, or did not answer in time.
+        """
+        text = json.dumps(value)
+        if process_count() == 1:
+            return [json.loads(text)]
+        client = _service.global_state.client
+        if client is None:
+            raise PeerFailed("jax.distributed has been shut down")
+        own, number = process_index(), self._round
+        self._round += 1
+
+        def key(process: int, number: int) -> str:
+            return f"bilevel_flax/{self._name}/{number}/{process}"
+
+        values = []
+        waited = 0
+        try:
+            client.key_value_set(key(own, number), text)
+            for process in range(process_count()):
+                waited = process
+                milliseconds = int(1000 * self._seconds)
+                values.append(client.blocking_key_value_get(key(process, number), milliseconds))
+        except Exception as error:
+            said = " ".join(str(error).split())[:160]
+            raise PeerFailed(
+                f"process {waited} of {process_count()} has gone, or gave no answer within "
+                f"{self._seconds:g} s ({said}); start all processes again: they resume"
+            ) from error
+        if number:
+            # Everyone has spoken in this round, so everyone has heard the last one.
+            client.key_value_delete(key(own, number - 1))
+        return [json.loads(value) for value in values]
+
+    def lead(self, value: _T) -> _T:
+        """Process 0's value, on every process."""
+        return self.exchange(value if self.leads else None)[0]
+
+    def together(self, function: Callable[[], Any]) -> list[Any]:
+        """Runs something on every process; if it fails on one, it fails on all.
+
+        Args:
+            function: returns what JSON holds.
+
+        Returns:
+            Everyone's result, by process.
+
+        Raises:
+            PeerFailed: it failed elsewhere only; the first such process is named.
+            Exception: whatever it raised here.
+        """
+        try:
+            outcome: dict[str, Any] = {"result": function()}
+            failure = None
+        except Exception as error:
+            failure = error
+            outcome = {"error": " ".join(str(error).split()) or type(error).__name__}
+        outcomes = self.exchange(outcome)
+        if failure is not None:
+            raise failure
+        for process, other in enumerate(outcomes):
+            if "error" in other:
+                raise PeerFailed(f"process {process}: {other['error']}")
+        return [other["result"] for other in outcomes]
+
+
+def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
+    """Makes sure that all processes are about to do the same.
+
+    Args:
+        channel: of all processes.
+        facts: names and values that must agree: the config, the sizes of the data, the seed.
+
+    Raises:
+        ValueError: a process differs from process 0; it is named, with the first values that do.
+    """
+    mine = json.loads(json.dumps(dict(facts), default=str))
+    everyone = channel.exchange(mine)
+    for process, other in enumerate(everyone):
+        names = [
+            name
+            for name in sorted(everyone[0].keys() | other.keys())
+            if everyone[0].get(name) != other.get(name)
+        ]
+        if names:
+            shown = "; ".join(
+                f"{name}: {everyone[0].get(name)!r} on process 0, {other.get(name)!r} on "
+                f"process {process}"
+                for name in names[:3]
+            )
+            raise ValueError(
+                f"the processes differ ({shown}): start all of them with the same config and data"
+            )
