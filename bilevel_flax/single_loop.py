@@ -176,7 +176,7 @@ def single_loop(
             for side, seed in enumerate(seeds)
         )
 
-    def oracle_on(state: TrainState, batch: Batch):
+    def oracle_on(state: TrainState, batch: Batch, exact_residual: bool = True):
         rngs = keys(state, batch)
         by_inner = by_outer = jnp.float32(1.0)
         shared = problem
@@ -187,8 +187,21 @@ def single_loop(
             by_outer = scale_outer[batch.outer_id]
             shared = scaled_problem(shared, by_outer, "outer")
 
-        def oracle(variables: Variables, evaluate=oracles.evaluate_all) -> oracles.Evaluation:
-            found = evaluate(shared, variables, batch, state.model_state, rngs)
+        def oracle(
+            variables: Variables, evaluate=oracles.evaluate_all, combine=None
+        ) -> oracles.Evaluation:
+            args = (variables, batch, state.model_state, rngs)
+            if shared.distributed is None or evaluate is oracles.evaluate_linear:
+                found = evaluate(shared, *args)
+            else:
+                alone = None if exact_residual else combine
+                found, sketched = shared.distributed(shared, evaluate, *args, alone, state.step)
+                if alone is not None:
+                    found = found._replace(
+                        residual=ratio(norm(found.directions.adjoint), norm(sketched))
+                    )
+            if combine is not None and found.directions is None:
+                found = found._replace(directions=combine(found.oracles))
             if found.inner_loss is not None:
                 found = found._replace(inner_loss=found.inner_loss / by_inner)
             if found.outer_loss is not None:
@@ -201,8 +214,9 @@ def single_loop(
         require_ids(batch, name, needed)
         variables = state.variables
         checks.outer_is_used(problem, variables, batch, state.model_state, keys(state, batch)[0])
+        exact = problem.distributed is None or reads_residual(transforms.adjoint, state)
         directions, estimator_state, found = estimator.update(
-            oracle_on(state, batch), variables, batch, state.estimator_state
+            oracle_on(state, batch, exact), variables, batch, state.estimator_state
         )
         norms = Variables(*(norm(direction) for direction in directions))
         finite = Variables(*(jnp.isfinite(value) for value in norms))
@@ -278,10 +292,33 @@ def single_loop(
     )
 
 
+def reads_residual(adjoint: optax.GradientTransformationExtraArgs, state: TrainState) -> bool:
+    """Whether the optimiser of v makes use of `adjoint_residual`; nothing is computed."""
+    z, v = learnable(state.inner_params), learnable(state.adjoint)
+
+    def update(residual):
+        return adjoint.update(
+            v,
+            state.adjoint_opt_state,
+            v,
+            inner_opt_state=state.inner_opt_state,
+            inner_direction=z,
+            inner_params=z,
+            adjoint_residual=residual,
+            outer_params=state.outer_params,
+        )
+
+    return oracles.uses(update, jnp.float32(1.0))[0]
+
+
 def residual(found: oracles.Oracles) -> jax.Array:
     """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞."""
     top = norm(jax.tree.map(jnp.add, found.hvp, found.outer_grad_inner))
-    bottom = norm(found.outer_grad_inner)
+    return ratio(top, norm(found.outer_grad_inner))
+
+
+def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
+    """Top / bottom; 0/0 is 0."""
     return jnp.where(
         bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
     )

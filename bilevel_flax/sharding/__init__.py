@@ -8,6 +8,7 @@ v, both optimisers' states and the estimator's tables follow z; per-sample weigh
 all devices; scalars are replicated.
 """
 
+from bilevel_flax.sharding.data_parallel import data_parallel
 from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share, make_mesh, mesh_shape
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.state import batch_shardings, state_shardings, state_specs
@@ -17,6 +18,7 @@ __all__ = [
     "BATCH_AXES",
     "batch_share",
     "batch_shardings",
+    "data_parallel",
     "make_mesh",
     "mesh_shape",
     "param_specs",

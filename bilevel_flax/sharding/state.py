@@ -127,11 +127,11 @@ def state_shardings(
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
         >>> problem = bf.Problem(lambda z, x, b: ((z - x) ** 2).sum(), lambda z, x, b: z.sum())
         >>> solver = bf.soba(problem, inner=optax.adam(0.1), outer=optax.sgd(0.1))
-        >>> state = jax.eval_shape(solver.init, jnp.zeros((64, 64)), jnp.zeros(()))
+        >>> state = jax.eval_shape(solver.init, jnp.zeros((32, 64)), jnp.zeros(()))
         >>> mesh = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "tensor"))
         >>> shardings = state_shardings(state, mesh, None, problem)
         >>> shardings.adjoint.spec, shardings.adjoint_opt_state[0].nu.spec
-        (P('fsdp'), P('fsdp'))
+        (P(None, 'fsdp'), P(None, 'fsdp'))
     """
     specs = state_specs(state, mesh, rules, problem)
 

@@ -40,8 +40,8 @@ def estimator() -> Estimator:
 
     def update(oracle, variables, batch, state):
         del batch
-        found = oracle(variables)
-        return directions(found.oracles), state, found
+        found = oracle(variables, combine=directions)
+        return found.directions, state, found
 
     return Estimator(init=lambda variables: (), update=update)
 

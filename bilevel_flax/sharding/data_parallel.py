@@ -1,0 +1,330 @@
+"""The oracles of a step on many devices, with one reduction at the end.
+
+Left alone, XLA's partitioner reduces every backprop where it ends: twice for the
+Hessian-vector product, and once for each of the gradients, 3.9 times the parameters' bytes in all.
+But whatever a method needs is linear in the losses. So each device computes on its share of the
+minibatch, the directions are put together there, and what is reduced is (D_z, D_v, D_x): twice the
+parameters' bytes, in one phase. Methods with a memory get the oracles themselves, three times.
+
+With fsdp > 1, z and v are gathered once (by parameters and tangents together), and the sums are
+scattered to the devices that keep the part in question.
+
+Only this runs inside `jax.shard_map`. Optimisers, tables and norms follow outside of it, on global
+arrays, so that any Optax transformation gives what it gives on one device.
+
+A share's losses are means over its own examples; the whole's are means of these, weighted by the
+number of real examples (`batch["mask"]`). That needs losses that are means over examples plus
+terms without any: see `decomposition` for a check, `BATCH_AXES` for BatchNorm's `axis_name`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from bilevel_flax import oracles, rows
+from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
+from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
+from bilevel_flax.sharding.named_axes import bound
+from bilevel_flax.sharding.rules import param_specs
+from bilevel_flax.sharding.sketch import sketch
+from bilevel_flax.sharding.state import batch_spec
+
+_EVERYWHERE = PartitionSpec()
+_BY_EXAMPLE = PartitionSpec(BATCH_AXES)
+
+
+def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
+    """The problem with its oracles computed in shares of the minibatch, reduced once.
+
+    Make the solver from what this returns. Its `init` and `update` are then to be jitted with
+    the shardings of `state_shardings` and `batch_shardings`.
+
+    Args:
+        problem: whose losses are means over the examples of a minibatch, beside terms without
+            examples (penalties). BatchNorm needs `axis_name=BATCH_AXES` in the model, and then
+            normalises by the statistics of the whole minibatch. Losses of this kind may be
+            evaluated outside of the step as well: there the axes have one member.
+        mesh: from `make_mesh`, tensor = 1.
+        rules: as for `state_shardings`.
+
+    Returns:
+        A problem for `soba`, `saba`, `srba`, `auto` ... on that mesh. Nested methods, and
+        `saba(memory="compact")`, evaluate it as any other problem on global arrays.
+
+    Raises:
+        ValueError: the mesh has tensor > 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: jnp.mean((z - x * batch) ** 2),
+        ...     outer_loss=lambda z, x, batch: jnp.mean((z - batch) ** 2),
+        ... )
+        >>> mesh = bf.sharding.make_mesh("data=1", jax.devices()[:1])
+        >>> problem = bf.sharding.data_parallel(problem, mesh)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.zeros(()), jnp.ones(()))
+        >>> state, info = jax.jit(solver.update)(state, bf.Batch(jnp.ones(4), jnp.ones(4)))
+        >>> round(float(state.inner_params), 2)
+        0.2
+    """
+    if mesh.shape["tensor"] > 1:
+        raise ValueError(
+            f"data_parallel takes no mesh with tensor={mesh.shape['tensor']}: tensor parallelism "
+            "is left to XLA's partitioner; use the problem as it is"
+        )
+    axes = tuple(name for name in BATCH_AXES if mesh.shape[name] > 1)
+
+    def distributed(*args, **kwargs):
+        return _evaluate(mesh, axes, rules, *args, **kwargs)
+
+    return dataclasses.replace(
+        problem,
+        inner_loss=bound(problem.inner_loss, BATCH_AXES),
+        outer_loss=bound(problem.outer_loss, BATCH_AXES),
+        distributed=distributed,
+    )
+
+
+def _evaluate(
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    rules: Any,
+    problem: Problem,
+    evaluate: Callable,
+    variables: Any,
+    batch: Batch,
+    model_state: PyTree,
+    rngs: tuple,
+    combine: Callable | None,
+    seed: jax.Array,
+):
+    """`Problem.distributed`; see `base.Problem`."""
+    points, treedef = jax.tree.flatten(variables, is_leaf=lambda n: isinstance(n, Variables))
+    z = points[0].inner
+    like_z = jax.tree.leaves(param_specs(z, mesh, rules))
+    specs = jax.tree.unflatten(jax.tree.structure(z), like_z)
+    # Per-sample leaves: the minibatch's rows go in, and its rows come out.
+    flags = rows.map_prefix(problem.per_sample, lambda _: True, lambda _: False, points[0].outer)
+    x_specs = jax.tree.map(lambda flag: _BY_EXAMPLE if flag else _EVERYWHERE, flags)
+    gathered = [
+        point._replace(outer=_rows_of(problem, point.outer, batch, mesh)) for point in points
+    ]
+    data = {"inner": batch.inner, "outer": batch.outer}
+    data_specs = jax.tree.map_with_path(
+        lambda path, leaf: batch_spec(jax.tree_util.keystr(path), leaf.shape, mesh), data
+    )
+    by_row = rows.has_rows(problem.per_sample) and batch.inner is not None
+    shape = {}
+
+    def on_share(points, data, model_state, rngs, seed):
+        whole = [
+            Variables(_gathered(point.inner, like_z), _gathered(point.adjoint, like_z), point.outer)
+            for point in points
+        ]
+        real, data = {}, dict(data)
+        for side, part in data.items():
+            real[side] = _share(part, axes, mesh)
+        if by_row:
+            count = data["inner"]["index"].shape[0]
+            data["inner"] = data["inner"] | {"index": jnp.arange(count, dtype=jnp.int32)}
+        if axes:
+            rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
+        found = evaluate(
+            problem,
+            jax.tree.unflatten(treedef, whole),
+            Batch(data["inner"], data["outer"]),
+            model_state,
+            rngs,
+        )
+        found = _weighted(found, problem, real)
+        sketched = None
+        if combine is not None:
+            sketched = sketch(found.oracles.outer_grad_inner, seed)
+            found = found._replace(oracles=Oracles(*(None,) * 5), directions=combine(found.oracles))
+        parts, shape["join"] = _taken_apart((found, sketched), jax.tree.structure(z))
+        return parts | _reduced(parts, like_z, axes)
+
+    out_specs = {"like_z": like_z, "by_row": _BY_EXAMPLE, "rest": _EVERYWHERE}
+    point_specs = [Variables(specs, specs, x_specs) for _ in points]
+    parts = jax.shard_map(
+        on_share,
+        mesh=mesh,
+        in_specs=(point_specs, data_specs, _EVERYWHERE, _EVERYWHERE, _EVERYWHERE),
+        out_specs=out_specs,
+        check_vma=False,
+    )(gathered, data, model_state, rngs, seed)
+    found, sketched = shape["join"](parts)
+    if by_row:
+        index = rows.wrap(problem.per_sample, gathered[0].outer, points[0].outer, batch.inner)
+        found = _relabelled(found, index)
+    return found, sketched
+
+
+def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:
+    """X with the minibatch's rows of each per-sample leaf; F alone sees none of them."""
+    if batch.inner is not None:
+        return rows.gather(problem.per_sample, x, batch.inner)
+    none = lambda leaf: jnp.zeros((batch_share(mesh), *leaf.shape[1:]), leaf.dtype)
+    return rows.map_prefix(problem.per_sample, none, lambda leaf: leaf, x)
+
+
+def _gathered(tree: PyTree, specs: list) -> PyTree:
+    """The leaves' parts on all devices put together."""
+    leaves, treedef = jax.tree.flatten(tree)
+    for i, spec in enumerate(specs):
+        for axis, entry in enumerate(spec):
+            if entry is not None:
+                leaves[i] = lax.all_gather(leaves[i], entry, axis=axis, tiled=True)
+    return treedef.unflatten(leaves)
+
+
+def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
+    """This device's share of the real examples; a number where there is no mask."""
+    if not axes or part is None:
+        return 1.0
+    if isinstance(part, dict) and "mask" in part:
+        mine = jnp.sum(part["mask"].astype(jnp.float32))
+        return mine / jnp.maximum(lax.psum(mine, axes), 1)
+    return 1.0 / batch_share(mesh)
+
+
+def _times(tree: PyTree, share: Any) -> PyTree:
+    def scaled(leaf):
+        if not oracles.is_inexact(leaf):
+            return leaf
+        out = leaf * jnp.asarray(share, leaf.dtype)
+        # A share of padding alone has no say, not even that of a mean over nothing.
+        return out if isinstance(share, float) else jnp.where(share > 0, out, 0)
+
+    return jax.tree.map(scaled, tree)
+
+
+def _weighted(found: Any, problem: Problem, real: dict[str, Any]) -> Any:
+    """An evaluation on a share, times the share: what is left to do is to add up."""
+    inner, outer = real["inner"], real["outer"]
+    values = found.oracles
+    moved = outer if problem.outer_updates_state else inner
+    metrics = {
+        name: _times(jnp.asarray(value, jnp.result_type(value, jnp.float32)), real[name[:5]])
+        for name, value in found.metrics.items()
+    }
+    return found._replace(
+        oracles=Oracles(
+            _times(values.inner_grad, inner),
+            _times(values.hvp, inner),
+            _times(values.cross_jvp, inner),
+            _times(values.outer_grad_inner, outer),
+            _times(values.outer_grad_outer, outer),
+        ),
+        inner_loss=_times(found.inner_loss, inner),
+        outer_loss=_times(found.outer_loss, outer),
+        model_state=_times(found.model_state, moved) if problem.stateful else None,
+        metrics=metrics,
+    )
+
+
+_LIKE_Z = ("inner_grad", "hvp", "outer_grad_inner")
+
+
+def _taken_apart(tree: Any, z_structure: Any) -> tuple[dict, Callable]:
+    """What is like z (by leaf), what belongs to examples, and the rest; and the way back."""
+    found, sketched = tree
+    values, combined = found.oracles, found.directions
+    whole = {name: getattr(values, name) for name in _LIKE_Z}
+    if combined is not None:
+        whole |= {"d_z": combined.inner, "d_v": combined.adjoint}
+    whole = {name: tree for name, tree in whole.items() if tree is not None}
+    other = found._replace(
+        oracles=values._replace(**dict.fromkeys(_LIKE_Z)),
+        directions=None if combined is None else combined.outer,
+    )
+    leaves, treedef = jax.tree.flatten((other, sketched), is_leaf=rows.is_rows)
+    columns = [z_structure.flatten_up_to(tree) for tree in whole.values()]
+    parts = {
+        "like_z": [list(row) for row in zip(*columns, strict=True)]
+        or [[] for _ in range(z_structure.num_leaves)],
+        "by_row": [leaf.values for leaf in leaves if rows.is_rows(leaf)],
+        "rest": [leaf for leaf in leaves if not rows.is_rows(leaf)],
+    }
+    where = [rows.is_rows(leaf) for leaf in leaves]
+
+    def join(parts):
+        by_row, rest = iter(parts["by_row"]), iter(parts["rest"])
+        joined = [
+            Rows(jnp.zeros(0, jnp.int32), next(by_row)) if is_rows else next(rest)
+            for is_rows in where
+        ]
+        other, sketched = treedef.unflatten(joined)
+        back = {
+            name: z_structure.unflatten([row[i] for row in parts["like_z"]])
+            for i, name in enumerate(whole)
+        }
+        d_z, d_v = back.pop("d_z", None), back.pop("d_v", None)
+        combined = None if d_z is None else Variables(d_z, d_v, other.directions)
+        values = other.oracles._replace(**back)
+        return other._replace(oracles=values, directions=combined), sketched
+
+    return parts, join
+
+
+def _reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
+    """The sums over all devices, each leaf of z to those that keep it; in one phase."""
+    if not axes:
+        return parts
+    pending: dict[tuple, list] = {}  # axes that are left -> (place, array)
+
+    def put(place, leaf, names):
+        pending.setdefault(tuple(names), []).append((place, leaf))
+
+    for i, (row, spec) in enumerate(zip(parts["like_z"], like_z, strict=True)):
+        for j, leaf in enumerate(row):
+            if not oracles.is_inexact(leaf):
+                continue
+            left = list(axes)
+            for axis, entry in enumerate(spec):
+                names = (entry,) if isinstance(entry, str) else entry or ()
+                names = tuple(name for name in names if name in left)
+                if names:
+                    leaf = lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
+                    left = [name for name in left if name not in names]
+            put(("like_z", i, j), leaf, left)
+    for i, leaf in enumerate(parts["rest"]):
+        if oracles.is_inexact(leaf):
+            put(("rest", i), leaf, axes)
+    out = {"like_z": [list(row) for row in parts["like_z"]], "rest": list(parts["rest"])}
+    for names, entries in pending.items():
+        arrays = [leaf for _, leaf in entries]
+        for (place, _), leaf in zip(
+            entries, lax.psum(arrays, names) if names else arrays, strict=True
+        ):
+            if place[0] == "rest":
+                out["rest"][place[1]] = leaf
+            else:
+                out["like_z"][place[1]][place[2]] = leaf
+    return out
+
+
+def _relabelled(found: Any, labelled: PyTree) -> Any:
+    """The rows of every per-sample leaf with their places among all samples."""
+
+    def relabel(node, label):
+        return Rows(label.index, node.values) if rows.is_rows(node) else node
+
+    def on(tree):
+        if tree is None:
+            return None
+        return jax.tree.map(relabel, tree, labelled, is_leaf=rows.is_rows)
+
+    values = found.oracles._replace(cross_jvp=on(found.oracles.cross_jvp))
+    combined = found.directions
+    if combined is not None:
+        combined = combined._replace(outer=on(combined.outer))
+    return found._replace(oracles=values, directions=combined)
