@@ -249,15 +249,20 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
         compiled = jax.jit(function, donate_argnums=donated).lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
-    problem = bf.Problem(loss, lambda z, x, batch: loss(z, 0.0 * x, batch))
+    def problem(microbatches):
+        outer = lambda z, x, batch: loss(z, 0.0 * x, batch)
+        return bf.Problem(loss, outer, microbatches=microbatches)
+
     opt_state = jax.eval_shape(optimizer.init, params)
     found = {"plain": mebibytes(plain, (0, 1), params, opt_state, x, tokens)}
-    for name, settings in (
-        ("auto", {}),
-        ("auto, fraction=.5", {"fraction": 0.5}),
-        ("auto, fraction=.25", {"fraction": 0.25}),
+    for name, count, settings in (
+        ("auto", 1, {}),
+        ("auto, microbatches=2", 2, {}),
+        ("auto, microbatches=4", 4, {}),
+        ("auto, fraction=.5", 1, {"fraction": 0.5}),
+        ("auto, fraction=.25", 1, {"fraction": 0.25}),
     ):
-        solver = bf.auto(problem, inner=optimizer, steps=100, **settings)
+        solver = bf.auto(problem(count), inner=optimizer, steps=100, **settings)
         state = jax.eval_shape(solver.init, params, x)
         found[name] = mebibytes(solver.update, (0,), state, bf.Batch(tokens, tokens))
     return found
