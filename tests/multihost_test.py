@@ -1,0 +1,178 @@
+"""Two processes with four devices each, on this machine, for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+class Groups:
+    """Runs jobs in groups of processes; see `process_groups.py`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._count = 0
+        self._process = subprocess.Popen(
+            [sys.executable, HERE / "process_groups.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=HERE.parent,
+            env=os.environ
+            | {
+                "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
+        )
+
+    def __call__(
+        self, job: str, *arguments: object, count: int = 2, devices: int = 4
+    ) -> tuple[list[int], list[str]]:
+        """Exit codes and outputs, by process."""
+        self._count += 1
+        log = self.folder / f"log{self._count}"
+        order = {
+            "job": f"multihost_jobs:{job}",
+            "arguments": [str(a) if isinstance(a, Path) else a for a in arguments],
+            "count": count,
+            "devices": devices,
+            "log": str(log),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        codes = json.loads(self._process.stdout.readline())
+        return codes, [Path(f"{log}.{process}").read_text() for process in range(count)]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Groups]:
+    made = Groups(tmp_path_factory.mktemp("groups"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def saved(groups: Groups) -> Path:
+    """Checkpoints of steps 2 and 3, saved by 2 processes on a 2x4 mesh."""
+    folder = groups.folder / "saved"
+    codes, outputs = groups("save", folder, "2x4", 3)
+    assert codes == [0, 0], outputs
+    # Both processes read them again too, on 2x4 and on 4x2.
+    assert outputs == ["saved ['2', '3']\n"] * 2
+    return folder
+
+
+def test_every_process_has_written_its_shards(saved: Path):
+    for process in (0, 1):
+        files = list((saved / "3" / "state" / f"ocdbt.process_{process}" / "d").iterdir())
+        assert files
+        assert sum(file.stat().st_size for file in files) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count", "devices"),
+    [("4x2", 1, 8), ("2x4", 1, 8), ("2x2", 2, 2), (None, 1, 1)],
+    ids=["1 process 4x2", "1 process 2x4", "2 processes 2x2", "1 device"],
+)
+def test_it_comes_back_bit_for_bit_elsewhere(
+    mesh: str | None, count: int, devices: int, groups: Groups, saved: Path
+):
+    codes, outputs = groups("restore", mesh, saved, count=count, devices=devices)
+    assert codes == [0] * count, outputs
+    assert outputs == ["restored 3 from saved\n"] * count
+
+
+def test_many_processes_read_what_one_has_saved(groups: Groups):
+    folder = groups.folder / "by one"
+    codes, outputs = groups("save", folder, "4x2", 1, count=1, devices=8)
+    assert codes == [0], outputs
+    codes, outputs = groups("restore", "2x4", folder)
+    assert (codes, outputs) == ([0, 0], ["restored 1 from by one\n"] * 2)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped": lambda step: flip(largest(step / "state" / "ocdbt.process_1")),
+    "truncated": lambda step: os.truncate(largest(step / "state" / "ocdbt.process_1"), 100),
+    "shard deleted": lambda step: largest(step / "state" / "ocdbt.process_1").unlink(),
+    "process deleted": lambda step: shutil.rmtree(step / "state" / "ocdbt.process_1"),
+    "metadata emptied": lambda step: os.truncate(step / "meta" / "metadata", 0),
+    "tree emptied": lambda step: os.truncate(step / "state" / "_METADATA", 0),
+}
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 4), (1, 8)])
+def test_damage_is_found_by_all_and_the_previous_step_restored(
+    count: int, devices: int, groups: Groups, saved: Path
+):
+    folders = []
+    for name, damage in DAMAGES.items():
+        folders.append(groups.folder / f"{name}, {count}")
+        shutil.copytree(saved, folders[-1])
+        damage(folders[-1] / "3")
+    codes, outputs = groups("restore", "2x4", *folders, count=count, devices=devices)
+    assert codes == [0] * count, outputs
+    for output in outputs:
+        lines = output.splitlines()
+        assert len(lines) == 2 * len(folders), output
+        for folder, said, restored in zip(folders, lines[::2], lines[1::2], strict=True):
+            assert said.startswith("event: The checkpoint of step 3 is damaged: "), said
+            assert "moved to" in said
+            assert restored == f"restored 2 from {folder.name}"
+
+
+def test_another_model_is_one_line_on_every_process(groups: Groups, saved: Path):
+    codes, outputs = groups("restore_another_model", saved, "2x4")
+    assert codes == [1, 1]
+    for output in outputs:
+        assert output.count("\n") == 1
+        assert (
+            "leaf 'v': the model expects float32[16, 32], the checkpoint has float32[16" in output
+        )
+    assert (saved / "3").is_dir()
+
+
+def test_a_disk_that_is_full_for_one_process_loses_nothing(groups: Groups):
+    codes, outputs = groups("fail_on_one", groups.folder / "full")
+    assert codes == [0, 0], outputs
+    for output in outputs:
+        event, steps = output.splitlines()
+        assert "The checkpoint of step 2 was not saved: " in event
+        assert "no space left on the disk" in event
+        assert steps == "steps ['1', '3', '4']"
+
+
+def test_processes_that_differ_or_fail_alone_all_exit_with_one_line(groups: Groups):
+    codes, outputs = groups("check_same", [1, 2])
+    assert codes == [1, 1]
+    assert all("seed: 1 on process 0, 2 on process 1" in output for output in outputs)
+    codes, outputs = groups("fail_alone")
+    assert codes == [1, 1]
+    assert all("data.manual_dir='elsewhere': no such folder" in output for output in outputs)
+    assert all(output.count("\n") == 1 for output in outputs)
