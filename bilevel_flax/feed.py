@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel_flax import data
 from bilevel_flax.base import PyTree
+from bilevel_flax.sharding import Layout
 
 _CHUNK_BYTES = 64 * 2**20  # of streamed data; two chunks wait while one computes
 
@@ -26,21 +27,40 @@ def minibatch(batches: PyTree, position: jax.Array) -> PyTree:
 class Feed:
     """The minibatches of one side, on the device at once or streamed in aligned chunks.
 
+    Args:
+        finite_sum: the data, on the host.
+        sampler: which minibatch comes when.
+        on_device: at once, or streamed.
+        most_steps: in a chunk of updates.
+        layout: of devices; None: one device.
+
     Attributes:
         batches: what the compiled chunk indexes, leaves [rows, batch, ...].
     """
 
     def __init__(
-        self, finite_sum: data.FiniteSum, sampler: data.Sampler, on_device: bool, most_steps: int
+        self,
+        finite_sum: data.FiniteSum,
+        sampler: data.Sampler,
+        on_device: bool,
+        most_steps: int,
+        layout: Layout | None = None,
     ):
         self._sum, self._sampler, self._on_device = finite_sum, sampler, on_device
+        self._layout = layout
         self.batches: PyTree = None
         self._chunk = -1
         self._stream: Any = None
         per_step = sampler.per_step * finite_sum.nbytes // finite_sum.num_batches
         self.capacity = int(np.clip(_CHUNK_BYTES // max(1, per_step), 1, most_steps))
         if on_device:
-            self.batches = jax.device_put(finite_sum.batches)
+            self.batches = self.placed()
+
+    def placed(self, ids: np.ndarray | None = None) -> PyTree:
+        """The minibatches `ids`, or all, on the devices; leaves [*ids.shape, batch, ...]."""
+        if self._layout is not None:
+            return self._layout.place_batches(self._sum.batches, ids)
+        return jax.device_put(self._sum.batches if ids is None else data.gather(self._sum, ids))
 
     def seek(self, step: int) -> int:
         """Makes the minibatches of update `step` available; returns the first update without."""
@@ -50,7 +70,7 @@ class Feed:
         if chunk != self._chunk:
             if self._stream is None or chunk != self._chunk + 1:
                 self.close()
-                self._stream = data.chunks(self._sum, self._aligned(chunk))
+                self._stream = data.Prefetcher(self.placed, self._aligned(chunk))
             self.batches = None  # frees the chunk before
             self.batches = next(self._stream)
             self._chunk = chunk

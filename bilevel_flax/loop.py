@@ -18,6 +18,7 @@ import numpy as np
 from bilevel_flax import data
 from bilevel_flax.base import Batch, BilevelSolver, Info, TrainState
 from bilevel_flax.feed import Feed, minibatch
+from bilevel_flax.sharding import Layout, batch_share
 
 
 def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -38,6 +39,11 @@ class Loop:
         on_device: keep all data on the device (True), stream it (False), or decide by size (None).
         capacity: the most steps in a chunk.
         target_seconds: how long a chunk should take, so that signals and logs are served.
+        layout: where state and minibatches lie on many devices: hand over states placed by
+            `layout.place_state`. None: on JAX's default device.
+
+    Raises:
+        ValueError: the layout's devices do not divide a minibatch.
 
     Attributes:
         CLOCKS: the names of the three clocks below.
@@ -61,9 +67,14 @@ class Loop:
         on_device: bool | None = None,
         capacity: int = 1000,
         target_seconds: float = 0.5,
+        layout: Layout | None = None,
     ):
+        if layout is not None:
+            for name, side in (("inner", inner), ("outer", outer)):
+                layout.batches(side.batches, name=f"the {name} data ")
         if on_device is None:
-            on_device = data.fits_on_device(inner.nbytes + outer.nbytes)
+            shares = 1 if layout is None else batch_share(layout.mesh)
+            on_device = data.fits_on_device((inner.nbytes + outer.nbytes) // shares)
         sums, seeds = (inner, outer), (2 * seed, 2 * seed + 1)
         self.samplers = tuple(
             data.Sampler(finite_sum.num_batches, side_seed, per_step)
@@ -73,9 +84,10 @@ class Loop:
         self.compile_seconds = self.seconds = self.cpu_seconds = 0.0
         self._solver, self._sums = solver, sums
         self._feeds = tuple(
-            Feed(finite_sum, sampler, on_device, capacity)
+            Feed(finite_sum, sampler, on_device, capacity, layout)
             for finite_sum, sampler in zip(sums, self.samplers, strict=True)
         )
+        self._layout = layout
         self._capacity = capacity
         self._target_seconds = target_seconds
         self._count = 1  # the next chunk's length, adapted to the measured speed
@@ -99,7 +111,7 @@ class Loop:
         """
         if self._chunk is None:
             args = self.arguments(start, start + 1)
-            self._chunk = self._compiled(self._make_chunk(), state, *args)
+            self._chunk = self._compiled(self._make_chunk(), state, *args, returns_more=True)
 
     def run(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, Info]:
         """Updates from `state.step == start`, at most up to `stop`: one chunk.
@@ -138,7 +150,7 @@ class Loop:
         """
         self.compile(state, start)
         args = self.arguments(start, start + min(steps, self._capacity))
-        copy = jax.block_until_ready(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state))
+        copy = jax.block_until_ready(self._copied(state))
         (copy, _, done), seconds = clocked(lambda: self._chunk(copy, *args))
         return copy, int(done), seconds
 
@@ -161,9 +173,9 @@ class Loop:
             chosen = np.minimum(
                 first + np.arange(self._feeds[side].capacity), len(self._sums[side].weights) - 1
             )
-            batches = jax.device_put(data.gather(self._sums[side], chosen))
+            batches = self._feeds[side].placed(chosen)
             rows = self._padded(np.arange(count, dtype=np.int32))
-        args = (batches, rows, ids, np.int32(count))
+        args = (batches, *self._everywhere(rows, ids, np.int32(count)))
         name = ("inner", "outer")[side]
         if name not in self._passes:
             self._passes[name] = self._compiled(self._make_pass(name), state, *args)
@@ -183,7 +195,8 @@ class Loop:
         stop = min([stop, *(feed.seek(start) for feed in self._feeds)])
         positions = [values for feed in self._feeds for values in feed.positions(start, stop)]
         padded = [self._padded(values) for values in positions]
-        return *(feed.batches for feed in self._feeds), *padded, np.int32(stop - start)
+        rest = self._everywhere(*padded, np.int32(stop - start))
+        return *(feed.batches for feed in self._feeds), *rest
 
     def close(self) -> None:
         """Ends the background threads of streamed data."""
@@ -195,16 +208,39 @@ class Loop:
         out[: len(values)] = values
         return out
 
-    def _compiled(self, function, *args):
+    def _everywhere(self, *values: Any) -> tuple:
+        return values if self._layout is None else tuple(self._layout.place_everywhere(values))
+
+    def _copied(self, state: TrainState) -> TrainState:
+        if self._layout is None:
+            return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+        copy = functools.partial(jax.tree.map, jnp.copy)
+        return jax.jit(copy, out_shardings=self._layout.state(state))(state)
+
+    def _compiled(self, function, state, *args, returns_more: bool = False):
         # Compiled ahead of time: the seconds are known, and a second trace is an error, not a
         # slow run.
         began = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=0).lower(*args).compile()
+        pinned = {}
+        if self._layout is not None:
+            here, everywhere = self._layout.state(state), self._layout.everywhere
+            others = jax.tree.map(lambda leaf: leaf.sharding, args)
+            out = jax.eval_shape(function, state, *args)
+            pinned["in_shardings"] = (here, *others)
+            pinned["out_shardings"] = (
+                here if isinstance(out, TrainState) else (here, everywhere, everywhere)
+            )
+        compiled = jax.jit(function, donate_argnums=0, **pinned).lower(state, *args).compile()
         self.compile_seconds += time.perf_counter() - began
         return compiled
 
+    def _settled(self, state: TrainState) -> TrainState:
+        # XLA is free to choose where a loop's carry lies; it must not move it there and back.
+        return state if self._layout is None else self._layout.constrained(state)
+
     def _make_chunk(self):
         solver, capacity = self._solver, self._capacity
+        settled = self._settled
 
         def chunk(state, inner, outer, inner_rows, inner_ids, outer_rows, outer_ids, count):
             # Inlined, and traced once for both of its uses below.
@@ -216,7 +252,8 @@ class Loop:
                     inner_ids[i],
                     outer_ids[i],
                 )
-                return solver.update(state, batch)
+                state, info = solver.update(state, batch)
+                return settled(state), info
 
             _, one = jax.eval_shape(update, jnp.int32(0), state)
             infos = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
@@ -240,12 +277,12 @@ class Loop:
         return chunk
 
     def _make_pass(self, side: str):
-        solver = self._solver
+        solver, settled = self._solver, self._settled
 
         def full_pass(state, batches, rows, ids, count):
             def body(i, state):
                 one = minibatch(batches, rows[i])
-                return solver.refresh(state, Batch(**{side: one, f"{side}_id": ids[i]}))
+                return settled(solver.refresh(state, Batch(**{side: one, f"{side}_id": ids[i]})))
 
             return jax.lax.fori_loop(0, count, body, state)
 

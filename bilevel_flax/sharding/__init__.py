@@ -9,6 +9,8 @@ all devices; scalars are replicated.
 """
 
 from bilevel_flax.sharding.data_parallel import data_parallel
+from bilevel_flax.sharding.decomposition import decomposition
+from bilevel_flax.sharding.layout import Layout, examples_here
 from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share, make_mesh, mesh_shape
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.state import batch_shardings, state_shardings, state_specs
@@ -16,9 +18,12 @@ from bilevel_flax.sharding.state import batch_shardings, state_shardings, state_
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "Layout",
     "batch_share",
     "batch_shardings",
     "data_parallel",
+    "decomposition",
+    "examples_here",
     "make_mesh",
     "mesh_shape",
     "param_specs",

@@ -1,0 +1,87 @@
+"""Whether the loss of a minibatch is the mean of the losses of its shares.
+
+One reduction a step needs that. It holds for means over examples plus terms without examples, not
+for weights normalised over the minibatch, contrastive losses or BatchNorm without an `axis_name`.
+Losses that draw random numbers (dropout) draw others in each share, so that no check can tell.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bilevel_flax import oracles
+from bilevel_flax.base import Batch, Problem, PyTree
+from bilevel_flax.oracles import losses
+from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
+from bilevel_flax.sharding.named_axes import bound
+
+_TOLERANCE = 1e-4
+_COARSE = 1e-2  # of losses computed in bfloat16
+
+
+def decomposition(
+    problem: Problem,
+    mesh: Mesh,
+    inner_params: PyTree,
+    outer_params: PyTree,
+    batch: Batch,
+    *,
+    model_state: PyTree = None,
+    rng: jax.Array | None = None,
+) -> str:
+    """Why the losses do not decompose over the mesh's shares of a minibatch; "" where they do.
+
+    Both losses are evaluated once on the whole and once in shares.
+
+    Args:
+        problem: as the user wrote it.
+        mesh: from `make_mesh`.
+        inner_params: z.
+        outer_params: x.
+        batch: a pair of minibatches.
+        model_state: of a stateful problem.
+        rng: its key.
+    """
+    if batch_share(mesh) == 1:
+        return ""
+
+    def evaluated(make, side, z, x, model_state):
+        def loss(part):
+            value, z_split, x_split, *_ = make(problem, z, x, part, model_state, rng)
+            return value(z_split.leaves, x_split.leaves)[0].astype(jnp.float32)
+
+        shares = tuple(mesh.shape[name] for name in BATCH_AXES)
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(*shares, -1, *leaf.shape[1:]) if leaf.ndim else leaf, side
+        )
+        in_axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, side)
+        each = loss
+        for name in reversed(BATCH_AXES):
+            each = jax.vmap(each, (in_axes,), axis_name=name)
+        weight = jnp.ones(shares)
+        if isinstance(parts, dict) and "mask" in parts:
+            weight = parts["mask"].sum(-1)
+        # Where a share is padding alone its loss may be anything.
+        values = jnp.where(weight > 0, each(parts) * weight, 0.0)
+        return bound(loss, BATCH_AXES)(side), values.sum() / weight.sum()
+
+    for name, make, side in (
+        ("inner_loss", losses.inner, batch.inner),
+        ("outer_loss", losses.outer, batch.outer),
+    ):
+        run = jax.jit(evaluated, static_argnums=0)
+        whole, mean = map(float, run(make, side, inner_params, outer_params, model_state))
+        coarse = problem.compute_dtype is not None or any(
+            leaf.dtype.itemsize < 4
+            for leaf in jax.tree.leaves(inner_params)
+            if oracles.is_inexact(leaf)
+        )
+        limit = (_COARSE if coarse else _TOLERANCE) * max(abs(whole), 1e-6)
+        if not abs(whole - mean) <= limit:
+            return (
+                f"{name} of a minibatch is {whole:.6g}, but the mean over its "
+                f"{batch_share(mesh)} shares is {mean:.6g}"
+            )
+    return ""
