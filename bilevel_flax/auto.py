@@ -9,7 +9,7 @@ SOBA's directions (see `solvers/soba.py`) with, each for a measured reason (`doc
 * a damping of v that follows its residual: none where Hv is exact, enough where the noise of Hv
   or negative curvature has the better of it;
 * ‖v‖ bounded, so that an inner step at the edge of stability stops v from growing, not the run;
-* on request a part of the minibatch, or every k-th step only, for v and x (`thrifty.py`).
+* on request v in every k-th step only, or v and x on a part of the minibatch (`thrifty.py`).
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def auto(
     damping: float | None = None,
     fraction: float = 1.0,
     every: int = 1,
+    adjoint_every: int = 1,
     estimator: Estimator | None = None,
     outer: optax.GradientTransformation | None = None,
     adjoint: optax.GradientTransformation | None = None,
@@ -83,18 +84,21 @@ def auto(
             (`adjoint.self_damped`).
         fraction: share 1/m of the examples that D_v and D_x use.
         every: k, v and x move in every k-th step.
-        estimator: takes the place of SOBA's, e.g. with memory; refused together with `fraction`
-            and `every`, whose noise its memory cannot remove.
+        adjoint_every: m, v moves in every m-th of these only.
+        estimator: takes the place of SOBA's, e.g. with memory; refused together with a cheaper
+            step.
         outer: takes the place of x's optimiser.
         adjoint: takes the place of v's, e.g. `adjoint.like_inner(inner)`.
         inner_weights: as `single_loop`.
         outer_weights: as `single_loop`.
 
     Returns:
-        A `BilevelSolver`; `units`, its cost, is 1 + 3·fraction/every gradient units a step.
+        A `BilevelSolver`; `units` is its cost, in gradient units a step (`thrifty.units`).
 
     Raises:
-        ValueError: an argument out of range; `estimator` together with `fraction` or `every`.
+        ValueError: an argument out of range; `estimator` together with a cheaper step;
+            `fraction` together with `adjoint_every`; at trace time `adjoint_every` for losses
+            without forward mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
@@ -127,11 +131,11 @@ def auto(
         if not value >= 0:
             raise ValueError(f"{name}={value} must be >= 0")
     if estimator is None:
-        chosen = thrifty.estimator(fraction, every)
-    elif thrifty.units(fraction, every) < 4:
+        chosen = thrifty.estimator(fraction, every, adjoint_every)
+    elif thrifty.units(fraction, every, adjoint_every) < 4:
         raise ValueError(
-            f"fraction={fraction}, every={every} with an estimator of your own: blocks drawn anew "
-            "are noise that its memory cannot remove; leave one of them out"
+            f"fraction={fraction}, every={every}, adjoint_every={adjoint_every} with an estimator "
+            "of your own: its memory cannot tell left out from zero; leave one of them out"
         )
     else:
         chosen = estimator
@@ -156,7 +160,7 @@ def auto(
         chosen,
         inner=inner,
         outer=thrifty.gated(outer, every),
-        adjoint=thrifty.gated(moves_v, every),
+        adjoint=thrifty.gated(moves_v, every * adjoint_every),
         inner_weights=inner_weights,
         outer_weights=outer_weights,
         name="auto",

@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 # p and d: entries of z and x; N and M: inner and outer minibatches; T inner and S adjoint steps.
 ROWS = (
-    Row("auto", "1+3s/k", "as soba", "deep networks: nothing to tune; s and k: fraction=, every="),
+    Row("auto", "1+3s/k", "as soba", "deep networks: nothing to tune; fraction=s, every=k"),
     Row("soba", "4", "-", "the start: any network, BatchNorm, augmentation, streams"),
     Row(
         "saba",
@@ -53,7 +53,8 @@ ROWS = (
 
 COST = """\
 cost: a gradient, a Hessian-vector product and a cross-JVP count 1 unit each; plain training is 1.
-  auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4.
+  auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4;
+  the cheap setting for weights of examples, every=4 adjoint_every=2, is 1.46.
   `train` prints the cost of its config, summary.json has gradient_units_per_step (full passes
   included) and step_seconds_over_plain (measured)."""
 

@@ -1,14 +1,20 @@
-"""Cheaper steps: D_v and D_x on a part of the minibatch, or in every k-th step only.
+"""Cheaper steps: x and v less often, v less often than x, or both on a part of the minibatch.
 
-Every direction is linear in the losses, so a part of the minibatch gives an unbiased direction. One
-step costs
+Every direction is linear in the losses, so leaving out and parts of a minibatch are unbiased:
 
-    1 + 3 s / k      gradient units
+* `fraction=s`: D_v and D_x on the share s of the examples. The block of the minibatch is drawn anew
+  in each update, so that every row of x is visited.
+* `every=k`: v and x move in every k-th step.
+* `adjoint_every=m`: v, a slow average, moves in every m-th of these only. D_x in the others needs
+  no Hv: it is the slope of G along v, a forward tangent (`oracles/forward.py`).
 
-with s the share of the examples that D_v and D_x use and k the steps between two of their updates.
-z's gradient always uses the whole minibatch. The block of the minibatch is drawn anew in each
-update, so that every example's row of x is visited. In the steps between, v, x and the states of
-their optimisers stand still, bit for bit.
+One step costs, with c = 2/3 where x enters after the network, as weights of examples do (up to 2
+for other x),
+
+    1 + (3 s + c (m - 1)) / (k m)      gradient units
+
+z's gradient always uses the whole minibatch. What does not move in a step stands still bit for bit,
+the state of its optimiser included.
 
 Only for estimators without memory: SABA's and SRBA's variance reduction compares visits of one and
 the same minibatch, and a block drawn anew adds noise that it cannot remove.
@@ -60,30 +66,42 @@ def parts_of(fraction: float) -> int:
     return parts
 
 
-def _checked(every: int) -> int:
+def _checked(every: int, name: str = "every") -> int:
     if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r} must be an integer >= 1")
+        raise ValueError(f"{name}={every!r} must be an integer >= 1")
     return every
 
 
-def units(fraction: float = 1.0, every: int = 1) -> float:
-    """Gradient units of a step, on average: 1 + 3·fraction / every."""
-    return 1.0 + 3.0 / parts_of(fraction) / _checked(every)
+def units(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> float:
+    """Gradient units of a step, on average, where x is weights of examples.
+
+    Raises:
+        ValueError: an argument out of range, or `fraction` together with `adjoint_every`.
+    """
+    k, m = _checked(every), _checked(adjoint_every, "adjoint_every")
+    parts = parts_of(fraction)
+    if parts > 1 and m > 1:
+        raise ValueError(
+            f"fraction={fraction} with adjoint_every={m}: x would move by a part of the minibatch "
+            "in some steps and by all of it in others; choose one of the two"
+        )
+    return 1.0 + (3.0 / parts + (oracles.FORWARD_UNITS - 1) * (m - 1)) / (k * m)
 
 
-def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
-    """SOBA's directions, D_v and D_x on a share of the minibatch in every k-th step.
+def estimator(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> Estimator:
+    """SOBA's directions, those of v (and x) less often or on less.
 
     Args:
         fraction: s = 1/m; the minibatches' leading lengths must be divisible by m.
-        every: k >= 1. Between two updates D_v and D_x are 0.
+        every: k >= 1. In the steps between, D_v and D_x are 0.
+        adjoint_every: m >= 1. In the updates between, D_v is 0.
 
     Raises:
-        ValueError: `fraction` or `every` is out of range; at trace time a minibatch that m does
-            not divide.
+        ValueError: an argument out of range, or `fraction` together with `adjoint_every`; at trace
+            time a minibatch that m does not divide.
     """
-    parts, every = parts_of(fraction), _checked(every)
-    if parts == every == 1:
+    cost, parts = units(fraction, every, adjoint_every), parts_of(fraction)
+    if parts == every == adjoint_every == 1:
         return plain()
 
     def init(variables):
@@ -95,7 +113,7 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
         key = jax.random.fold_in(jax.random.PRNGKey(_STREAM), state.count)
         block = jax.random.randint(key, (), 0, parts)
 
-        def active():
+        def everything():
             if parts == 1:
                 found = oracle(variables)
             else:
@@ -106,20 +124,26 @@ def estimator(fraction: float = 1.0, every: int = 1) -> Estimator:
             now = jnp.where(jnp.isfinite(now), now, state.residual)
             return found._replace(outer_loss=found.outer_loss.astype(jnp.float32), residual=now)
 
-        def idle():
-            alone = functools.partial(oracles.evaluate_inner, like=jax.eval_shape(active))
-            return oracle(variables, alone)._replace(
-                outer_loss=state.outer_loss, residual=state.residual
-            )
+        def less(evaluate):
+            found = oracle(variables, functools.partial(evaluate, like=jax.eval_shape(everything)))
+            return found._replace(outer_loss=state.outer_loss, residual=state.residual)
 
-        if every == 1:
-            found = active()
-        else:
-            found = jax.lax.cond(state.count % every == 0, active, idle)
+        def chosen(period, often, seldom):
+            if period == 1:
+                return seldom()
+            return jax.lax.cond(state.count % period == 0, seldom, often)
+
+        moving = functools.partial(
+            chosen,
+            every * adjoint_every,
+            functools.partial(less, oracles.evaluate_forward),
+            everything,
+        )
+        found = chosen(every, functools.partial(less, oracles.evaluate_inner), moving)
         memory = ThriftyState(state.count + 1, found.outer_loss, found.residual)
         return directions(found.oracles), memory, found
 
-    return Estimator(init=init, update=update, units=units(fraction, every))
+    return Estimator(init=init, update=update, units=cost)
 
 
 def clocked(

@@ -1,5 +1,7 @@
 """bf.auto: v's system, unbiased cheap steps, the scale-free step of x."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,6 +250,111 @@ def test_directions_of_every_kth_step_are_unbiased():
     )
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["weights", "and a penalty"])
+def test_d_x_without_hv_is_that_of_the_full_evaluation(dense):
+    weights, inner, outer, _ = cleaning(ragged=True)
+
+    def inner_loss(z, x, batch):
+        return weights.inner_loss(z, x["weights"], batch) + jnp.exp(x["penalty"]) * (z**2).sum()
+
+    def outer_loss(z, x, batch):
+        return weights.outer_loss(z, None, batch) + (x["penalty"] * z.sum()) ** 2
+
+    rng = np.random.default_rng(3)
+    z, v, x = (jnp.asarray(rng.normal(size=k), jnp.float32) for k in (3, 3, 24))
+    problem = weights
+    if dense:
+        problem = bf.Problem(inner_loss, outer_loss, per_sample={"weights": True, "penalty": False})
+        x = {"weights": x, "penalty": jnp.float32(-1.5)}
+    args = (problem, bf.Variables(z, v, x), bf.Batch(minibatch(inner, 2), minibatch(outer, 1)))
+    whole = oracles.evaluate_all(*args)
+    found = oracles.evaluate_forward(*args, None, (None, None), like=whole)
+    for name in ("inner_grad", "cross_jvp", "outer_grad_outer"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            getattr(found.oracles, name),
+            getattr(whole.oracles, name),
+        )
+    if dense:
+        assert abs(float(found.oracles.cross_jvp["penalty"])) > 0.01
+    for name in ("hvp", "outer_grad_inner"):
+        assert not jnp.any(getattr(found.oracles, name))
+    np.testing.assert_allclose(found.inner_loss, whole.inner_loss, rtol=1e-6)
+    assert jax.tree.structure(found) == jax.tree.structure(whole)
+
+
+def test_d_x_without_hv_costs_two_thirds_of_a_gradient():
+    width, depth = 64, 8
+
+    def network(z, batch):
+        out = batch["image"]
+        for matrix in z:
+            out = jnp.tanh(out @ matrix)
+        return (out**2).sum(-1)
+
+    problem = bf.Problem(
+        lambda z, x, batch: (jax.nn.sigmoid(x) * network(z, batch)).mean(),
+        lambda z, x, batch: network(z, batch).mean(),
+        per_sample=True,
+    )
+    z = [jnp.eye(width)] * depth
+    point = bf.Variables(z, z, jnp.zeros(100))
+    batch = {"image": jnp.ones((32, width)), "index": jnp.arange(32)}
+
+    def flops(function):
+        compiled = jax.jit(function).lower(point, batch).compile()
+        return compiled.cost_analysis()["flops"]
+
+    gradient = flops(lambda p, b: oracles.inner_value_and_grad(problem, p.inner, p.outer, b)[1])
+    forward = flops(lambda p, b: oracles.inner_grad_and_cross(problem, p, b)[1:])
+    assert forward / gradient < 1.05 * oracles.FORWARD_UNITS
+    # All three weigh 3: this is no accident of the compiler leaving things out.
+    everything = flops(lambda p, b: oracles.inner_products(problem, p, b)[1:])
+    assert everything / gradient > 2.5
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_v_moves_more_seldom_than_x(every):
+    problem, inner, held, _ = cleaning()
+    optimiser = optax.adam(optax.linear_schedule(0.1, 0.0, 12))
+    solver = bf.auto(problem, inner=optimiser, steps=12, every=every, adjoint_every=3)
+    exact = bf.auto(problem, inner=optimiser, steps=12, every=every)
+    assert solver.units == pytest.approx(1 + (3 + 2 * 2 / 3) / (3 * every))
+    state = solver.init(jnp.zeros(3), jnp.zeros(24))
+    update, all_of_it = jax.jit(solver.update), jax.jit(exact.update)
+    for t in range(12):
+        batch = bf.Batch(minibatch(inner, t % 3), minibatch(held, t % 3))
+        before, (state, info) = state, update(state, batch)
+        if t % (3 * every):
+            assert bool((before.adjoint == state.adjoint).all())
+            kept, now = before.adjoint_opt_state.inner, state.adjoint_opt_state.inner
+            assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), kept, now)))
+        else:
+            assert not bool((before.adjoint == state.adjoint).any())
+        if t:  # v starts at 0, and with it D_x
+            assert bool((before.outer_params == state.outer_params).all()) == (t % every != 0)
+        # x's step is that of a solver that leaves nothing out.
+        fresh = exact.init(jnp.zeros(3), jnp.zeros(24))
+        same, _ = all_of_it(
+            before.replace(
+                estimator_state=before.estimator_state if every > 1 else fresh.estimator_state,
+                adjoint_opt_state=fresh.adjoint_opt_state,
+            ),
+            batch,
+        )
+        np.testing.assert_allclose(state.outer_params, same.outer_params, rtol=1e-5, atol=1e-6)
+        assert np.isfinite(info.outer_loss) and np.isfinite(info.adjoint_residual)
+
+
+def test_d_x_without_hv_needs_forward_mode():
+    problem, inner, outer, _ = cleaning()
+    problem = dataclasses.replace(problem, derivatives="reverse_over_reverse")
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, adjoint_every=2)
+    batch = bf.Batch(minibatch(inner, 0), minibatch(outer, 0))
+    with pytest.raises(ValueError, match="leave out adjoint_every"):
+        solver.update(solver.init(jnp.zeros(3), jnp.zeros(24)), batch)
+
+
 @pytest.mark.parametrize("outer", ["default", "lazy_adam", "dense"])
 def test_between_updates_v_x_and_their_optimisers_stand_still(outer):
     problem, inner, held, _ = cleaning()
@@ -301,7 +408,7 @@ def test_the_scale_of_the_outer_loss_does_not_matter(scale):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"every": 2}, {"warmup": 0.2}])
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"every": 2}, {"adjoint_every": 4}])
 @pytest.mark.parametrize("inner", [optax.sgd(0.05), optax.adamw(0.03)], ids=["sgd", "adamw"])
 def test_finds_wrong_labels_with_nothing_tuned(inner, options):
     problem, parts, held, wrong = cleaning(n=96, batch=8, seed=3)
@@ -368,6 +475,8 @@ def test_no_direction_no_move():
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"fraction": 0.3}, "fraction=0.3"),
         ({"every": 0}, "every=0"),
+        ({"adjoint_every": 1.5}, "adjoint_every=1.5"),
+        ({"adjoint_every": 2, "fraction": 0.5}, "fraction=0.5 with adjoint_every=2"),
         ({"damping": -1.0}, "damping=-1.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
     ],

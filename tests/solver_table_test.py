@@ -19,3 +19,5 @@ def test_the_cost_line_tells_what_the_thrifty_settings_cost():
     for fraction, every, shown in ((1, 1, "4"), (0.5, 1, "2.5"), (1, 2, "2.5"), (0.25, 1, "1.75")):
         assert thrifty.units(fraction, every) == float(shown)
         assert shown in text.partition("cost: ")[2]
+    assert f"{thrifty.units(every=4, adjoint_every=2):.2f}" == "1.46"
+    assert "every=4 adjoint_every=2, is 1.46" in text
