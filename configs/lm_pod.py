@@ -1,0 +1,66 @@
+"""A decoder and a weight for each domain of its text, learned for a target: from a CPU to a pod.
+
+bilevel-flax train --config configs/lm_pod.py:tiny --workdir runs/lm      here, now
+bilevel-flax plan --config configs/lm_pod.py --topology v5e:16x16         before a pod is rented
+bilevel-flax train --config configs/lm_pod.py --workdir gs://...          on the pod
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from bilevel_flax.config import ConfigError, nearest
+
+# Per size: the run, and how it computes.
+SIZES = {
+    "tiny": {"length": 64, "batch_size": 16, "steps": 200, "rate": 3e-3, "dtype": "float32"},
+    "1b": {"length": 2048, "batch_size": 256, "steps": 20_000, "rate": 3e-4, "dtype": "bfloat16"},
+    "7b": {"length": 2048, "batch_size": 512, "steps": 50_000, "rate": 3e-4, "dtype": "bfloat16"},
+}
+MESHES = {"tiny": None, "1b": "data=16,fsdp=16", "7b": "data=8,fsdp=64"}
+
+
+def get_config(size: str = "1b") -> ml_collections.ConfigDict:
+    """The config; the argument names the size."""
+    if size not in SIZES:
+        raise ConfigError(
+            f"--config=configs/lm_pod.py:{size}: choose one of {', '.join(SIZES)}"
+            f"{nearest(size, list(SIZES))}"
+        )
+    chosen = SIZES[size]
+    config = ml_collections.ConfigDict()
+    config.name = "lm_pod"
+    config.seed = 0
+    config.size = size
+    config.dtype = chosen["dtype"]
+    config.remat = size != "tiny"
+    config.length = chosen["length"]
+    config.batch_size = chosen["batch_size"]
+    config.steps = chosen["steps"]
+    config.log_every = 20
+    config.eval_every = 100
+    config.checkpoint = {"every": 500, "keep": 3}
+    config.health = {
+        "share": 0.03,
+        "every": config_dict.placeholder(int),
+        "summary": size == "tiny",
+    }
+    config.on_device = config_dict.placeholder(bool)
+    config.data = {
+        "windows_measured": 256,
+        "files": config_dict.placeholder(tuple),
+        "target": config_dict.placeholder(str),
+        "outer_share": 0.1,
+    }
+    config.task = {"call": "examples.language_model.task:make_task"}
+    config.report = "examples.language_model.task:sections"
+    steps = config.get_oneway_ref("steps")
+    config.solver = {
+        "call": "bilevel_flax:auto",
+        "steps": steps,
+        "inner": {
+            "call": "examples.language_model.task:adamw",
+            "learning_rate": chosen["rate"],
+            "steps": steps,
+        },
+    }
+    return config

@@ -1,0 +1,147 @@
+"""Which domains of text a language model should read more of, learned while it trains.
+
+With one logit x_d for each domain, n domains and p = softmax(x),
+
+    G(z, x) = mean_i n p_{d(i)} NLL(z; window_i)        F(z) = mean NLL on text of the target
+
+and the weight of a domain that helps on the target goes up.
+
+References:
+    D. Grangier, P. Ablin, A. Hannun. Adaptive training distributions with scalable online bilevel
+    optimization. TMLR 2024.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from bilevel_flax import data
+from bilevel_flax.config import ConfigError
+from bilevel_flax.report_sections import Section, table_section
+from bilevel_flax.task import Start, Task
+from bilevel_flax.workdirs import read_json
+from examples.language_model import text
+from examples.language_model.model import Decoder, make_model
+
+_PART = 16  # windows at once where the loss is only measured
+
+
+def make_problem(model: Decoder, num_domains: int) -> bf.Problem:
+    """The two losses; a mean over windows, so that minibatches can be cut by examples."""
+    nats = lambda z, batch: model.apply({"params": z}, batch["tokens"]).mean(-1)
+
+    def inner_loss(z, x, batch):
+        weights = num_domains * jax.nn.softmax(x)[batch["domain"]]
+        return bf.masked_mean(weights * nats(z, batch), batch.get("mask"))
+
+    def outer_loss(z, x, batch):
+        del x
+        return bf.masked_mean(nats(z, batch), batch.get("mask"))
+
+    return bf.Problem(inner_loss, outer_loss)
+
+
+def adamw(
+    learning_rate: float, steps: int, weight_decay: float = 0.1, mu_dtype: str | None = None
+) -> optax.GradientTransformation:
+    """As decoders are trained: clipped, warmed up over a 50th of the run, then a cosine.
+
+    Args:
+        learning_rate: the highest.
+        steps: of the run.
+        weight_decay: of matrices only.
+        mu_dtype: of the first moment; None: the parameters'.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, max(1, steps // 50), max(2, steps), end_value=0.1 * learning_rate
+    )
+    matrices = lambda params: jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule,
+            b2=0.95,
+            weight_decay=weight_decay,
+            mask=matrices,
+            mu_dtype=mu_dtype,
+        ),
+    )
+
+
+def make_task(config: Any) -> Task:
+    """The task that `configs/lm_pod.py` describes.
+
+    Args:
+        config: keys `size`, `dtype`, `remat`, `length`, `batch_size`, `seed` and `data`.
+
+    Raises:
+        ConfigError: an unknown size, or text that is missing or too short.
+    """
+    model = make_model(config.size, config.dtype, config.remat)
+    length, batch_size = config.length, config.batch_size
+    for name in ("length", "batch_size"):
+        if config[name] < 1:
+            raise ConfigError(f"--config.{name}={config[name]}: must be 1 or more")
+    domains = text.load(config.data.files)
+    largest = max(int(tokens.max()) for tokens in domains.values())
+    if largest >= model.size.vocabulary:
+        raise ConfigError(
+            f"--config.data.files: token {largest} is outside the vocabulary of "
+            f"{model.size.vocabulary} of --config.size={config.size}"
+        )
+    parts = text.split(domains, config.data.target, config.data.outer_share)
+    mixture = text.mixture(parts.mixture, length, batch_size)
+    target = text.windows(parts.outer, length, batch_size, "the target (for the outer loss)")
+    measured = text.windows(parts.held_out, length, 1, "the target (held out)")
+    measured = measured[:: -(-len(measured) // config.data.windows_measured)]
+    nats = jax.jit(lambda z, tokens: model.apply({"params": z}, tokens).mean(-1))
+
+    def init(rng: jax.Array) -> Start:
+        z = model.init(rng, jnp.zeros((1, length + 1), jnp.int32))["params"]
+        return Start(z, jnp.zeros(len(domains)))
+
+    def held_out_nats(state: bf.TrainState) -> float:
+        whole = np.resize(measured, (-(-len(measured) // _PART) * _PART, length + 1))
+        found = [nats(state.inner_params, part) for part in np.split(whole, len(whole) // _PART)]
+        return float(np.concatenate(found)[: len(measured)].mean())
+
+    def learned(state: bf.TrainState) -> dict[str, float]:
+        weights = jax.nn.softmax(state.outer_params)
+        return {name: float(w) for name, w in zip(domains, weights, strict=True)}
+
+    def evaluate(state: bf.TrainState) -> dict[str, float]:
+        found = {f"weight_{name}": weight for name, weight in learned(state).items()}
+        return {"nats_per_token": held_out_nats(state), **found}
+
+    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+        del workdir, say
+        return {"nats_per_token": held_out_nats(state), "mixture": learned(state)}
+
+    return Task(
+        problem=make_problem(model, len(domains)),
+        init=init,
+        inner=data.partition(mixture._asdict(), batch_size, seed=config.seed),
+        outer=data.partition({"tokens": target}, batch_size, seed=config.seed),
+        evaluate=evaluate,
+        finish=finish,
+        headline=("nats_per_token",),
+    )
+
+
+def sections(workdir: Path) -> list[Section]:
+    """The report's own part: the learned mixture."""
+    path = workdir / "summary.json"
+    mixture = read_json(path).get("mixture", {}) if path.exists() else {}
+    if not mixture:
+        return []
+    rows = sorted(mixture.items(), key=lambda item: -item[1])
+    return [table_section("Learned mixture", ("domain", "weight"), rows)]

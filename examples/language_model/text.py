@@ -1,0 +1,168 @@
+"""Domains of text: bytes in, windows of tokens out.
+
+Tokens are bytes (0 .. 255), so that any file will do, in any encoding; plain or .gz. A NumPy file
+(.npy, integers [n]) is taken as the tokens of a tokeniser of your own.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import bilevel_flax
+from bilevel_flax.config import ConfigError, nearest
+
+# Domain -> file, in the folder `text` of BILEVEL_FLAX_DATA.
+FILES = {
+    "shakespeare": "shakespeare.txt.gz",
+    "wikipedia": "wikitext2.valid.txt.gz",
+    "python": "python_stdlib.txt.gz",
+    "german": "kafka_verwandlung_de.txt.gz",
+}
+
+
+class Windows(NamedTuple):
+    """Pieces of text, all of one length.
+
+    Attributes:
+        tokens: integers [n, length + 1]; the last one is only predicted.
+        domain: int32 [n].
+    """
+
+    tokens: np.ndarray
+    domain: np.ndarray
+
+
+def load(files: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Domain -> its tokens.
+
+    Args:
+        files: paths, one domain each, named after the file; None: those of `FILES` where
+            BILEVEL_FLAX_DATA has them, else the package's own source and its docstrings.
+
+    Raises:
+        ConfigError: a file that is not there, that is empty, or two of one name.
+    """
+    if files is None:
+        folder = Path(os.environ.get("BILEVEL_FLAX_DATA", "")) / "text"
+        found = {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+        if not found:
+            return own_text()
+    else:
+        found = {}
+        for file in files:
+            name = Path(file).name.partition(".")[0]
+            if name in found:
+                raise ConfigError(f"--config.data.files: two files are called {name}: rename one")
+            found[name] = Path(file).expanduser()
+    return {name: read(path) for name, path in found.items()}
+
+
+def read(path: Path) -> np.ndarray:
+    """The tokens of one file.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or is empty.
+    """
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, allow_pickle=False, mmap_mode="r")
+            if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+                raise ConfigError(
+                    f"--config.data.files={path}: must hold integers [n], found "
+                    f"{tokens.dtype}{list(tokens.shape)}"
+                )
+        else:
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rb") as file:
+                tokens = np.frombuffer(file.read(), np.uint8)
+    except OSError as error:
+        raise ConfigError(f"--config.data.files={path}: {error.strerror or error}") from error
+    if not len(tokens):
+        raise ConfigError(f"--config.data.files={path}: the file is empty")
+    return tokens
+
+
+def own_text() -> dict[str, np.ndarray]:
+    """Two small domains that are always there: the package's source, and its docstrings."""
+    sources = [
+        p.read_text("utf-8") for p in sorted(Path(bilevel_flax.__file__).parent.rglob("*.py"))
+    ]
+    prose = [
+        ast.get_docstring(node)
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    texts = {"source": "\n".join(sources), "docstrings": "\n\n".join(filter(None, prose))}
+    return {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+
+
+class Parts(NamedTuple):
+    """The text of a run: the mixture, and three parts of the target."""
+
+    mixture: dict[str, np.ndarray]  # every domain, the target's rest among them
+    outer: np.ndarray
+    held_out: np.ndarray
+
+
+def split(domains: dict[str, np.ndarray], target: str | None, share: float) -> Parts:
+    """Takes two shares at the end of the target's text away: for F, and to be measured on.
+
+    Raises:
+        ConfigError: no such domain, or a share that leaves nothing.
+    """
+    target = next(iter(domains)) if target is None else target
+    if target not in domains:
+        raise ConfigError(
+            f"--config.data.target={target}: choose one of {', '.join(domains)}"
+            f"{nearest(target, list(domains))}"
+        )
+    if not 0 < share < 0.5:
+        raise ConfigError(f"--config.data.outer_share={share}: must lie in (0, 0.5)")
+    tokens = domains[target]
+    size = max(1, round(share * len(tokens)))
+    cuts = len(tokens) - 2 * size, len(tokens) - size
+    rest, outer, held_out = np.split(np.asarray(tokens), cuts)
+    return Parts({**domains, target: rest}, outer, held_out)
+
+
+def windows(tokens: np.ndarray, length: int, at_least: int, name: str) -> np.ndarray:
+    """Consecutive windows [n, length + 1]; they overlap only where fewer than `at_least` fit.
+
+    Raises:
+        ConfigError: the text is too short even for overlapping ones.
+    """
+    last = len(tokens) - length - 1  # the last start
+    if last < at_least - 1:
+        raise ConfigError(
+            f"the text of {name} has {len(tokens)} tokens, too few for {at_least} windows of "
+            f"{length} + 1: give more text, or a smaller --config.length or --config.batch_size"
+        )
+    stride = min(length, last // (at_least - 1)) if at_least > 1 else length
+    starts = np.arange(0, last + 1, stride)
+    return np.asarray(tokens)[starts[:, None] + np.arange(length + 1)]
+
+
+def mixture(domains: dict[str, np.ndarray], length: int, batch_size: int) -> Windows:
+    """The windows of all domains.
+
+    Raises:
+        ConfigError: a domain is too short for one window, all of them for one minibatch.
+    """
+    cut = {name: windows(tokens, length, 1, name) for name, tokens in domains.items()}
+    missing = batch_size - sum(len(part) for part in cut.values())
+    if missing > 0:  # a short text and a large minibatch: the longest domain's windows overlap
+        longest = max(domains, key=lambda name: len(domains[name]))
+        wanted = len(cut[longest]) + missing
+        cut[longest] = windows(domains[longest], length, wanted, longest)
+    return Windows(
+        np.concatenate([cut[name] for name in domains]),
+        np.repeat(np.arange(len(domains), dtype=np.int32), [len(cut[name]) for name in domains]),
+    )
