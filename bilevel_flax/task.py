@@ -54,6 +54,7 @@ class Task:
             network (z and the model state) from the evaluation where it was lowest, with the last
             v and x; None: the last network.
         headline: names in the summary, in the order in which a person wants to read them.
+        rules: on a mesh, which axes of z's leaves are cut, as for `sharding.state_shardings`.
     """
 
     problem: Problem
@@ -65,3 +66,4 @@ class Task:
     held_out: FiniteSum | None = None
     select: str | None = None
     headline: Sequence[str] = ()
+    rules: Any = None

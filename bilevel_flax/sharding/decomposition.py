@@ -47,7 +47,7 @@ def decomposition(
     if batch_share(mesh) == 1:
         return ""
 
-    def evaluated(make, side, z, x, model_state):
+    def evaluated(make, side, z, x, model_state, rng):
         def loss(part):
             value, z_split, x_split, *_ = make(problem, z, x, part, model_state, rng)
             return value(z_split.leaves, x_split.leaves)[0].astype(jnp.float32)
@@ -72,7 +72,7 @@ def decomposition(
         ("outer_loss", losses.outer, batch.outer),
     ):
         run = jax.jit(evaluated, static_argnums=0)
-        whole, mean = map(float, run(make, side, inner_params, outer_params, model_state))
+        whole, mean = map(float, run(make, side, inner_params, outer_params, model_state, rng))
         coarse = problem.compute_dtype is not None or any(
             leaf.dtype.itemsize < 4
             for leaf in jax.tree.leaves(inner_params)

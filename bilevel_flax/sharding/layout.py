@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -103,7 +104,7 @@ def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         inner = place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(inner, impl=jax.random.key_impl(leaf))
     whole = np.asarray(leaf)
@@ -113,8 +114,11 @@ def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def examples_here(mesh: Mesh, batch_size: int) -> list[slice]:
     """The examples of a minibatch that this process feeds, as slices without overlap."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    found = {
-        (index[0].start or 0, batch_size if index[0].stop is None else index[0].stop)
-        for index in sharding.addressable_devices_indices_map((batch_size,)).values()
-    }
+    cuts = [index[0] for index in _indices(sharding, (batch_size,))]
+    found = {(cut.start or 0, batch_size if cut.stop is None else cut.stop) for cut in cuts}
     return [slice(*pair) for pair in sorted(found)]
+
+
+def _indices(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Any]:
+    """Which part of an array each device of this process holds."""
+    return list(sharding.addressable_devices_indices_map(shape).values())
