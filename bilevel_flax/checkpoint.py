@@ -63,8 +63,8 @@ class Checkpointer:
     Args:
         directory: where the checkpoints go; made if it does not exist. Any path that Orbax takes.
         keep: how many checkpoints to keep, the newest; with 1 there is none to fall back to.
-        asynchronous: write in a background thread; `save` then blocks for a copy to host memory,
-            and for the save before it if that is still running.
+        asynchronous: write in a background thread; `save` then blocks for a copy to host memory
+            (which is kept for the next one), and for the save before it if that still runs.
         on_event: called with one line of text for everything that a user should know (a failed
             save, a damaged checkpoint), possibly from the background thread. Default: a warning of
             the logger `bilevel_flax`.
@@ -101,6 +101,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._on_event = on_event or _logger.warning
         self._read_only = read_only
+        self._copies: dict[str, np.ndarray | jax.Array] = {}
         self._channels: dict[str, distributed.Channel] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._running: tuple[int, Future[None]] | None = None
@@ -137,7 +138,8 @@ class Checkpointer:
                 "the steps saved must increase (see latest_step())."
             )
         plain = checkpoint_format.plain_json(meta)
-        arrays, records = checkpoint_leaves.host_copy(state)
+        arrays, records = checkpoint_leaves.host_copy(state, self._copies)
+        self._copies = arrays
         channel = self._channel("write")
         self._failure = None
         # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
@@ -255,9 +257,13 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest step, that of a save still running included; None without any."""
         steps = checkpoint_search.list_steps(self._directory)
-        if self._running is not None and not self._running[1].done():
+        if self._running is not None and self.is_saving():
             steps.append(self._running[0])
         return max(steps, default=None)
+
+    def is_saving(self) -> bool:
+        """Whether a save is still running."""
+        return self._running is not None and not self._running[1].done()
 
     def wait(self) -> None:
         """Waits for a running save.
@@ -288,6 +294,7 @@ class Checkpointer:
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
+        self._copies = {}
         self._raise_failure()
 
     def __enter__(self) -> Self:

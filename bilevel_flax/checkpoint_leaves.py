@@ -5,7 +5,9 @@ copies, sums, writes and reads its own, and nobody holds the whole. Any other le
 host memory, written by process 0.
 """
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import numpy as np
 
 from bilevel_flax import distributed, fingerprint
 from bilevel_flax.fingerprint import Record
+
+_PIECE = 16 * 2**20  # bytes that one thread copies at a time
 
 
 def is_spread(leaf: Any) -> bool:
@@ -26,7 +30,9 @@ def is_spread(leaf: Any) -> bool:
     )
 
 
-def host_copy(tree: Any) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Record]]:
+def host_copy(
+    tree: Any, spare: Mapping[str, np.ndarray | jax.Array] | None = None
+) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Record]]:
     """Copies every leaf into host memory of its own.
 
     The copies never share memory with a leaf: a NumPy view of a jax array on a CPU keeps the buffer
@@ -34,6 +40,8 @@ def host_copy(tree: Any) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, R
 
     Args:
         tree: any pytree of jax or NumPy arrays, typed PRNG keys included.
+        spare: copies of before that nobody needs any more; their memory is used again where it
+            fits. Fresh memory takes three times as long: the system clears it first.
 
     Returns:
         Leaf name -> array (key data for a typed PRNG key): NumPy's, without values where process 0
@@ -61,19 +69,44 @@ def host_copy(tree: Any) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, R
             leaf = leaves[name] = jax.random.key_data(leaf)
         if next(iter(leaf.devices())).platform != "cpu" and not is_spread(leaf):
             leaf.copy_to_host_async()  # All transfers run at once; _own_copy collects them.
-    leads = distributed.is_leader()
-    copies = {
-        name: _spread_copy(leaf) if is_spread(leaf) else _own_copy(leaf) if leads else _hollow(leaf)
-        for name, leaf in leaves.items()
-    }
+    leads, spare = distributed.is_leader(), spare or {}
+    copies, pending = {}, []
+    for name, leaf in leaves.items():
+        if is_spread(leaf):
+            copies[name] = _spread_copy(leaf)
+        else:
+            copies[name] = _own_copy(leaf, spare.get(name), pending) if leads else _hollow(leaf)
+    _copy(pending)
     jax.block_until_ready([copy for copy in copies.values() if isinstance(copy, jax.Array)])
     records = {n: Record(c.dtype.name, c.shape, impls.get(n, "")) for n, c in copies.items()}
     return copies, records
 
 
-def _own_copy(leaf: Any) -> np.ndarray:
-    array = np.array(leaf, copy=True, order="C")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+def _own_copy(
+    leaf: Any, spare: np.ndarray | jax.Array | None, pending: list[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    values = np.asarray(leaf)
+    native = values.dtype.newbyteorder("=")
+    copy = np.empty(0) if spare is None or isinstance(spare, jax.Array) else spare
+    if (copy.shape, copy.dtype) != (values.shape, native):
+        copy = np.empty(values.shape, native)
+    pending.append((copy, values))
+    return copy
+
+
+def _copy(pending: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Copies each second array into the first, large ones in pieces and by several threads."""
+    pieces = []
+    for to, source in pending:
+        rows = max(1, len(to) * _PIECE // to.nbytes) if to.ndim and to.nbytes > _PIECE else 0
+        if rows:
+            starts = range(0, len(to), rows)
+            pieces += [(to[i : i + rows], source[i : i + rows]) for i in starts]
+        else:
+            np.copyto(to, source)
+    if pieces:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda piece: np.copyto(*piece), pieces))
 
 
 def _hollow(leaf: Any) -> np.ndarray:
@@ -83,11 +116,12 @@ def _hollow(leaf: Any) -> np.ndarray:
 
 def _spread_copy(leaf: jax.Array) -> jax.Array:
     """The same array in host memory, sharded alike: nothing crosses a network."""
-    kind = "pinned_host"
-    on_cpu = next(iter(leaf.devices())).platform == "cpu"
-    if not on_cpu:
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
-    copies = [jnp.array(shard.data, copy=True) for shard in leaf.addressable_shards]
+    if next(iter(leaf.devices())).platform != "cpu":
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    copies = [
+        jax.device_put(np.array(shard.data, copy=True), shard.device)
+        for shard in leaf.addressable_shards
+    ]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
 
 

@@ -1,4 +1,4 @@
-"""What the processes of `multihost_test.py` do; each function runs in every process of its group."""
+"""What the processes of `multihost_test.py` do; each function runs in every process."""
 
 import sys
 from pathlib import Path

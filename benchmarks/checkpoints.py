@@ -1,0 +1,71 @@
+"""How long a save of a big table keeps training waiting.
+
+    python benchmarks/checkpoints.py --megabytes 512 --saves 5
+
+A step that updates the whole table in place (donated) runs on while checkpoints are written; what
+counts is how long `save` blocks it, against the seconds until the checkpoint is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax.checkpoint import Checkpointer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=512, help="of the table")
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
+    parser.add_argument("--train", action="store_true", help="run steps while it is being written")
+    options = parser.parse_args()
+    if options.devices > 1:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    mesh = jax.make_mesh((options.devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    columns = 1 << 14
+    rows = options.megabytes * 2**20 // (4 * columns)
+
+    make = jax.jit(
+        lambda: jax.random.normal(jax.random.key(0), (rows, columns)), out_shardings=sharding
+    )
+    state = {"table": make()}
+    update = jax.jit(
+        lambda s, i: {"table": s["table"].at[i % rows].multiply(0.9)}, donate_argnums=0
+    )
+    state = jax.block_until_ready(update(state, jnp.int32(0)))
+    blocked, taken = [], []
+    with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, keep=1) as checkpointer:
+        for step in range(1, options.saves + 1):
+            began = time.perf_counter()
+            checkpointer.save(step, state, {})
+            blocked.append(time.perf_counter() - began)
+            while options.train and checkpointer.is_saving():
+                state = jax.block_until_ready(update(state, jnp.int32(step)))
+            checkpointer.wait()
+            taken.append(time.perf_counter() - began)
+    print(
+        json.dumps(
+            {
+                "megabytes": options.megabytes,
+                "devices": options.devices,
+                "seconds_blocked": [round(s, 4) for s in blocked],
+                "seconds_of_the_save": [round(s, 3) for s in taken],
+                "share_blocked": statistics.median(
+                    b / t for b, t in zip(blocked, taken, strict=True)
+                ),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
