@@ -20,6 +20,7 @@ from bilevel_flax.best import Best
 from bilevel_flax.failures import Interrupted, raise_if_diverged
 from bilevel_flax.loop import Loop
 from bilevel_flax.progress import Progress
+from bilevel_flax.sharding import Layout
 from bilevel_flax.signals import SignalGuard
 from bilevel_flax.task import Task
 from bilevel_flax.window import Window
@@ -48,6 +49,7 @@ def train(
     task: Task,
     solver: BilevelSolver,
     record: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> Trained:
     """The loop itself: all steps from the newest checkpoint, or from the start.
 
@@ -58,6 +60,7 @@ def train(
         solver: how.
         record: the config as the user gave it, for `config.json` and the checkpoints; None: as
             `config` is now.
+        layout: of many devices (`run_mesh.make_layout`); None: one device.
 
     Raises:
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
@@ -68,7 +71,16 @@ def train(
     state = solver.init(
         start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
     )
-    loop = Loop(solver, task.inner, task.outer, seed=config.seed, on_device=config.on_device)
+    if layout is not None:
+        state = layout.place_state(state)
+    loop = Loop(
+        solver,
+        task.inner,
+        task.outer,
+        seed=config.seed,
+        on_device=config.on_device,
+        layout=layout,
+    )
     step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
     progress = Progress(config.steps)
     messages: list[str] = []

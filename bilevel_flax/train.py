@@ -12,8 +12,8 @@ from bilevel_flax import diagnostics, report, summary, workdirs, writers
 from bilevel_flax.best import Best
 from bilevel_flax.failures import Diverged, Interrupted
 from bilevel_flax.host_loop import Trained, train
-from bilevel_flax.run_config import check_counts, make_solver
-from bilevel_flax.task import Task
+from bilevel_flax.run_config import check_counts, make_solver, make_task
+from bilevel_flax.run_mesh import make_layout
 
 # Settings that change nothing about the numbers of a run.
 HARMLESS = (
@@ -22,6 +22,9 @@ HARMLESS = (
     "report",
     "health.*",
     "on_device",
+    "mesh",
+    "rules",
+    "collectives",
     "data.manual_dir",
     "data.data_dir",
 )
@@ -44,10 +47,12 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
     """Runs a config to its end, or resumes it; a finished run returns at once.
 
     Args:
-        config: keys `task` and `solver` (see `config.resolve`), `steps` (None: as many as give
+        config: keys `task` and `solver` (see `config.resolve`), `problem` (optional: `remat`,
+            `microbatches`, `compute_dtype`, see `Problem`), `steps` (None: as many as give
             `epochs` passes over the inner data), `seed`, `log_every`, `eval_every` and
             `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True, False, or None to
-            decide by size), `report` (`module:function` that gives the report's sections),
+            decide by size), `mesh`, `rules` and `collectives` (many devices, see
+            docs/sharding.md), `report` (`module:function` that gives the report's sections),
             `health` (optional: `share` of the run's cost for its measurements, `every`, `summary`;
             see docs/health.md).
         workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard
@@ -74,11 +79,14 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
                 make_report(workdir)
             return workdirs.read_json(workdir / "summary.json")
 
-        task: Task = configs.resolve(config.task, config=config)
+        task = make_task(config)
         if config.steps is None:
             config.steps = max(1, round(config.epochs * task.inner.num_batches))
+        layout, task, said = make_layout(config, task)
+        if said:
+            _say(said)
         solver = make_solver(config.solver, task)
-        state, totals, loop, monitor = train(config, workdir, task, solver, record)
+        state, totals, loop, monitor = train(config, workdir, task, solver, record, layout)
         chosen, at = state, config.steps
         if task.select is not None:
             network = (state.inner_params, state.model_state)

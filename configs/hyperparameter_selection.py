@@ -64,6 +64,8 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     config.checkpoint = {"every": 100_000, "keep": 3}
     config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
+    config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
+    config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow
     config.data = {
         "name": name,
         "manual_dir": config_dict.placeholder(str),
@@ -71,6 +73,11 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
         "seed": 0,
     }
     config.task = {"call": "examples.hyperparameter_selection.task:make_task"}
+    config.problem = {
+        "remat": False,
+        "microbatches": 1,
+        "compute_dtype": config_dict.placeholder(str),  # "bfloat16", beside float32 masters
+    }
     config.report = config_dict.placeholder(str)
     config.solver = {
         "call": f"bilevel_flax:{solver}",

@@ -55,6 +55,8 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     config.checkpoint = {"every": 1000, "keep": 3}
     config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
+    config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
+    config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow
     config.data = {
         "name": "mnist5k",
         "manual_dir": config_dict.placeholder(str),
@@ -63,6 +65,11 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "held_out": 0.0,  # share of the validation data that F never sees, to watch for memorising
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
+    config.problem = {
+        "remat": False,
+        "microbatches": 1,
+        "compute_dtype": config_dict.placeholder(str),  # "bfloat16", beside float32 masters
+    }
     config.report = "examples.mnist_hypercleaning.report:sections"
     steps = config.get_oneway_ref("steps")
     if solver == "auto":
