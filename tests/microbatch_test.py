@@ -177,6 +177,23 @@ def test_a_stateful_loss_sees_the_parts_in_turn():
     assert variance > 1e-3  # the parts drew different numbers
 
 
+def test_an_outer_loss_in_evaluation_mode_sees_one_state():
+    def inner(z, x, batch, state, rng):
+        return jnp.mean((z - x * batch) ** 2), bf.Aux({"mean": state["mean"] + 1.0})
+
+    def outer(z, x, batch, state, rng):
+        return jnp.mean((z - state["mean"] * batch) ** 2), bf.Aux()
+
+    problem = bf.Problem(inner, outer, stateful=True)
+    at = bf.Variables(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
+    batch, start = jnp.arange(4.0), {"mean": jnp.float32(3.0)}
+    found, expected = (
+        oracles.evaluate(split(problem, k), at, bf.Batch(batch, batch), start) for k in (2, 1)
+    )
+    close(found[0], expected[0], rtol=1e-6)
+    assert [float(aux.model_state["mean"]) for _, aux in (found, expected)] == [5.0, 4.0]
+
+
 def test_what_does_not_divide_is_named():
     task = ragged()
     with pytest.raises(ValueError, match=r"microbatches=5 does not divide.*'index'.*\(12,\)"):

@@ -29,6 +29,7 @@ def accumulated(
     batch: PyTree,
     model_state: PyTree,
     rng: Any,
+    threaded: bool = True,
 ) -> tuple:
     """What `evaluate` gives for the minibatch, put together from `problem.microbatches` parts.
 
@@ -38,8 +39,10 @@ def accumulated(
             over the examples; `Rows` in the trees belong to one example each.
         batch: the minibatch; leaves [batch, ...], which the number of parts divides. Scalars go to
             every part.
-        model_state: mutable state; each part is handed the state after the one before.
+        model_state: mutable state.
         rng: a key, from which each part gets its own, or None.
+        threaded: each part is handed the state after the one before; False: every part the same
+            state, and what it returns is dropped.
 
     Returns:
         The same as `evaluate`: sums in the dtypes of the parts' quantities (added up in float32 at
@@ -65,7 +68,9 @@ def accumulated(
         key = None if rng is None else jax.random.fold_in(rng, number)
         (loss, aux), *trees = evaluate(chosen, state, key)
         metrics = {k: jnp.asarray(v, _wide(v * 1.0)) for k, v in aux.metrics.items()}
-        return (loss, aux._replace(model_state=None, metrics=metrics), trees), aux.model_state
+        return (loss, aux._replace(model_state=None, metrics=metrics), trees), (
+            aux.model_state if threaded else state
+        )
 
     shapes, _ = jax.eval_shape(part, jnp.int32(0), model_state)
 

@@ -88,7 +88,7 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
         )
         return out, z_split.complete(grad_z), x_split.complete(grad_x)
 
-    return accumulated(problem, on, batch, model_state, rng)
+    return accumulated(problem, on, batch, model_state, rng, problem.outer_updates_state)
 
 
 def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
@@ -123,7 +123,8 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
 
         # Backprop through a sum of parts would keep the activations of them all.
         part = on if problem.microbatches == 1 else jax.checkpoint(on)
-        ((value, aux),) = accumulated(problem, part, batch, model_state, rng)
+        threaded = problem.outer_updates_state
+        ((value, aux),) = accumulated(problem, part, batch, model_state, rng, threaded)
         return value, (aux, (z, extra))
 
     (value, (aux, found)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)

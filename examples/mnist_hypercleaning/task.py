@@ -133,7 +133,8 @@ def make_problem(
     """
 
     def cross_entropy(logits, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # bfloat16 networks
+        return optax.softmax_cross_entropy_with_integer_labels(wide, batch["label"])
 
     def weighted(logits, outer_params, batch):
         losses = cross_entropy(logits, batch)
