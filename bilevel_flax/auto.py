@@ -58,6 +58,7 @@ def auto(
     inner: optax.GradientTransformation,
     steps: int,
     learning_rate: float = 10.0,
+    travel: float = 10.0,
     dense_learning_rate: float = 0.01,
     warmup: float = 0.0,
     damping: float | None = None,
@@ -76,8 +77,10 @@ def auto(
         problem: the bilevel problem.
         inner: z's optimiser, as in a loop without hyperparameters.
         steps: updates in the run; the step of x falls to 0 there.
-        learning_rate: of per-sample leaves of x, in units of x: how far a typical entry can travel
-            in the whole run, whatever the number of examples, of epochs and the minibatch.
+        learning_rate: of per-sample leaves of x, in units of x: how far a typical entry would
+            travel in the whole run with the step that it starts with, whatever the number of
+            examples, of epochs and the minibatch. While visits agree the step grows.
+        travel: in the same units, the limit of that: a learning rate above it counts as `travel`.
         dense_learning_rate: of the other leaves of x, which move in every step.
         warmup: share of the steps in which x stands still, in [0, 1).
         damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
@@ -126,6 +129,7 @@ def auto(
         )
     for name, value in (
         ("learning_rate", learning_rate),
+        ("travel", travel),
         ("dense_learning_rate", dense_learning_rate),
     ):
         if not value >= 0:
@@ -149,9 +153,10 @@ def auto(
     if outer is None:
         moves, frozen = -(-steps // every), int(warmup * steps) // every
         # The area under a triangle: what a row travels if all its visits agree.
-        peak = 2 * learning_rate / max(moves - frozen, 1)
+        triangle = 2 / max(moves - frozen, 1)
         outer = robust_sgd(
-            decay_to_zero(peak, moves, frozen),
+            decay_to_zero(triangle * learning_rate, moves, frozen),
+            most=decay_to_zero(triangle * travel, moves, frozen),
             dense_learning_rate=decay_to_zero(dense_learning_rate * every, moves, frozen),
             catch_up=_LONGEST_VISIT,
         )

@@ -125,3 +125,41 @@ def test_one_visit_moves_a_row_by_catch_up_at_most():
     np.testing.assert_allclose(update.values, jnp.array([-0.7, 0.7]), rtol=1e-6)
     with pytest.raises(ValueError, match="catch_up=-1 must be >= 0"):
         bf.outer.robust_sgd(1.0, catch_up=-1)
+
+
+def test_a_step_that_starts_too_small_grows_with_the_distance_gone_and_never_past_most():
+    """Rows whose visits agree catch up with the run that starts right; a larger start is cut."""
+    n, batch, epochs = 64, 4, 24
+    steps = epochs * n // batch
+    right = optax.linear_schedule(2 * 6.0 / steps, 0.0, steps)
+
+    def travelled(start, agree=True, most=right):
+        rate = optax.linear_schedule(2 * start / steps, 0.0, steps)
+        outer = bf.outer.robust_sgd(rate, catch_up=9.0, most=most)
+        x = jnp.full(n, -2.0)
+        state = outer.init(bf.Table(x))
+        update = jax.jit(outer.update)
+        order = np.random.default_rng(0)
+        for _ in range(epochs):
+            for index in order.permutation(n).reshape(-1, batch):
+                signs = np.where(index < 32, 1.0, -1.0) if agree else order.choice([-1, 1], batch)
+                rows = bf.Rows(jnp.asarray(index), jnp.asarray(signs, jnp.float32))
+                step, state = update(rows, state, x)
+                x = x.at[step.index].add(step.values)
+        return np.abs(np.asarray(x) + 2.0).mean()
+
+    full = travelled(6.0)
+    np.testing.assert_allclose(full, 6.0, rtol=0.1)
+    assert travelled(6.0 * 30) == full
+    assert travelled(6.0 / 30, most=None) < 0.05 * full
+    assert 0.5 * full < travelled(6.0 / 30) < full
+    # Where visits contradict each other nothing is to be made up for.
+    assert travelled(6.0 / 30, agree=False) < 0.25 * full
+
+
+def test_the_spread_that_x_starts_with_is_no_distance_gone():
+    outer = bf.outer.robust_sgd(0.01, catch_up=9.0, most=1.0)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=400), jnp.float32)
+    index = jnp.arange(400)
+    step, _ = outer.update(bf.Rows(index, jnp.ones(400)), outer.init(bf.Table(x)), x)
+    np.testing.assert_allclose(step.values, -0.01, rtol=1e-4)

@@ -13,6 +13,7 @@ unlike under Adam, which equalises them. The mean runs over the rows that the mi
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import optax
 
 from bilevel_flax import rows
 from bilevel_flax.base import Rows, Table
+from bilevel_flax.outer import visited
 from bilevel_flax.single_loop import RowTransformation
 
 
@@ -61,18 +63,12 @@ def normalized_sgd(
         )
         return NormalizedState(jnp.zeros((), jnp.int32), squares)
 
-    def visited_mean_square(node, leaf):
-        if not rows.is_rows(node):
-            return jnp.mean(jnp.square(node.astype(jnp.float32)))
-        real = node.index < leaf.shape[0]
-        per_row = jnp.square(node.values.astype(jnp.float32)).reshape(len(node.index), -1).mean(1)
-        return jnp.sum(jnp.where(real, per_row, 0.0)) / jnp.maximum(jnp.sum(real), 1)
-
     def update(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
             raise ValueError("normalized_sgd needs params: update(updates, state, params)")
-        now = jax.tree.map(visited_mean_square, updates, params, is_leaf=rows.is_rows)
+        square = functools.partial(visited.mean, size=jnp.square)
+        now = jax.tree.map(square, updates, params, is_leaf=rows.is_rows)
         mean_square = jax.tree.map(
             lambda old, new: decay * old + (1 - decay) * new, state.mean_square, now
         )
