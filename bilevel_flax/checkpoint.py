@@ -15,7 +15,6 @@ one mesh, is restored by any other: the template's shardings decide.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -46,7 +45,6 @@ __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
 
 _T = TypeVar("_T")
 _logger = logging.getLogger("bilevel_flax")
-_NUMBERS = {"read": itertools.count(), "write": itertools.count()}
 
 
 class Restored(NamedTuple):
@@ -177,9 +175,8 @@ class Checkpointer:
             self._on_event(str(self._failure))
 
     def _channel(self, what: str) -> distributed.Channel:
-        # Numbered as they come: every process opens them in the same order.
         if what not in self._channels:
-            self._channels[what] = distributed.Channel(f"checkpoint-{what}-{next(_NUMBERS[what])}")
+            self._channels[what] = distributed.Channel(f"checkpoint-{what}")
         return self._channels[what]
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:

@@ -53,23 +53,13 @@ def write(
         checkpoint_format.finish(path, step, summed, meta)
         checkpoint_search.commit(path, step, keep)
 
-    _on_leader(channel, lambda: checkpoint_search.prepare(path))
+    channel.on_leader(lambda: checkpoint_search.prepare(path))
     parts = channel.together(write_own)
     summed = {
         name: record._replace(checksum=fingerprint.as_checksum(sum(part[name] for part in parts)))
         for name, record in records.items()
     }
-    _on_leader(channel, complete)
-
-
-def _on_leader(channel: Channel, function: Callable[[], Any]) -> None:
-    """Runs it on process 0 while the others wait; if it fails there, it fails for all."""
-
-    def run() -> None:
-        if channel.leads:
-            function()
-
-    channel.together(run)
+    channel.on_leader(complete)
 
 
 class Wanted(NamedTuple):

@@ -1,4 +1,4 @@
-"""The command line: `bilevel-flax train | report | bench | solvers`.
+"""The command line: `bilevel-flax train | report | bench | plan | solvers`.
 
 What ends in one line, and what in a stack trace:
 
@@ -39,9 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     train.add_argument("--workdir", required=True, type=Path, metavar="DIR")
+    together = train.add_argument_group("many processes, one run (docs/multi_host.md)")
+    together.add_argument(
+        "--distributed", action="store_true", help="the cluster says how many and who (TPU, SLURM)"
+    )
+    together.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    together.add_argument("--num-processes", type=int, metavar="N")
+    together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
     report = commands.add_parser("report", help="write report.html anew from a run's files")
     report.add_argument("workdir", type=Path, metavar="DIR")
     _add_bench(commands)
+    _add_plan(commands)
     commands.add_parser("solvers", help="the methods: cost, memory, when to use which")
     return parser
 
@@ -73,6 +81,22 @@ def _add_bench(commands: Any) -> None:
     )
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a config's step needs on a pod: memory, FLOPs, collectives; does it fit",
+        description="Compile a config's step for a TPU topology that need not be there (with "
+        "libtpu: pip install 'bilevel-flax[plan]'), or for virtual CPU devices, and say what each "
+        "chip needs. Any key can be overridden: --config.batch_size=512.",
+    )
+    plan.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="v5e:16x16, v5p:8x8x8, cpu:8 ..."
+    )
+    plan.add_argument("--mesh", metavar="AXES", help="data=16,fsdp=16; default: the config's")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(overrides without the prefix, all other arguments)."""
     overrides, others = [], []
@@ -95,6 +119,18 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         print(solver_table.render())
         return 0
+    if arguments.command == "plan":
+        from bilevel_flax import plan
+
+        return plan.run(
+            plan.Options(
+                arguments.config,
+                arguments.topology,
+                arguments.mesh,
+                tuple(overrides),
+                arguments.json,
+            )
+        )
     if arguments.command == "bench":
         from bilevel_flax import bench
 
@@ -111,27 +147,41 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             )
         )
         return 0
-    from bilevel_flax import config, train
+    from bilevel_flax import config, distributed, train
 
     if arguments.command == "report":
         print(train.make_report(arguments.workdir.expanduser()))
         return 0
-    loaded = config.load(arguments.config, overrides)
+    distributed.start(_processes(arguments))
+    # Loaded by all or by none: a slip in one process's command ends all of them at once.
+    loaded = distributed.Channel("config").each(lambda: config.load(arguments.config, overrides))
     train.train_and_evaluate(loaded, arguments.workdir.expanduser())
     return 0
+
+
+def _processes(arguments: argparse.Namespace) -> Any:
+    """What `distributed.start` wants to know."""
+    given = {
+        "coordinator": arguments.coordinator,
+        "num_processes": arguments.num_processes,
+        "process_id": arguments.process_id,
+    }
+    if any(value is not None for value in given.values()):
+        return given
+    return "auto" if arguments.distributed else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 1 the run failed, 2 a mistake)."""
     overrides, others = _split_overrides(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(others)
-    if overrides and parsed.command != "train":
+    if overrides and parsed.command not in ("train", "plan"):
         print(f"error: {parsed.command} takes no --config overrides", file=sys.stderr)
         return 2
     # The folder the command is given in, as for `python -m`: reports name `examples...`.
     sys.path.insert(0, os.getcwd())
     try:
-        return _run(parsed, overrides)
+        code = _run(parsed, overrides)
     except (Exception, KeyboardInterrupt) as error:
         message, code = _verdict(error)
         if message is None or os.environ.get("BILEVEL_FLAX_TRACEBACK"):
@@ -141,13 +191,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             or "error: the above is a bug in bilevel_flax or in the task, not a mistake in the "
             "command; the last checkpoint is kept",
             file=sys.stderr,
+            flush=True,
         )
-        return code
+    if parsed.command == "train":
+        from bilevel_flax import distributed
+
+        distributed.leave(code)
+    return code
 
 
 def _verdict(error: BaseException) -> tuple[str | None, int]:
     """(the line that says all, or None where a stack trace is needed; the exit code)."""
     from bilevel_flax.checkpoint import CheckpointError
+    from bilevel_flax.distributed import PeerFailed
     from bilevel_flax.train import Diverged, Interrupted
     from bilevel_flax.workdirs import NoRoom
 
@@ -155,7 +211,7 @@ def _verdict(error: BaseException) -> tuple[str | None, int]:
         return "interrupted; the same command goes on from the last checkpoint", 130
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signal
-    if isinstance(error, Diverged | CheckpointError | NoRoom):
+    if isinstance(error, Diverged | CheckpointError | NoRoom | PeerFailed):
         return f"error: {error}", 1
     if isinstance(error, ValueError | TypeError | OSError) and _is_raised_by_us(error):
         return f"error: {error}", 2

@@ -29,7 +29,7 @@ def config_differences(
         >>> config_differences({"inner": {"lr": 0.1}, "keep": 3}, {"inner": {"lr": 0.2}}, ["keep"])
         ['inner.lr: saved 0.1, now 0.2']
     """
-    before, now = _flatten(saved), _flatten(current)
+    before, now = flatten(saved), flatten(current)
     patterns = list(harmless)
     lines = []
     for key in sorted(before.keys() | now.keys()):
@@ -40,7 +40,8 @@ def config_differences(
     return lines
 
 
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a nested config by dotted key, as JSON would give them back."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, node: Any) -> None:

@@ -7,9 +7,12 @@ With one process everything here is immediate.
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +21,8 @@ from jax._src import distributed as _service  # the client has no public name; O
 _T = TypeVar("_T")
 _SECONDS = 1800.0  # A process may take long (a slow disk); one that has died is noticed at once.
 _HEARTBEAT_SECONDS = 30
+_GOODBYE_SECONDS = 10
+_NUMBERS: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 class PeerFailed(RuntimeError):
@@ -59,6 +64,8 @@ def start(settings: Any = None) -> None:
     if given is None:
         return
     try:
+        # A signal is a matter of the training loop (`host_loop`), which asks all processes for it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             given["coordinator"],
             given["num_processes"],
@@ -97,11 +104,11 @@ def _settings(settings: Any) -> dict[str, Any] | None:
 class Channel:
     """One conversation of all processes, in rounds.
 
-    Every process makes its channels with the same names and speaks on each in the same order. A
+    Every process makes its channels in the same order and speaks on each in the same order. A
     channel belongs to one thread.
 
     Args:
-        name: unique among the channels of the program.
+        name: what it is about; channels of one name are told apart by their number.
         seconds: how long to wait for an answer.
 
     Example:
@@ -110,8 +117,8 @@ class Channel:
     """
 
     def __init__(self, name: str, seconds: float = _SECONDS):
-        self._name, self._round = name, 0
-        self._seconds = seconds
+        self._name = f"{name}-{next(_NUMBERS[name])}"
+        self._round, self._seconds = 0, seconds
 
     @property
     def leads(self) -> bool:
@@ -192,6 +199,16 @@ class Channel:
                 raise PeerFailed(f"process {process}: {other['error']}")
         return [other["result"] for other in outcomes]
 
+    def each(self, function: Callable[[], _T]) -> _T:
+        """Runs something on every process, as `together`, and gives what it returned here."""
+        kept: list[_T] = []
+        self.together(lambda: kept.append(function()))
+        return kept[0]
+
+    def on_leader(self, function: Callable[[], Any]) -> Any:
+        """Runs something on process 0; every process gets the result (JSON), or fails with it."""
+        return self.together(lambda: function() if self.leads else None)[0]
+
 
 def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
     """Makes sure that all processes are about to do the same.
@@ -203,7 +220,8 @@ def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a process differs from process 0; it is named, with the first values that do.
     """
-    mine = json.loads(json.dumps(dict(facts), default=str))
+    # As text: NaN is the same as NaN, and 1 is not True.
+    mine = {name: json.dumps(value, default=str) for name, value in facts.items()}
     everyone = channel.exchange(mine)
     for process, other in enumerate(everyone):
         names = [
@@ -213,10 +231,50 @@ def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
         ]
         if names:
             shown = "; ".join(
-                f"{name}: {everyone[0].get(name)!r} on process 0, {other.get(name)!r} on "
-                f"process {process}"
+                f"{name}: {everyone[0].get(name, 'nothing')} on process 0, "
+                f"{other.get(name, 'nothing')} on process {process}"
                 for name in names[:3]
             )
             raise ValueError(
                 f"the processes differ ({shown}): start all of them with the same config and data"
             )
+
+
+def leave(code: int) -> None:
+    """The last thing a program of many processes does, with its exit code.
+
+    Where all come to this they part in peace. Where one alone does, because it failed, waiting for
+    the others would keep it, and them, for minutes: it goes at once, and they learn of it.
+    """
+    if process_count() == 1 or not jax.distributed.is_initialized():
+        return
+    try:
+        Channel("end", _GOODBYE_SECONDS if code else _SECONDS).exchange(code)
+        jax.distributed.shutdown()
+    except (PeerFailed, RuntimeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 1)
+
+
+def local_copy(tree: Any) -> Any:
+    """A tree of global arrays, whole and readable on this process; all processes must call it.
+
+    Leaves that a process has all of are not copied: the result is gone when they are donated.
+
+    Args:
+        tree: any pytree; leaves other than global jax arrays stay as they are.
+    """
+    if process_count() == 1:
+        return tree
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        if not leaf.is_fully_replicated:
+            mesh = leaf.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            leaf = jax.jit(lambda array: array, out_shardings=everywhere)(leaf)
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(whole, tree)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax import data, diagnostics, oracles
+from bilevel_flax import data, diagnostics, distributed, oracles
 from bilevel_flax.base import BilevelSolver, PyTree, TrainState, Variables
 from bilevel_flax.loop import Loop
 from bilevel_flax.single_loop import norm
@@ -123,6 +123,7 @@ class Monitor:
         self._task, self._loop, self._steps, self._say = task, loop, steps, say
         self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
         self._rehearses: bool | None = None
+        self._talk = distributed.Channel("health")
         if self.plan.every:
             sides = (task.problem, task.inner, task.outer)
             self._residual = diagnostics.probe_estimator(*sides, _HELD)
@@ -134,18 +135,19 @@ class Monitor:
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """The probe's values, by name; those that cannot be had are left out."""
-        residual, negative = self._residual(state)
+        whole = readable(state)
+        residual, negative = self._residual(whole)
         found = {"adjoint_residual": residual, "health/negative_curvature": negative}
         if step < self._steps:  # then the schedules are at their end
             found |= self._step_lengths(state, step)
-        found["health/outer_size"] = _root_mean_square(state.outer_params) / self._start
+        found["health/outer_size"] = _root_mean_square(whole.outer_params) / self._start
         if self._losses is not None:
-            found |= self._losses(state)
+            found |= self._losses(whole)
         every = self.plan.check_every
         if step == self._steps:
-            found |= self.last_check(state)
+            found |= self.last_check(whole)
         elif every and step % every == 0:
-            found |= _check(self._task, state, _CHECKED, _ITERATIONS)
+            found |= _check(self._task, whole, _CHECKED, _ITERATIONS)
         values = {name: float(value) for name, value in found.items()}
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
@@ -156,7 +158,7 @@ class Monitor:
     def _step_lengths(self, state: TrainState, step: int) -> dict[str, Any]:
         if self._rehearses is None:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            self._rehearses = data.fits_on_device(size)
+            self._rehearses = self._talk.lead(data.fits_on_device(size))
             if not self._rehearses:
                 self._say(
                     f"health: step lengths are not measured, the state ({size / 2**30:.1f} GiB) "
@@ -205,6 +207,29 @@ class Monitor:
             }
 
         return lambda state: losses(state, *sides)
+
+
+def readable(state: TrainState) -> TrainState:
+    """The state with its point (z, v, x) and model state whole on this process.
+
+    Optimisers' states and tables stay where they are: they are large, and no evaluation reads them.
+    All processes must call it.
+    """
+    return state.replace(
+        **distributed.local_copy(
+            {
+                name: getattr(state, name)
+                for name in (
+                    "step",
+                    "inner_params",
+                    "adjoint",
+                    "outer_params",
+                    "model_state",
+                    "rng",
+                )
+            }
+        )
+    )
 
 
 def _check(task: Task, state: TrainState, minibatches: int, iterations: int) -> dict[str, float]:

@@ -1,10 +1,14 @@
 """The host loop: it reads from top to bottom and knows no solver's name.
 
 config -> task -> solver -> state -> metrics, checkpoints.
+
+Every process runs all of it and takes the same branches; process 0 alone writes and prints. What
+may differ between them (a signal, a clock, a disk) goes through a channel before it decides.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel_flax import checkpoint, health, health_ranges, summary, workdirs, writers
+from bilevel_flax import checkpoint, distributed, health, health_ranges, summary, workdirs, writers
 from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver, TrainState
 from bilevel_flax.best import Best
@@ -66,6 +70,7 @@ def train(
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
     """
     record = configs.plain(config) if record is None else record
+    talk, leads = distributed.Channel("train"), distributed.is_leader()
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     start = task.init(init_rng)
     state = solver.init(
@@ -82,7 +87,7 @@ def train(
         layout=layout,
     )
     step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
-    progress = Progress(config.steps)
+    progress = Progress(config.steps, quiet=not leads)
     messages: list[str] = []
     settings = config.get("health") or {}
     monitor = health.Monitor(
@@ -108,15 +113,17 @@ def train(
                 sampler.check(saved)
             window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
             messages.append(f"resuming {workdir} at step {step}")
-        if step == 0:  # of a run that ended before its first checkpoint, perhaps another config's
+        if step == 0 and leads:  # of a run that ended before its first checkpoint
             (workdir / "best.npz").unlink(missing_ok=True)
         best = Best(workdir / "best.npz")
-        workdirs.write_json(workdir / "config.json", record)
-        log = writers.JsonlWriter(workdir / "metrics.jsonl")
-        log.truncate_after(step)
-        board = writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1)
-        writer = writers.MultiWriter([log, board])
-        history = writers.read_metrics(workdir / "metrics.jsonl")
+        kept, history = [], []
+        if leads:
+            workdirs.write_json(workdir / "config.json", record)
+            kept.append(writers.JsonlWriter(workdir / "metrics.jsonl"))
+            kept[0].truncate_after(step)
+            kept.append(writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1))
+            history = writers.read_metrics(workdir / "metrics.jsonl")
+        writer = writers.MultiWriter(kept)
 
         def write(step: int, values: dict[str, float]) -> None:
             writer.write_scalars(step, values)
@@ -132,7 +139,7 @@ def train(
             return totals | {name: totals[name] + getattr(loop, name) for name in Loop.CLOCKS}
 
         def save(state: TrainState, step: int) -> None:
-            if checkpointer.latest_step() != step:
+            if talk.lead(checkpointer.latest_step()) != step:
                 meta = {
                     "config": record,
                     "samplers": [sampler.state() for sampler in loop.samplers],
@@ -142,13 +149,15 @@ def train(
                 checkpointer.save(step, state, meta)
 
         def stop_if_asked(state: TrainState, step: int) -> None:
-            if guard.received is None:
+            everywhere = talk.exchange(guard.received)
+            received = next((number for number in everywhere if number is not None), None)
+            if received is None:
                 return
             save(state, step)
             checkpointer.wait()
-            name = signal.Signals(guard.received).name
+            name = signal.Signals(received).name
             raise Interrupted(
-                f"{name}: saved at step {step}; the same command resumes", guard.received
+                f"{name}: saved at step {step}; the same command resumes", signal.Signals(received)
             )
 
         every = [config.log_every, config.eval_every, config.checkpoint.every]
@@ -182,9 +191,11 @@ def train(
                     shown = window.means() | {"oracle_units": totals["oracle_units"]}
                     window = Window()
                 if step % config.eval_every == 0 or step == config.steps:
-                    shown |= {k: float(v) for k, v in task.evaluate(state).items()}
-                    if task.select is not None:
-                        network = (state.inner_params, state.model_state)
+                    whole = health.readable(state)
+                    found = talk.each(functools.partial(task.evaluate, whole))
+                    shown |= {k: float(v) for k, v in found.items()}
+                    if task.select is not None and leads:
+                        network = (whole.inner_params, whole.model_state)
                         best.offer(step, shown[task.select], network)
                 if monitor.due(step):
                     shown |= monitor(state, step)

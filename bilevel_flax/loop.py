@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax import data
+from bilevel_flax import data, distributed
 from bilevel_flax.base import Batch, BilevelSolver, Info, TrainState
 from bilevel_flax.feed import Feed, minibatch
 from bilevel_flax.sharding import Layout, batch_share
@@ -75,6 +75,9 @@ class Loop:
         if on_device is None:
             shares = 1 if layout is None else batch_share(layout.mesh)
             on_device = data.fits_on_device((inner.nbytes + outer.nbytes) // shares)
+        # What a clock or a memory says differs from process to process; what they run must not.
+        self._talk = distributed.Channel("loop")
+        on_device = self._talk.lead(on_device)
         sums, seeds = (inner, outer), (2 * seed, 2 * seed + 1)
         self.samplers = tuple(
             data.Sampler(finite_sum.num_batches, side_seed, per_step)
@@ -134,7 +137,8 @@ class Loop:
         self.seconds += taken
         self.cpu_seconds += time.process_time() - cpu_began
         pace = max(taken / done, 1e-9)
-        self._count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
+        count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
+        self._count = self._talk.lead(count)
         return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
 
     def rehearse(self, state: TrainState, start: int, steps: int) -> tuple[TrainState, int, float]:

@@ -34,9 +34,17 @@ class Progress:
         total: steps of the whole run.
         stream: where to; standard error by default.
         every_seconds: the least time between two plain lines.
+        quiet: show nothing.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None, every_seconds: float = 5.0):
+    def __init__(
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        every_seconds: float = 5.0,
+        quiet: bool = False,
+    ):
+        self._quiet = quiet
         self._stream = sys.stderr if stream is None else stream
         self._total, self._every = total, every_seconds
         self._scalars: dict[str, float] = {}
@@ -46,6 +54,8 @@ class Progress:
 
     def update(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
         """Moves to `step`; new scalars are shown beside it until they are replaced."""
+        if self._quiet:
+            return
         self._scalars |= scalars or {}
         now = time.monotonic()
         if self._first is None:
@@ -78,6 +88,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from bilevel_flax import config as configs
-from bilevel_flax import step_time
+from bilevel_flax import distributed, step_time
 from bilevel_flax.base import BilevelSolver, Problem, TrainState
 from bilevel_flax.health import Monitor
 from bilevel_flax.loop import Loop
@@ -57,7 +57,9 @@ def costs(
     if not (config.get("health") or {}).get("summary", True):
         say("step_seconds_over_plain, hypergradient_cosine: not measured (config.health.summary)")
         return found
-    if "inner" in config.solver:
+    if distributed.process_count() > 1:
+        say("step_seconds_over_plain: not measured with several processes")
+    elif "inner" in config.solver:
         inner = configs.resolve(config.solver.inner)
         bilevel, plain = step_time.over_plain(loop, problem, inner, state)
         found["step_seconds_over_plain"] = bilevel / plain
