@@ -16,7 +16,7 @@ SIZES = {
     "1b": {"length": 2048, "batch_size": 256, "steps": 20_000, "rate": 3e-4, "dtype": "bfloat16"},
     "7b": {"length": 2048, "batch_size": 512, "steps": 50_000, "rate": 3e-4, "dtype": "bfloat16"},
 }
-MESHES = {"tiny": None, "1b": "data=16,fsdp=16", "7b": "data=8,fsdp=64"}
+MESHES = {"1b": "data=16,fsdp=16", "7b": "data=8,fsdp=64"}
 
 
 def get_config(size: str = "1b") -> ml_collections.ConfigDict:
@@ -31,6 +31,11 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.name = "lm_pod"
     config.seed = 0
     config.size = size
+    # One reduction a step needs z and v whole on every chip; large ones are gathered by layers.
+    config.mesh = config_dict.placeholder(str)
+    config.collectives = config_dict.placeholder(str)
+    if size != "tiny":
+        config.mesh, config.collectives = MESHES[size], "xla"
     config.dtype = chosen["dtype"]
     config.remat = size != "tiny"
     config.length = chosen["length"]

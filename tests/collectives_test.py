@@ -205,6 +205,19 @@ def test_a_tpu_reduces_and_scatters_in_one_fusion():
     assert instructions(text)[0].group_size == 4
 
 
+def test_one_collective_in_several_fusions_is_one():
+    part = "%%g = bf16[64]{0} all-gather(%%a), channel_id=%d, replica_groups={{0,1}}"
+    text = module(
+        "%f = bf16[64]{0} fusion(%x), kind=kCustom, calls=%begin",
+        "%g = bf16[64]{0} fusion(%x), kind=kCustom, calls=%beside",
+        "%h = bf16[64]{0} fusion(%x), kind=kCustom, calls=%other",
+        before=computation("begin", part % 7)
+        + computation("beside", part % 7)
+        + computation("other", part % 8),
+    )
+    assert collectives(text) == {"all-gather": {"count": 2, "bytes": 256}}
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

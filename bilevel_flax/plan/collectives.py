@@ -3,7 +3,8 @@
 XLA lists the body of a loop once; here each instruction counts as often as it runs: bodies of
 loops times their trip counts, nested ones times both, called computations at each call. An
 asynchronous pair (`all-gather-start`, `all-gather-done`) is one collective, counted at its end,
-whose result is the collective's own.
+whose result is the collective's own. TPUs spread one collective over several fusions with other
+work (its start, a part beside each, its end), all of one channel: that is one, too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _CONSTANT = re.compile(r"^[su](?:8|16|32|64)\[\](?:\{[^}]*\})?\s+constant\((\d+)
 _GROUPS = re.compile(r"\breplica_groups=(\{\{[\d,]*\}|\{\}|\[[\d,]+\]|mesh\[[^\]]*\]\s*\{[^}]*\})")
 # A reduce-scatter as TPUs run it: a fusion around an all-reduce and the slice of its result.
 _SCATTER = "all-reduce-scatter"
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 
 
@@ -49,6 +51,7 @@ class Collective(NamedTuple):
         count: how often it runs in one run of the program.
         group_size: chips that take part in one of its groups; None: all of them.
         op_name: where in the traced Python program it comes from, as far as XLA knows.
+        channel: XLA's number for it; "": none.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Collective(NamedTuple):
     count: int
     group_size: int | None = None
     op_name: str = ""
+    channel: str = ""
 
 
 class _Instruction(NamedTuple):
@@ -181,6 +185,7 @@ def _walk(
 ) -> Iterator[Collective]:
     body = computations.get(name, [])
     starts = {one.name: one for one in body if one.opcode.endswith("-start")}
+    fused: set[str] = set()
     for one in body:
         kind = one.opcode.removesuffix("-done")
         if kind in KINDS:
@@ -191,8 +196,14 @@ def _walk(
             size = _group_size(rest)
             if size != 1:
                 op_name = _OP_NAME.search(rest) or _OP_NAME.search(one.rest)
+                channel = _CHANNEL.search(rest)
                 yield Collective(
-                    kind, result_bytes(one.shape), times, size, op_name[1] if op_name else ""
+                    kind,
+                    result_bytes(one.shape),
+                    times,
+                    size,
+                    op_name[1] if op_name else "",
+                    channel[1] if channel else "",
                 )
             continue
         if one.opcode.removesuffix("-start") in KINDS:
@@ -203,10 +214,14 @@ def _walk(
             yield from _walk(computations, called["body"], times * trips, unknown_trips)
             yield from _walk(computations, called["condition"], times * (trips + 1), unknown_trips)
             continue
-        if one.opcode == "fusion" and called.get("calls", "").startswith(_SCATTER):
-            inside = list(_walk(computations, called["calls"], times, unknown_trips))
-            size = result_bytes(one.shape)
-            yield from (each._replace(kind="reduce-scatter", bytes=size) for each in inside)
+        if one.opcode == "fusion":
+            for each in _walk(computations, called.get("calls", ""), times, unknown_trips):
+                if each.channel and each.channel in fused:
+                    continue
+                fused.add(each.channel)
+                if called["calls"].startswith(_SCATTER):
+                    each = each._replace(kind="reduce-scatter", bytes=result_bytes(one.shape))
+                yield each
             continue
         names = list(called.values())
         for listed in _BRANCHES.findall(one.rest):

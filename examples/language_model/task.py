@@ -28,7 +28,7 @@ from bilevel_flax.report_sections import Section, table_section
 from bilevel_flax.task import Start, Task
 from bilevel_flax.workdirs import read_json
 from examples.language_model import text
-from examples.language_model.model import Decoder, make_model
+from examples.language_model.model import RULES, Decoder, make_model
 
 _PART = 16  # windows at once where the loss is only measured
 
@@ -134,6 +134,7 @@ def make_task(config: Any) -> Task:
         evaluate=evaluate,
         finish=finish,
         headline=("nats_per_token",),
+        rules=RULES,
     )
 
 

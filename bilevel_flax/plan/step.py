@@ -1,0 +1,222 @@
+"""The step that a config would run on a mesh, compiled from shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_flax import config as configs
+from bilevel_flax import oracles, run_config, sharding
+from bilevel_flax.base import Batch, BilevelSolver, Problem, TrainState
+from bilevel_flax.data import FiniteSum
+from bilevel_flax.plan import flops as flop_count
+from bilevel_flax.plan.collectives import Collective, instructions
+from bilevel_flax.task import Task
+
+
+class Traced(NamedTuple):
+    """A step before it is compiled.
+
+    Attributes:
+        mesh: what it runs on.
+        state: its shapes.
+        shardings: where these lie.
+        batch: shapes of one minibatch of each side.
+        batch_shardings: where these lie.
+        flops: of a step, on all chips together.
+        gradient_flops: of one gradient of G on an inner minibatch, on all chips together.
+        floor: its gradients are reduced once; else XLA's partitioner places the reductions.
+        lowered: for `compiled`.
+    """
+
+    mesh: Any
+    state: TrainState
+    shardings: TrainState
+    batch: Batch
+    batch_shardings: Batch
+    flops: float
+    gradient_flops: float
+    floor: bool
+    lowered: Any
+
+
+class Compiled(NamedTuple):
+    """What the compiler says about one chip.
+
+    Attributes:
+        hbm_bytes_needed: all of it.
+        argument_bytes: state and minibatch.
+        temporary_bytes: activations, gathered parameters, directions; NaN where it did not fit.
+        collectives: one by one.
+        seconds: that compilation took.
+        limit: of the compiler, where it refused for want of memory; its collectives are unknown.
+    """
+
+    hbm_bytes_needed: int
+    argument_bytes: int
+    temporary_bytes: float
+    collectives: list[Collective]
+    seconds: float
+    limit: int | None = None
+
+
+def trace(config: configs.Config, mesh: Any) -> Traced:
+    """Traces the step of a config on a mesh.
+
+    Args:
+        config: as for `train_and_evaluate`; it is not changed.
+        mesh: from `sharding.make_mesh`, of devices that need not be there.
+
+    Raises:
+        ConfigError: as `train_and_evaluate`.
+        ValueError: sizes that the mesh does not divide.
+    """
+    config = copy.deepcopy(config)
+    run_config.check_counts(config)
+    task: Task = run_config.make_task(config)
+    if config.steps is None:
+        config.steps = max(1, round(config.epochs * task.inner.num_batches))
+    problem = task.problem
+    layout = sharding.Layout(mesh, config.get("rules") or task.rules, problem)
+    floor = at_the_floor(config, mesh)
+    if floor:
+        problem = sharding.data_parallel(problem, mesh, layout.rules)
+    elif mesh.size > 1:
+        problem = sharding.whole(problem)
+    solver = run_config.make_solver(config.solver, dataclasses.replace(task, problem=problem))
+
+    state = jax.eval_shape(lambda rng: _start(task, solver, rng), jax.random.PRNGKey(0))
+    batch = _minibatch(task, solver)
+    shardings = layout.state(state)
+    sides: list[Any] = [
+        layout.batches(side, leading=int(count != 1), name=f"batch.{name}")
+        for name, side, count in zip(("inner", "outer"), batch[:2], solver.batches, strict=True)
+    ]
+    everywhere: Any = layout.everywhere
+    batch_shardings = Batch(*sides, everywhere, everywhere)
+    step = jax.jit(
+        solver.update,
+        in_shardings=(shardings, batch_shardings),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        traced = step.trace(state, batch)
+        lowered = traced.lower()
+    return Traced(
+        mesh,
+        state,
+        shardings,
+        batch,
+        batch_shardings,
+        flop_count.of(traced.jaxpr),
+        _gradient_flops(task.problem, state, batch, solver.batches[0]),
+        floor,
+        lowered,
+    )
+
+
+def compiled(traced: Traced) -> Compiled:
+    """Compiles; a step that does not fit is an answer, not an error.
+
+    Raises:
+        Exception: what the compiler says beside that it lacks memory.
+    """
+    began = time.perf_counter()
+    arguments = sum(
+        bytes_on_a_chip(leaf, sharding)
+        for leaf, sharding in zip(
+            jax.tree.leaves((traced.state, traced.batch)),
+            jax.tree.leaves((traced.shardings, traced.batch_shardings)),
+            strict=True,
+        )
+    )
+    try:
+        with jax.set_mesh(traced.mesh):
+            program = traced.lowered.compile()
+    except Exception as error:
+        needed = out_of_memory(str(error))
+        if needed is None:
+            raise
+        seconds = time.perf_counter() - began
+        return Compiled(needed[0], arguments, needed[0] - arguments, [], seconds, needed[1])
+    found = program.memory_analysis()
+    needed = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    return Compiled(
+        int(needed),
+        int(found.argument_size_in_bytes),
+        float(found.temp_size_in_bytes),
+        instructions(program.as_text()),
+        time.perf_counter() - began,
+    )
+
+
+def bytes_on_a_chip(leaf: Any, sharding: Any) -> int:
+    """Bytes of a shape's part that one chip holds."""
+    shape, dtype = leaf.shape, leaf.dtype
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return 16
+    return int(np.prod(sharding.shard_shape(shape), dtype=np.int64)) * jnp.dtype(dtype).itemsize
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """(bytes needed, bytes there) from what XLA says when a program does not fit a TPU."""
+    found = re.search(r"memory space hbm\. Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
+    if found is None:
+        return None
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    used, used_unit, there, there_unit = found.groups()
+    return int(float(used) * unit[used_unit]), int(float(there) * unit[there_unit])
+
+
+def at_the_floor(config: configs.Config, mesh: Any) -> bool:
+    """Whether the step reduces once, as `run_mesh` decides; that losses decompose is assumed."""
+    return mesh.size > 1 and mesh.shape["tensor"] == 1 and config.get("collectives") != "xla"
+
+
+def _start(task: Task, solver: BilevelSolver, rng: Any) -> TrainState:
+    start = task.init(rng)
+    return solver.init(
+        start.inner_params, start.outer_params, model_state=start.model_state, rng=rng
+    )
+
+
+def _minibatch(task: Task, solver: BilevelSolver) -> Batch:
+    def side(finite_sum: FiniteSum, count: int) -> tuple[Any, Any]:
+        leading = () if count == 1 else (count,)
+        shape = lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape[1:]), leaf.dtype)
+        return jax.tree.map(shape, finite_sum.batches), jax.ShapeDtypeStruct(leading, jnp.int32)
+
+    inner, inner_id = side(task.inner, solver.batches[0])
+    outer, outer_id = side(task.outer, solver.batches[1])
+    return Batch(inner, outer, inner_id, outer_id)
+
+
+def _gradient_flops(problem: Problem, state: TrainState, batch: Batch, count: int) -> float:
+    inner = batch.inner
+    if count != 1:
+        inner = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), inner)
+    jaxpr = jax.make_jaxpr(
+        lambda state, inner: oracles.inner_grad(
+            problem,
+            state.inner_params,
+            state.outer_params,
+            inner,
+            state.model_state,
+            state.rng if problem.stateful else None,
+        )
+    )(state, inner)
+    return flop_count.of(jaxpr)
