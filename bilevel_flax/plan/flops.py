@@ -40,7 +40,9 @@ def of(jaxpr: Any) -> float:
 
 def _equation(eqn: Any) -> float:
     name, params = eqn.primitive.name, eqn.params
-    out = eqn.outvars[0].aval if eqn.outvars else None
+    if not eqn.outvars:
+        return 0.0
+    out = eqn.outvars[0].aval
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape

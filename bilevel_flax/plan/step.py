@@ -18,6 +18,7 @@ from bilevel_flax.base import Batch, BilevelSolver, Problem, TrainState
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.plan import flops as flop_count
 from bilevel_flax.plan.collectives import Collective, instructions
+from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.task import Task
 
 
@@ -25,7 +26,6 @@ class Traced(NamedTuple):
     """A step before it is compiled.
 
     Attributes:
-        mesh: what it runs on.
         state: its shapes.
         shardings: where these lie.
         batch: shapes of one minibatch of each side.
@@ -36,7 +36,6 @@ class Traced(NamedTuple):
         lowered: for `compiled`.
     """
 
-    mesh: Any
     state: TrainState
     shardings: TrainState
     batch: Batch
@@ -89,29 +88,27 @@ def trace(config: configs.Config, mesh: Any) -> Traced:
     if floor:
         problem = sharding.data_parallel(problem, mesh, layout.rules)
     elif mesh.size > 1:
-        problem = sharding.whole(problem)
+        problem = in_mesh(sharding.whole(problem), mesh)
     solver = run_config.make_solver(config.solver, dataclasses.replace(task, problem=problem))
 
     state = jax.eval_shape(lambda rng: _start(task, solver, rng), jax.random.PRNGKey(0))
     batch = _minibatch(task, solver)
     shardings = layout.state(state)
-    sides: list[Any] = [
-        layout.batches(side, leading=int(count != 1), name=f"batch.{name}")
-        for name, side, count in zip(("inner", "outer"), batch[:2], solver.batches, strict=True)
-    ]
     everywhere: Any = layout.everywhere
-    batch_shardings = Batch(*sides, everywhere, everywhere)
+    batch_shardings = Batch(
+        layout.batches(batch.inner, int(solver.batches[0] != 1), "the inner data "),
+        layout.batches(batch.outer, int(solver.batches[1] != 1), "the outer data "),
+        everywhere,
+        everywhere,
+    )
     step = jax.jit(
         solver.update,
         in_shardings=(shardings, batch_shardings),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
-    with jax.set_mesh(mesh):
-        traced = step.trace(state, batch)
-        lowered = traced.lower()
+    traced = step.trace(state, batch)
     return Traced(
-        mesh,
         state,
         shardings,
         batch,
@@ -119,7 +116,7 @@ def trace(config: configs.Config, mesh: Any) -> Traced:
         flop_count.of(traced.jaxpr),
         _gradient_flops(task.problem, state, batch, solver.batches[0]),
         floor,
-        lowered,
+        traced.lower(),
     )
 
 
@@ -139,8 +136,7 @@ def compiled(traced: Traced) -> Compiled:
         )
     )
     try:
-        with jax.set_mesh(traced.mesh):
-            program = traced.lowered.compile()
+        program = traced.lowered.compile()
     except Exception as error:
         needed = out_of_memory(str(error))
         if needed is None:

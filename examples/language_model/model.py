@@ -64,12 +64,14 @@ _BATCH_AXES = ("data", "fsdp")
 
 
 def by_example(activations: jax.Array) -> jax.Array:
-    """Keeps an activation [batch, ...] cut by examples, where a mesh is set and its axes are auto.
+    """Keeps an activation [batch, ...] cut by examples, in a program for a mesh with auto axes.
 
     Without it the partitioner may follow the weights instead, and move activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) & set(_BATCH_AXES):
+        return activations
+    if not isinstance(activations, jax.core.Tracer):
         return activations
     axes = tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
     cut = math.prod(mesh.shape[axis] for axis in axes)
