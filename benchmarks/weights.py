@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def rows_of(num_rows: int, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, num_rows, size=(CHUNK, BATCH), dtype=np.int32)
 
 
-def compiled_chunk(solver: bf.BilevelSolver, state, chunk):
+def compiled_chunk(solver: bf.BilevelSolver, state, chunk) -> Any:
     """CHUNK steps as one donated function, compiled for the shapes of `state` and `chunk`."""
 
     def steps(state, chunk, index):

@@ -101,6 +101,7 @@ def main() -> None:
         expected, _ = run(solver)
         for name, how in ways.items():
             state, compiled = run(solver, mesh, **how)
+            assert compiled is not None
             apart = jax.tree.map(
                 lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)), initial=0.0)),
                 (state.variables, state.outer_opt_state),
