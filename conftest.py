@@ -15,6 +15,8 @@ import pytest
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Meshes need devices; whatever asks for none of them runs on the first, as ever.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def make_layout(config: configs.Config, task: Task) -> tuple[sharding.Layout | N
     elif collectives == "floor":
         why = ""
     if why:
+        task = dataclasses.replace(task, problem=sharding.whole(task.problem))
         return layout, task, f"mesh {text}: reductions are left to XLA's partitioner ({why})"
     problem = sharding.data_parallel(task.problem, mesh, layout.rules)
     task = dataclasses.replace(task, problem=problem)

@@ -12,6 +12,7 @@ from bilevel_flax.sharding.data_parallel import data_parallel
 from bilevel_flax.sharding.decomposition import decomposition
 from bilevel_flax.sharding.layout import Layout, examples_here
 from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share, make_mesh, mesh_shape
+from bilevel_flax.sharding.named_axes import whole
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.state import batch_shardings, state_shardings, state_specs
 
@@ -29,4 +30,5 @@ __all__ = [
     "param_specs",
     "state_shardings",
     "state_specs",
+    "whole",
 ]

@@ -20,6 +20,7 @@ terms without any: see `decomposition` for a check, `BATCH_AXES` for BatchNorm's
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ from jax.sharding import Mesh, PartitionSpec
 from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
-from bilevel_flax.sharding.named_axes import bound
+from bilevel_flax.sharding.named_axes import whole
+from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
@@ -85,12 +87,7 @@ def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
     def distributed(*args, **kwargs):
         return _evaluate(mesh, axes, rules, *args, **kwargs)
 
-    return dataclasses.replace(
-        problem,
-        inner_loss=bound(problem.inner_loss, BATCH_AXES),
-        outer_loss=bound(problem.outer_loss, BATCH_AXES),
-        distributed=distributed,
-    )
+    return dataclasses.replace(whole(problem), distributed=distributed)
 
 
 def _evaluate(
@@ -122,11 +119,15 @@ def _evaluate(
         lambda path, leaf: batch_spec(jax.tree_util.keystr(path), leaf.shape, mesh), data
     )
     by_row = rows.has_rows(problem.per_sample) and batch.inner is not None
+    labels, counts = _labels(problem, points[0].outer, gathered[0].outer, batch, by_row)
+    evaluate = _in_shares(evaluate, batch_share(mesh))
     shape = {}
 
-    def on_share(points, data, model_state, rngs, seed):
-        whole = [
-            Variables(_gathered(point.inner, like_z), _gathered(point.adjoint, like_z), point.outer)
+    def on_share(points, data, labels, model_state, rngs, seed):
+        points = [
+            Variables(
+                whole_leaves(point.inner, like_z), whole_leaves(point.adjoint, like_z), point.outer
+            )
             for point in points
         ]
         real, data = {}, dict(data)
@@ -139,33 +140,46 @@ def _evaluate(
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
         found = evaluate(
             problem,
-            jax.tree.unflatten(treedef, whole),
+            jax.tree.unflatten(treedef, points),
             Batch(data["inner"], data["outer"]),
             model_state,
             rngs,
         )
-        found = _weighted(found, problem, real)
+        found = _weighted(_labelled(found, labels, counts), problem, real)
         sketched = None
         if combine is not None:
             sketched = sketch(found.oracles.outer_grad_inner, seed)
             found = found._replace(oracles=Oracles(*(None,) * 5), directions=combine(found.oracles))
-        parts, shape["join"] = _taken_apart((found, sketched), jax.tree.structure(z))
-        return parts | _reduced(parts, like_z, axes)
+        parts, shape["join"] = taken_apart((found, sketched), jax.tree.structure(z))
+        return parts | reduced(parts, like_z, axes)
 
     out_specs = {"like_z": like_z, "by_row": _BY_EXAMPLE, "rest": _EVERYWHERE}
     point_specs = [Variables(specs, specs, x_specs) for _ in points]
     parts = jax.shard_map(
         on_share,
         mesh=mesh,
-        in_specs=(point_specs, data_specs, _EVERYWHERE, _EVERYWHERE, _EVERYWHERE),
+        in_specs=(point_specs, data_specs, _BY_EXAMPLE, _EVERYWHERE, _EVERYWHERE, _EVERYWHERE),
         out_specs=out_specs,
         check_vma=False,
-    )(gathered, data, model_state, rngs, seed)
-    found, sketched = shape["join"](parts)
-    if by_row:
-        index = rows.wrap(problem.per_sample, gathered[0].outer, points[0].outer, batch.inner)
-        found = _relabelled(found, index)
-    return found, sketched
+    )(gathered, data, labels, model_state, rngs, seed)
+    return shape["join"](parts)
+
+
+def _in_shares(evaluate: Callable, shares: int) -> Callable:
+    """`evaluate`, the shapes that it was told (`like`) being those of a share."""
+    if not (isinstance(evaluate, functools.partial) and "like" in evaluate.keywords):
+        return evaluate
+
+    def cut(leaf):
+        return jax.ShapeDtypeStruct((leaf.shape[0] // shares, *leaf.shape[1:]), leaf.dtype)
+
+    def share(node):
+        if not rows.is_rows(node):
+            return node
+        return jax.tree.map(cut, node)
+
+    like = jax.tree.map(share, evaluate.keywords["like"], is_leaf=rows.is_rows)
+    return functools.partial(evaluate, like=like)
 
 
 def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:
@@ -176,14 +190,29 @@ def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:
     return rows.map_prefix(problem.per_sample, none, lambda leaf: leaf, x)
 
 
-def _gathered(tree: PyTree, specs: list) -> PyTree:
-    """The leaves' parts on all devices put together."""
-    leaves, treedef = jax.tree.flatten(tree)
-    for i, spec in enumerate(specs):
-        for axis, entry in enumerate(spec):
-            if entry is not None:
-                leaves[i] = lax.all_gather(leaves[i], entry, axis=axis, tiled=True)
-    return treedef.unflatten(leaves)
+def _labels(problem: Problem, x: PyTree, gathered: PyTree, batch: Batch, by_row: bool):
+    """For each leaf of x the rows of the minibatch's examples, and how many there are in all."""
+    flat = jax.tree.leaves(x)
+    if not by_row:
+        return [None] * len(flat), [0] * len(flat)
+    nodes = jax.tree.leaves(
+        rows.wrap(problem.per_sample, gathered, x, batch.inner), is_leaf=rows.is_rows
+    )
+    labels = [node.index if rows.is_rows(node) else None for node in nodes]
+    return labels, [leaf.shape[0] if leaf.ndim else 0 for leaf in flat]
+
+
+def _labelled(found: Any, labels: list, counts: list) -> Any:
+    """The evaluation with `Rows` of the examples of a share as `Rows` of all samples."""
+    if found.oracles.cross_jvp is None:
+        return found
+    nodes, treedef = jax.tree.flatten(found.oracles.cross_jvp, is_leaf=rows.is_rows)
+    for i, (node, label, count) in enumerate(zip(nodes, labels, counts, strict=True)):
+        if rows.is_rows(node):
+            index = label.at[node.index].get(mode="fill", fill_value=count)
+            nodes[i] = Rows(index, node.values)
+    cross = treedef.unflatten(nodes)
+    return found._replace(oracles=found.oracles._replace(cross_jvp=cross))
 
 
 def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
@@ -229,102 +258,3 @@ def _weighted(found: Any, problem: Problem, real: dict[str, Any]) -> Any:
         model_state=_times(found.model_state, moved) if problem.stateful else None,
         metrics=metrics,
     )
-
-
-_LIKE_Z = ("inner_grad", "hvp", "outer_grad_inner")
-
-
-def _taken_apart(tree: Any, z_structure: Any) -> tuple[dict, Callable]:
-    """What is like z (by leaf), what belongs to examples, and the rest; and the way back."""
-    found, sketched = tree
-    values, combined = found.oracles, found.directions
-    whole = {name: getattr(values, name) for name in _LIKE_Z}
-    if combined is not None:
-        whole |= {"d_z": combined.inner, "d_v": combined.adjoint}
-    whole = {name: tree for name, tree in whole.items() if tree is not None}
-    other = found._replace(
-        oracles=values._replace(**dict.fromkeys(_LIKE_Z)),
-        directions=None if combined is None else combined.outer,
-    )
-    leaves, treedef = jax.tree.flatten((other, sketched), is_leaf=rows.is_rows)
-    columns = [z_structure.flatten_up_to(tree) for tree in whole.values()]
-    parts = {
-        "like_z": [list(row) for row in zip(*columns, strict=True)]
-        or [[] for _ in range(z_structure.num_leaves)],
-        "by_row": [leaf.values for leaf in leaves if rows.is_rows(leaf)],
-        "rest": [leaf for leaf in leaves if not rows.is_rows(leaf)],
-    }
-    where = [rows.is_rows(leaf) for leaf in leaves]
-
-    def join(parts):
-        by_row, rest = iter(parts["by_row"]), iter(parts["rest"])
-        joined = [
-            Rows(jnp.zeros(0, jnp.int32), next(by_row)) if is_rows else next(rest)
-            for is_rows in where
-        ]
-        other, sketched = treedef.unflatten(joined)
-        back = {
-            name: z_structure.unflatten([row[i] for row in parts["like_z"]])
-            for i, name in enumerate(whole)
-        }
-        d_z, d_v = back.pop("d_z", None), back.pop("d_v", None)
-        combined = None if d_z is None else Variables(d_z, d_v, other.directions)
-        values = other.oracles._replace(**back)
-        return other._replace(oracles=values, directions=combined), sketched
-
-    return parts, join
-
-
-def _reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
-    """The sums over all devices, each leaf of z to those that keep it; in one phase."""
-    if not axes:
-        return parts
-    pending: dict[tuple, list] = {}  # axes that are left -> (place, array)
-
-    def put(place, leaf, names):
-        pending.setdefault(tuple(names), []).append((place, leaf))
-
-    for i, (row, spec) in enumerate(zip(parts["like_z"], like_z, strict=True)):
-        for j, leaf in enumerate(row):
-            if not oracles.is_inexact(leaf):
-                continue
-            left = list(axes)
-            for axis, entry in enumerate(spec):
-                names = (entry,) if isinstance(entry, str) else entry or ()
-                names = tuple(name for name in names if name in left)
-                if names:
-                    leaf = lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
-                    left = [name for name in left if name not in names]
-            put(("like_z", i, j), leaf, left)
-    for i, leaf in enumerate(parts["rest"]):
-        if oracles.is_inexact(leaf):
-            put(("rest", i), leaf, axes)
-    out = {"like_z": [list(row) for row in parts["like_z"]], "rest": list(parts["rest"])}
-    for names, entries in pending.items():
-        arrays = [leaf for _, leaf in entries]
-        for (place, _), leaf in zip(
-            entries, lax.psum(arrays, names) if names else arrays, strict=True
-        ):
-            if place[0] == "rest":
-                out["rest"][place[1]] = leaf
-            else:
-                out["like_z"][place[1]][place[2]] = leaf
-    return out
-
-
-def _relabelled(found: Any, labelled: PyTree) -> Any:
-    """The rows of every per-sample leaf with their places among all samples."""
-
-    def relabel(node, label):
-        return Rows(label.index, node.values) if rows.is_rows(node) else node
-
-    def on(tree):
-        if tree is None:
-            return None
-        return jax.tree.map(relabel, tree, labelled, is_leaf=rows.is_rows)
-
-    values = found.oracles._replace(cross_jvp=on(found.oracles.cross_jvp))
-    combined = found.directions
-    if combined is not None:
-        combined = combined._replace(outer=on(combined.outer))
-    return found._replace(oracles=values, directions=combined)

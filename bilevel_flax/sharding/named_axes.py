@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from bilevel_flax.base import Problem
+from bilevel_flax.sharding.mesh import BATCH_AXES
 
 
 def is_bound(name: str) -> bool:
@@ -48,3 +52,18 @@ def _alone(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1)))
 
     return run
+
+
+def whole(problem: Problem) -> Problem:
+    """The problem with its losses on whole minibatches: mesh axes that they name have one member.
+
+    For a model with `BatchNorm(axis_name=BATCH_AXES)` on one device, or where XLA's partitioner
+    cuts the minibatch: its statistics are those of the whole either way.
+
+    Args:
+        problem: whose losses may name the axes `data` and `fsdp`.
+    """
+    losses = {
+        name: bound(getattr(problem, name), BATCH_AXES) for name in ("inner_loss", "outer_loss")
+    }
+    return dataclasses.replace(problem, **losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -79,6 +80,16 @@ def state_specs(state: TrainState, mesh: Mesh, rules: Any = None, problem: Any =
     )
 
 
+@functools.cache  # once a run, not at each of the places that ask
+def _say_replicated(name: str, count: int, devices: int) -> None:
+    _log.warning(
+        "outer_params/%s has %d rows, which %d devices do not divide: each device keeps them all",
+        name,
+        count,
+        devices,
+    )
+
+
 def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None) -> dict:
     """Path -> (rows, specification) of the per-sample leaves of x."""
     declared = None if problem is None else problem.per_sample
@@ -91,12 +102,7 @@ def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None
             continue
         spec = PartitionSpec(AXES)
         if leaf.shape[0] % mesh.size:
-            _log.warning(
-                "outer_params/%s has %d rows, which %d devices do not divide: it is replicated",
-                path_name(path),
-                leaf.shape[0],
-                mesh.size,
-            )
+            _say_replicated(path_name(path), leaf.shape[0], mesh.size)
             spec = PartitionSpec()
         found[path] = (leaf.shape[0], spec)
     return found
