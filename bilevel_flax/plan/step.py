@@ -22,6 +22,9 @@ from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.task import Task
 
 
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
 class Traced(NamedTuple):
     """A step before it is compiled.
 
@@ -169,13 +172,20 @@ def bytes_on_a_chip(leaf: Any, sharding: Any) -> int:
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(bytes needed, bytes there) from what XLA says when a program does not fit a TPU."""
-    found = re.search(r"memory space hbm\. Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
-    if found is None:
-        return None
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-    used, used_unit, there, there_unit = found.groups()
-    return int(float(used) * unit[used_unit]), int(float(there) * unit[there_unit])
+    """(bytes needed, bytes there) from what XLA says when a program does not fit a TPU.
+
+    Both forms count the arguments in, whatever they call the sum.
+    """
+    size = r"([\d.]+)([KMGT])"
+    forms = (
+        rf"\({size}\) exceeds available HBM \({size}\)",
+        rf"memory space hbm\. Used {size} of {size} hbm",
+    )
+    for form in forms:
+        if found := re.search(form, message):
+            used, used_unit, there, there_unit = found.groups()
+            return int(float(used) * _UNITS[used_unit]), int(float(there) * _UNITS[there_unit])
+    return None
 
 
 def at_the_floor(config: configs.Config, mesh: Any) -> bool:

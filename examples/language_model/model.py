@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel_flax.config import ConfigError, nearest
 
@@ -71,7 +72,7 @@ def by_example(activations: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.manual_axes) & set(_BATCH_AXES):
         return activations
-    if not isinstance(activations, jax.core.Tracer):
+    if not isinstance(activations, Tracer):
         return activations
     axes = tuple(axis for axis in _BATCH_AXES if axis in mesh.axis_names)
     cut = math.prod(mesh.shape[axis] for axis in axes)

@@ -33,9 +33,14 @@ from examples.language_model.model import RULES, Decoder, make_model
 _PART = 16  # windows at once where the loss is only measured
 
 
+def nats_of(model: Decoder, z: Any, tokens: jax.Array) -> jax.Array:
+    """The mean negative log-likelihood of each window [batch, length + 1], float32 [batch]."""
+    return jnp.asarray(model.apply({"params": z}, tokens)).mean(-1)
+
+
 def make_problem(model: Decoder, num_domains: int) -> bf.Problem:
     """The two losses; a mean over windows, so that minibatches can be cut by examples."""
-    nats = lambda z, batch: model.apply({"params": z}, batch["tokens"]).mean(-1)
+    nats = lambda z, batch: nats_of(model, z, batch["tokens"])
 
     def inner_loss(z, x, batch):
         weights = num_domains * jax.nn.softmax(x)[batch["domain"]]
@@ -103,7 +108,7 @@ def make_task(config: Any) -> Task:
     target = text.windows(parts.outer, length, batch_size, "the target (for the outer loss)")
     measured = text.windows(parts.held_out, length, 1, "the target (held out)")
     measured = measured[:: -(-len(measured) // config.data.windows_measured)]
-    nats = jax.jit(lambda z, tokens: model.apply({"params": z}, tokens).mean(-1))
+    nats = jax.jit(lambda z, tokens: nats_of(model, z, tokens))
 
     def init(rng: jax.Array) -> Start:
         z = model.init(rng, jnp.zeros((1, length + 1), jnp.int32))["params"]

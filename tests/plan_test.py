@@ -1,0 +1,212 @@
+"""`bilevel-flax plan`: counted, compiled from shapes, and the same collectives as a real run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bilevel_flax import cli
+from bilevel_flax.config import ConfigError
+from bilevel_flax.plan import advice, flops, roofline, topology
+from bilevel_flax.plan.collectives import Collective
+from bilevel_flax.plan.step import out_of_memory
+
+ROOT = Path(__file__).parent.parent
+CLEANING = "configs/mnist_hypercleaning.py:soba"
+DECODER = "configs/lm_pod.py:tiny"
+KEYS = {
+    *("chips", "parameter_bytes", "hbm_bytes_needed", "hbm_bytes_available", "fits", "flops"),
+    *("gradient_units", "collectives"),
+}
+# A plan, and the chunk that a run compiles on the same devices.
+BOTH = """
+import json, sys
+import jax
+from bilevel_flax import cli, config as configs, run_config
+from bilevel_flax.loop import Loop
+from bilevel_flax.plan.collectives import collectives
+from bilevel_flax.run_mesh import make_layout
+
+name, mesh, *overrides = sys.argv[1:]
+code = cli.main(
+    ["plan", "--config", name, "--topology", "cpu:8", "--mesh", mesh, "--json"]
+    + ["--config." + override for override in overrides]
+)
+assert code == 0
+config = configs.load(name, ["mesh=" + mesh, *overrides])
+task = run_config.make_task(config)
+config.steps = 10
+layout, task, _ = make_layout(config, task)
+solver = run_config.make_solver(config.solver, task)
+start = task.init(jax.random.PRNGKey(0))
+state = layout.place_state(solver.init(start.inner_params, start.outer_params))
+loop = Loop(solver, task.inner, task.outer, layout=layout)
+loop.compile(state, 0)
+print(json.dumps(collectives(loop._chunk.as_text())))
+"""
+
+
+def planned_and_run(config: str, mesh: str, *overrides: str) -> tuple[dict, dict]:
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    }
+    command = [sys.executable, "-c", BOTH, config, mesh, *overrides]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    plan, run = done.stdout.strip().splitlines()  # one object a line and nothing else
+    return json.loads(plan), json.loads(run)
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def moved(found: dict) -> dict[str, int]:
+    return {kind: total["bytes"] for kind, total in found.items()}
+
+
+def test_a_plan_says_what_a_run_on_eight_devices_does():
+    plan, run = planned_and_run(CLEANING, "data=8")
+    assert plan.keys() >= KEYS
+    assert (plan["chips"], plan["fits"]) == (8, True)
+    assert plan["parameter_bytes"] == 784 * 10 * 4
+    assert plan["memory"]["z"] == plan["memory"]["v"] == plan["parameter_bytes"]
+    assert sum(plan["memory"].values()) >= plan["hbm_bytes_needed"]
+    assert 3 < plan["gradient_units"] < 5
+    reduced = plan["collectives"]["all-reduce"]["bytes"]
+    assert 2 * plan["parameter_bytes"] <= reduced <= 2.05 * plan["parameter_bytes"]
+    assert moved(plan["collectives"])["all-reduce"] == moved(run)["all-reduce"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("collectives", ["floor", "xla"])
+def test_a_plan_of_the_decoder_says_what_a_run_does(collectives: str):
+    plan, run = planned_and_run(DECODER, "data=2,fsdp=4", f"collectives={collectives}")
+    assert plan["memory"]["z"] < 0.3 * plan["parameter_bytes"]
+    assert 3.5 < plan["gradient_units"] < 5
+    planned, compiled = sum(moved(plan["collectives"]).values()), sum(moved(run).values())
+    assert planned == pytest.approx(compiled, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v9:2x2"], "unknown, choose among v4, v5e, v5p, v6e, cpu"),
+        (["--topology", "v5e"], "give a generation and a shape"),
+        (["--topology", "v5e:2x2x2"], "a torus of 2 axes"),
+        (["--topology", "cpu:2x2"], "write cpu:4"),
+        (["--topology", "cpu:1", "--mesh", "data=3"], "for 3 chips, but cpu:1 has 1"),
+        (["--topology", "cpu:1", "--mesh", "model=1"], 'names the axis "model"'),
+        (["--topology", "cpu:1", "--config.batch_sise=3"], 'did you mean "batch_size"'),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["plan", "--config", CLEANING, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert says in printed.err
+
+
+def layers(unroll: int | bool, remat: bool) -> jax.stages.Traced:
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def loss(weights, x):
+        body = jax.checkpoint(layer) if remat else layer
+        return (jax.lax.scan(body, x, weights, unroll=unroll)[0] ** 2).mean()
+
+    shapes = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32), jnp.zeros((32, 64))
+    return jax.jit(jax.grad(loss)).trace(*shapes)
+
+
+def test_loops_count_as_often_as_they_run():
+    product = 2 * 32 * 64 * 64
+    scanned, unrolled = layers(1, False), layers(True, False)
+    by_xla = unrolled.lower().compile().cost_analysis()["flops"]
+    # XLA sees that nobody asks for the gradient of the first layer's input.
+    assert flops.of(scanned.jaxpr) - product == pytest.approx(by_xla, rel=0.02)
+    assert flops.of(unrolled.jaxpr) - product == pytest.approx(by_xla, rel=0.02)
+    # A layer: forward, again, and two products backwards.
+    assert flops.of(layers(1, True).jaxpr) == pytest.approx(6 * 4 * product, rel=0.03)
+
+
+def test_convolutions_and_shard_map_count_whole():
+    conv = jax.make_jaxpr(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )(jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 16)))
+    assert flops.of(conv) == 2 * (2 * 8 * 8 * 16) * (3 * 3 * 3)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.make_jaxpr(
+        jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, None), out_specs=spec)
+    )(jnp.zeros((16, 8)), jnp.zeros((8, 8)))
+    assert flops.of(mapped) == 2 * 16 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (20.50G) exceeds available HBM (15.75G). HLO module: jit_f.",
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
+        "15.75G hbm. Exceeded hbm capacity by 4.75G.",
+    ],
+)
+def test_what_a_tpu_says_that_lacks_memory_is_a_figure(said: str):
+    assert out_of_memory(said) == (int(20.5 * 2**30), topology.CHIPS["v5e"].hbm_bytes)
+    assert out_of_memory("RESOURCE_EXHAUSTED: something else") is None
+
+
+def test_topologies():
+    pod = topology.parse("v5p:8x8x8")
+    assert (pod.count, pod.chip) == (512, topology.CHIPS["v5p"])
+    assert topology.parse("cpu:8") == ("cpu:8", 8, None)
+    with pytest.raises(ConfigError, match="v5q"):
+        topology.parse("v5q:4x4")
+
+
+def test_the_roofline_names_what_bounds_a_step():
+    chip = topology.CHIPS["v5e"]
+    reduced = Collective("all-reduce", 100, 3, group_size=4)
+    gathered = Collective("all-gather", 100, 1)
+    assert roofline.sent([reduced, gathered], chips=10) == 3 * 2 * 75 + 90
+    slow = roofline.estimate(chip, 4, 4 * chip.flops, int(chip.hbm_bandwidth), [])
+    assert slow == (1.0, pytest.approx(2.0), 0.0)
+    assert slow.bound == "memory"
+
+
+def test_the_cheapest_change_that_suffices_is_named():
+    gib = 2**30
+    parts = {"z": gib, "v": gib, "moments of z": 2 * gib, "moments of v": 2 * gib, "tables": 0}
+    parts["activations"] = 16 * gib
+    mesh = {"data": 4, "fsdp": 4, "tensor": 1}
+    found = advice.changes(
+        parts,
+        {"remat": False, "problem": {"microbatches": 1}},
+        mesh,
+        batch_size=64,
+        floor=False,
+        parameter_bytes=4 * gib,
+    )
+    assert "remat" in advice.cheapest(found, 17 * gib)
+    assert "microbatches=4" in advice.cheapest(found, 14 * gib)
+    assert advice.cheapest(found, gib).startswith("none alone")
+    after = [one for one in found if one.how == "--mesh data=2,fsdp=8"]
+    assert after[0].bytes == 22 * gib - 3 * gib
