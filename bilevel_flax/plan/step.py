@@ -21,7 +21,6 @@ from bilevel_flax.plan.collectives import Collective, instructions
 from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.task import Task
 
-
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
