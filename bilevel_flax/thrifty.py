@@ -182,20 +182,35 @@ def gated(transform: optax.GradientTransformation, every: int) -> optax.Gradient
     def init(params):
         return GatedState(jnp.int32(0), step.init(params))
 
-    def update(updates, state, params=None, **extra_args):
-        now = state.count % every == 0
-        moved, after = step.update(muted_unless(now, updates), state.inner, params, **extra_args)
-        kept = muted_unless(now, moved)
-        kept = jax.tree.map(
+    def muted(now, updates, state, params, extra_args):
+        """For `Rows`: pointing them at no row costs nothing, a branch would copy whole tables."""
+        moved, after = step.update(muted_unless(now, updates), state, params, **extra_args)
+        moved = jax.tree.map(
             lambda node: node if rows.is_rows(node) else jnp.where(now, node, jnp.zeros_like(node)),
-            kept,
+            muted_unless(now, moved),
             is_leaf=rows.is_rows,
         )
-        return kept, GatedState(state.count + 1, frozen_unless(now, after, state.inner))
+        return moved, frozen_unless(now, after, state)
 
-    kind = (
-        RowTransformation
-        if isinstance(transform, RowTransformation)
-        else optax.GradientTransformationExtraArgs
-    )
+    def branched(now, updates, state, params, extra_args):
+        def move():
+            return step.update(updates, state, params, **extra_args)
+
+        def rest():
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(move)[0]
+            )
+            return zeros, state
+
+        return jax.lax.cond(now, move, rest)
+
+    by_rows = isinstance(transform, RowTransformation)
+    chosen = muted if by_rows else branched
+
+    def update(updates, state, params=None, **extra_args):
+        now = state.count % every == 0
+        moved, after = chosen(now, updates, state.inner, params, extra_args)
+        return moved, GatedState(state.count + 1, after)
+
+    kind = RowTransformation if by_rows else optax.GradientTransformationExtraArgs
     return kind(init, update)
