@@ -1,0 +1,96 @@
+"""What a step of `bf.auto` costs in wall time beside a plain AdamW step, exact and cheap.
+
+    python benchmarks/cheap_steps.py [--rounds 5]
+
+Both run in the library's compiled loop and take turns; the figure is the ratio of the best turns,
+as `step_seconds_over_plain` in a run's summary. Data are random: timings do not depend on values.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from benchmarks.step_cost import Transformer
+from bilevel_flax import data, step_time
+from bilevel_flax.loop import Loop
+from examples.mnist_hypercleaning import task
+from examples.mnist_hypercleaning.model import make_model
+
+SETTINGS = {
+    "exact": {},
+    "every=4 adjoint_every=2": {"every": 4, "adjoint_every": 2},
+    "adjoint_every=8": {"adjoint_every": 8},
+    "fraction=.25": {"fraction": 0.25},
+}
+COUNT, BATCH = 4096, 64
+
+
+def cleaning(name: str):
+    """(problem, parameters, model state, data) of the example's MLP or CNN on 28 x 28 images."""
+    model, rng = make_model(name, 10), np.random.default_rng(0)
+    images = rng.normal(size=(COUNT, 28, 28, 1)).astype(np.float32)
+    labels = rng.integers(0, 10, COUNT).astype(np.int32)
+    problem = task.make_problem(model, bf.outer.sigmoid(COUNT), 1e-4)
+    variables = dict(model.init(jax.random.PRNGKey(0), images[:1], train=False))
+    params = variables.pop("params")
+    arrays = {"image": images, "label": labels}
+    return problem, params, variables if model.stateful else None, arrays
+
+
+def sequences():
+    """The same for a transformer of 6 layers on 64 bytes, a weight for each sequence."""
+    model, rng = Transformer(), np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (COUNT, 64)).astype(np.int32)
+    params = model.init(jax.random.PRNGKey(0), tokens[:1])
+
+    def losses(z, batch):
+        logits = jnp.asarray(model.apply(z, batch["tokens"]))[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:]).mean(
+            -1
+        )
+
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.mean(jax.nn.sigmoid(x) * losses(z, batch)),
+        lambda z, x, batch: jnp.mean(losses(z, batch)),
+        per_sample=True,
+    )
+    return problem, params, None, {"tokens": tokens}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="*", default=["mlp", "cnn", "transformer"])
+    options = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, batch {BATCH} + {BATCH}")
+    for name in options.tasks:
+        problem, params, model_state, arrays = (
+            sequences() if name == "transformer" else cleaning(name)
+        )
+        batch = 16 if name == "transformer" else BATCH
+        inner, outer = (data.partition(arrays, batch, seed=seed) for seed in (0, 1))
+        optimizer = optax.adamw(1e-3)
+        for label, settings in SETTINGS.items():
+            solver = bf.auto(problem, inner=optimizer, steps=10_000, **settings)
+            state = solver.init(params, jnp.full(COUNT, -2.0), model_state=model_state)
+            loop = Loop(solver, inner, outer, on_device=True)
+            bilevel, plain = step_time.over_plain(
+                loop, problem, optimizer, state, rounds=options.rounds
+            )
+            loop.close()
+            print(
+                f"{name:12s} {label:24s} {solver.units:5.2f} units  {bilevel / plain:5.2f} x plain"
+                f"  ({1e3 * bilevel:.2f} / {1e3 * plain:.2f} ms)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
