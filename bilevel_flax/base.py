@@ -175,8 +175,8 @@ class Problem:
             that go on from `logits.astype(jnp.float32)`. None: as the parameters are.
         linear: the parts of a model that is linear in its parameters; set by `linear_problem`.
         distributed: how the oracles are computed in shares of a minibatch and added up over
-            devices; set by `sharding.data_parallel`. `distributed(problem, evaluate, variables,
-            batch, model_state, rngs, combine, seed) -> (Evaluation, sketch)`; see there.
+            devices; set by `sharding.data_parallel`. `distributed(problem, evaluate, points,
+            batch, model_state, rngs, combine, exact, seed) -> (Evaluation, lengths)`; see there.
 
     Raises:
         ValueError: `derivatives` is not one of the three, `microbatches` no integer >= 1,
@@ -312,7 +312,9 @@ class Estimator(NamedTuple):
     `oracle(variables, evaluate)` evaluates less of it (`oracles.evaluate_block` ...), and
     `oracle(variables, evaluate, combine)` fills in `Evaluation.directions` by the linear function
     `combine(oracles)`: all that an estimator without memory needs, and on many devices all that
-    is then added up (the oracles themselves are None there).
+    is then added up (the oracles themselves are None there). `oracle((one, other), evaluate,
+    combine)` evaluates two points, `combine(oracles_at_one, oracles_at_other)`, and returns the
+    rest of the evaluation at the first.
     Its quantities are scaled by N·w_i (w_i the minibatch's share of the samples), so that the
     objective is the plain average of N components and no estimator needs to know about ragged
     minibatches.

@@ -188,20 +188,22 @@ def single_loop(
             shared = scaled_problem(shared, by_outer, "outer")
 
         def oracle(
-            variables: Variables, evaluate=oracles.evaluate_all, combine=None
+            variables: Any, evaluate=oracles.evaluate_all, combine=None
         ) -> oracles.Evaluation:
-            args = (variables, batch, state.model_state, rngs)
+            points = (variables,) if isinstance(variables, Variables) else variables
+            context = (batch, state.model_state, rngs)
             if shared.distributed is None or evaluate is oracles.evaluate_linear:
-                found = evaluate(shared, *args)
+                several = [evaluate(shared, point, *context) for point in points]
+                found = several[0]
+                if combine is not None:
+                    combined = combine(*(each.oracles for each in several))
+                    found = found._replace(directions=combined)
             else:
-                alone = None if exact_residual else combine
-                found, sketched = shared.distributed(shared, evaluate, *args, alone, state.step)
-                if alone is not None:
-                    found = found._replace(
-                        residual=ratio(norm(found.directions.adjoint), norm(sketched))
-                    )
-            if combine is not None and found.directions is None:
-                found = found._replace(directions=combine(found.oracles))
+                found, lengths = shared.distributed(
+                    shared, evaluate, points, *context, combine, exact_residual, state.step
+                )
+                if lengths is not None:
+                    found = found._replace(residual=ratio(*lengths))
             if found.inner_loss is not None:
                 found = found._replace(inner_loss=found.inner_loss / by_inner)
             if found.outer_loss is not None:

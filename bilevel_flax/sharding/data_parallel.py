@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
+from bilevel_flax.single_loop import norm
 
 _EVERYWHERE = PartitionSpec()
 _BY_EXAMPLE = PartitionSpec(BATCH_AXES)
@@ -96,15 +97,21 @@ def _evaluate(
     rules: Any,
     problem: Problem,
     evaluate: Callable,
-    variables: Any,
+    points: Sequence[Variables],
     batch: Batch,
     model_state: PyTree,
     rngs: tuple,
     combine: Callable | None,
+    exact: bool,
     seed: jax.Array,
 ):
-    """`Problem.distributed`; see `base.Problem`."""
-    points, treedef = jax.tree.flatten(variables, is_leaf=lambda n: isinstance(n, Variables))
+    """`Problem.distributed`: the evaluation at the first point, with `combine` of them all.
+
+    Returns:
+        The evaluation, its oracles None where `combine` is there and `exact` is False; then
+        (‖D_v‖, ‖∇₁F‖) at the first point by sketches, where the reduced D_v does not tell, else
+        None.
+    """
     z = points[0].inner
     like_z = jax.tree.leaves(param_specs(z, mesh, rules))
     specs = jax.tree.unflatten(jax.tree.structure(z), like_z)
@@ -121,6 +128,7 @@ def _evaluate(
     by_row = rows.has_rows(problem.per_sample) and batch.inner is not None
     labels, counts = _labels(problem, points[0].outer, gathered[0].outer, batch, by_row)
     evaluate = _in_shares(evaluate, batch_share(mesh))
+    alone = combine is not None and not exact
     shape = {}
 
     def on_share(points, data, labels, model_state, rngs, seed):
@@ -136,21 +144,26 @@ def _evaluate(
         if by_row:
             count = data["inner"]["index"].shape[0]
             data["inner"] = data["inner"] | {"index": jnp.arange(count, dtype=jnp.int32)}
+        part = Batch(data["inner"], data["outer"])
         if axes:
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
-        found = evaluate(
-            problem,
-            jax.tree.unflatten(treedef, points),
-            Batch(data["inner"], data["outer"]),
-            model_state,
-            rngs,
-        )
-        found = _weighted(_labelled(found, labels, counts), problem, real)
-        sketched = None
-        if combine is not None:
-            sketched = sketch(found.oracles.outer_grad_inner, seed)
-            found = found._replace(oracles=Oracles(*(None,) * 5), directions=combine(found.oracles))
-        parts, shape["join"] = taken_apart((found, sketched), jax.tree.structure(z))
+        several = [
+            _weighted(_labelled(found, labels, counts), problem, real)
+            for point in points
+            for found in [evaluate(problem, point, part, model_state, rngs)]
+        ]
+        found, sketches = several[0], None
+        if alone:
+            sketches = sketch(found.oracles.outer_grad_inner, seed), None
+            if len(points) > 1:
+                d_v = jax.tree.map(jnp.add, found.oracles.hvp, found.oracles.outer_grad_inner)
+                sketches = sketches[0], sketch(d_v, seed)
+        if combine is not None and (alone or len(points) > 1):
+            combined = combine(*(each.oracles for each in several))
+            found = found._replace(directions=combined)
+        if alone:
+            found = found._replace(oracles=Oracles(*(None,) * 5))
+        parts, shape["join"] = taken_apart((found, sketches), jax.tree.structure(z))
         return parts | reduced(parts, like_z, axes)
 
     out_specs = {"like_z": like_z, "by_row": _BY_EXAMPLE, "rest": _EVERYWHERE}
@@ -162,7 +175,13 @@ def _evaluate(
         out_specs=out_specs,
         check_vma=False,
     )(gathered, data, labels, model_state, rngs, seed)
-    return shape["join"](parts)
+    found, sketches = shape["join"](parts)
+    if combine is not None and found.directions is None:
+        found = found._replace(directions=combine(found.oracles))
+    if sketches is None:
+        return found, None
+    length, d_v = sketches
+    return found, (norm(found.directions.adjoint if d_v is None else d_v), norm(length))
 
 
 def _in_shares(evaluate: Callable, shares: int) -> Callable:

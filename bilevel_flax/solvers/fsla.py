@@ -56,12 +56,15 @@ def estimator(problem: Problem, eta: Any, *, lazy: bool = False) -> Estimator:
 
     def update(oracle, variables, batch, state):
         del batch
-        found, before = oracle(variables), oracle(state.previous)
-        now = directions(found.oracles)
         keep = jnp.where(state.step == 0, 0.0, 1.0 - eta(state.step))
-        past = directions(before.oracles).outer
-        carried = running.accumulate(state.outer, keep, past, -keep)
-        carried = running.accumulate(carried, 1.0, now.outer)
+        corrected = running.corrected(keep, lazy)
+
+        def combine(now, before):
+            return directions(now)._replace(outer=corrected(now, before).outer)
+
+        found = oracle((variables, state.previous), combine=combine)
+        now = found.directions
+        carried = running.accumulate(state.outer, keep, now.outer)
         handed = now._replace(outer=running.handed_on(carried, now.outer))
         return handed, FSLAState(carried, variables, state.step + 1), found
 

@@ -42,8 +42,8 @@ def estimator(problem: Problem, theta: float, *, lazy: bool = False) -> Estimato
 
     def update(oracle, variables, batch, state):
         del batch
-        found = oracle(variables)
-        now = directions(found.oracles)
+        found = oracle(variables, combine=directions)
+        now = found.directions
         average = running.accumulate(state.outer, 1 - theta, now.outer, theta)
         handed = now._replace(outer=running.handed_on(average, now.outer))
         return handed, MASOBAState(average), found

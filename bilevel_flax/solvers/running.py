@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax import rows
-from bilevel_flax.base import PyTree, Rows, Variables
+from bilevel_flax.base import Oracles, PyTree, Rows, Variables
 from bilevel_flax.oracles import is_inexact
+from bilevel_flax.solvers.soba import directions
 
 
 def wide(leaf: jax.Array) -> Any:
@@ -78,6 +79,27 @@ def accumulate(running: PyTree, decay: Any, increment: PyTree, weight: Any = 1.0
         return total + weighted(term, total)
 
     return jax.tree.map(leafwise, running, increment, is_leaf=_is_none)
+
+
+def corrected(keep: Any, lazy: bool = False) -> Callable[[Oracles, Oracles], Variables]:
+    """D_B(u) - keep · D_B(u') from the oracles at two points: one combination, summed once.
+
+    Args:
+        keep: scalar.
+        lazy: whether the optimiser takes `Rows` as they are: these stay D_B(u).
+    """
+
+    def difference(node, before):
+        if rows.is_rows(node):
+            return node if lazy else Rows(node.index, difference(node.values, before.values))
+        if not is_inexact(node):
+            return node
+        return node - jnp.asarray(keep, node.dtype) * before
+
+    def combine(now, before):
+        return jax.tree.map(difference, directions(now), directions(before), is_leaf=rows.is_rows)
+
+    return combine
 
 
 def handed_on(running: PyTree, current: PyTree) -> PyTree:

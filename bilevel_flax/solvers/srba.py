@@ -35,7 +35,6 @@ from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
 from bilevel_flax.checks import check_count, check_partition, warn_unless_finite_sum
 from bilevel_flax.single_loop import RowTransformation, single_loop
 from bilevel_flax.solvers import running
-from bilevel_flax.solvers.soba import directions
 
 
 @struct.dataclass
@@ -82,14 +81,13 @@ def estimator(
 
     def update(oracle, variables, batch, state):
         del batch
-        found, before = oracle(variables), oracle(state.previous)
-        now = directions(found.oracles)
-        change = running.combine(jnp.subtract, now, directions(before.oracles))
+        found = oracle((variables, state.previous), combine=running.corrected(1.0, lazy))
+        change = found.directions
         # Partial sums of an unfinished pass are no directions.
         whole = jnp.where(state.cursor == 0, 1.0, jnp.nan)
         carried = running.accumulate(state.directions, whole, change)
         state = state.replace(directions=carried, previous=variables, step=state.step + 1)
-        return running.handed_on(carried, now), state, found
+        return running.handed_on(carried, change), state, found
 
     def refresh(oracle, variables, batch, state):
         found = oracle(variables).oracles

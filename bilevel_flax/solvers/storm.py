@@ -27,7 +27,6 @@ from flax import struct
 from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
 from bilevel_flax.single_loop import RowTransformation, single_loop
 from bilevel_flax.solvers import running
-from bilevel_flax.solvers.soba import directions
 
 
 @struct.dataclass
@@ -67,13 +66,11 @@ def estimator(problem: Problem, eta: Callable, *, lazy: bool = False) -> Estimat
 
     def update(oracle, variables, batch, state):
         del batch
-        found, before = oracle(variables), oracle(state.previous)
-        now = directions(found.oracles)
         keep = jnp.where(state.step == 0, 0.0, 1.0 - eta(state.step))
-        carried = running.accumulate(state.directions, keep, directions(before.oracles), -keep)
-        carried = running.accumulate(carried, 1.0, now)
+        found = oracle((variables, state.previous), combine=running.corrected(keep, lazy))
+        carried = running.accumulate(state.directions, keep, found.directions)
         state = STORMState(carried, variables, state.step + 1)
-        return running.handed_on(carried, now), state, found
+        return running.handed_on(carried, found.directions), state, found
 
     return Estimator(init=init, update=update, units=8.0)
 
