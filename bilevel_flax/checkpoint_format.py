@@ -9,6 +9,7 @@ without elements are kept in `leaves` only, for Orbax refuses them.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -226,27 +227,37 @@ def quiet_orbax() -> Iterator[None]:
     not if the logger `absl` has been set to INFO or below. No level or handler changes.
 
     At the first failure among its concurrent reads or writes it closes their event loop; every
-    other one then finds the loop closed, which Python prints as an exception that nobody can catch.
+    other one then finds the loop closed, which Python prints as an exception that nobody can catch,
+    or fails as the first did, which asyncio logs when the task is deleted.
     """
     logger, show = logging.getLogger("absl"), sys.unraisablehook
+    tasks = logging.getLogger("asyncio")
+
+    def retrieved(record: logging.LogRecord) -> bool:
+        return "never retrieved" not in record.getMessage()
 
     def keep(record: logging.LogRecord) -> bool:
         asked_for = logging.NOTSET < logger.level <= logging.INFO
         return asked_for or "orbax" not in epath.Path(record.pathname).parts
 
     def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)
+        from_orbax = code is not None and "orbax" in epath.Path(code.co_filename).parts
+        if str(unraisable.exc_value) != "Event loop is closed" and not from_orbax:
             show(unraisable)
 
     logger.addFilter(keep)
+    tasks.addFilter(retrieved)
     sys.unraisablehook = show_others
     try:
         yield
     except Exception:
         time.sleep(_SETTLE_SECONDS)
+        gc.collect()
         raise
     finally:
         logger.removeFilter(keep)
+        tasks.removeFilter(retrieved)
         sys.unraisablehook = show
 
 

@@ -224,11 +224,7 @@ def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
     mine = {name: json.dumps(value, default=str) for name, value in facts.items()}
     everyone = channel.exchange(mine)
     for process, other in enumerate(everyone):
-        names = [
-            name
-            for name in sorted(everyone[0].keys() | other.keys())
-            if everyone[0].get(name) != other.get(name)
-        ]
+        names = [name for name in everyone[0] | other if everyone[0].get(name) != other.get(name)]
         if names:
             shown = "; ".join(
                 f"{name}: {everyone[0].get(name, 'nothing')} on process 0, "

@@ -164,3 +164,26 @@ def fail_alone() -> None:
             raise ValueError("data.manual_dir='elsewhere': no such folder")
 
     distributed.Channel("phase").together(phase)
+
+
+def train(workdir: str, *overrides: str) -> int:
+    """The command line's `train` on the small run; returns its exit code."""
+    from bilevel_flax import cli
+
+    command = ["train", "--config", "tests/faults/small_run.py:soba", "--workdir", workdir]
+    return cli.main([*command, *(f"--config.{override}" for override in overrides)])
+
+
+def train_with_seeds(workdir: str, seeds: list[int]) -> int:
+    """Every process was started with a seed of its own."""
+    return train(workdir, f"seed={seeds[distributed.process_index()]}")
+
+
+def train_with_examples(workdir: str, counts: list[int]) -> int:
+    """Every process finds another number of examples where its data are."""
+    from tests.faults import small_run
+
+    original = small_run.examples
+    count = counts[distributed.process_index()]
+    small_run.examples = lambda asked: original(count if asked == 256 else asked)
+    return train(workdir)

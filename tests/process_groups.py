@@ -4,7 +4,8 @@
 
 forks `count` processes that are joined by `jax.distributed` (none of it where count is 1), have
 `devices` CPU devices each, and call the function. The answer is a list of exit codes, negative for
-a signal. What a process prints goes to `<log>.<process>`.
+a signal. What a process prints goes to `<log>.<process>`. With "signal": [process, name, folder]
+one of them is sent a signal as soon as there is something in the folder.
 
 Forking spares importing everything anew, which takes seconds for each process; no jax backend and
 no threads run in the parent.
@@ -16,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 
 import flax.linen  # noqa: F401  imported before the forks
@@ -23,7 +25,7 @@ import jax
 import optax  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 
-from bilevel_flax import checkpoint, distributed, sharding  # noqa: F401
+from bilevel_flax import checkpoint, cli, distributed, train  # noqa: F401
 
 SECONDS = 120  # after which a process that hangs is killed; it has to show as a failure
 
@@ -58,7 +60,7 @@ def child(order: dict, process: int, port: int) -> int:
             traceback.print_exc()
         print(f"error: {error}", flush=True)
         code = 1
-    if order["count"] > 1:
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     return code or 0
 
@@ -77,6 +79,14 @@ def run(order: dict) -> list[int]:
                 sys.stderr.flush()
                 os._exit(code)
         pids.append(pid)
+    if order.get("signal"):
+        process, name, folder = order["signal"]
+        while not (os.path.isdir(folder) and any(n.isdecimal() for n in os.listdir(folder))):
+            time.sleep(0.01)
+            if os.waitid(os.P_PID, pids[process], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+        else:
+            os.kill(pids[process], signal.Signals[name])
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 

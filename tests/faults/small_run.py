@@ -31,6 +31,7 @@ def get_config(solver: str = "srba") -> ml_collections.ConfigDict:
     config.health = {"share": 0.0, "summary": False}
     config.on_device = True
     config.mesh = config_dict.placeholder(str)
+    config.collectives = config_dict.placeholder(str)
     config.report = config_dict.placeholder(str)
     config.task = {"call": "tests.faults.small_run:make_task"}
     more = {"period": 100} if solver == "srba" else {}
