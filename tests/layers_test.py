@@ -35,7 +35,7 @@ DERIVATIVES = {
     "hvp",
 }
 # The files of `oracles` that differentiate; its others call losses and put results together.
-DERIVATIVE_CODE = {"products", "pieces", "linear"}
+DERIVATIVE_CODE = {"products", "pieces", "forward", "linear"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
