@@ -13,6 +13,16 @@ Reference:
 
 from bilevel_flax.nnx.losses import problem
 from bilevel_flax.nnx.optimizer import Optimizer, OptimizerArray, OuterParam
+from bilevel_flax.nnx.specs import partition_specs
 from bilevel_flax.nnx.state import init, params, write
 
-__all__ = ["Optimizer", "OptimizerArray", "OuterParam", "init", "params", "problem", "write"]
+__all__ = [
+    "Optimizer",
+    "OptimizerArray",
+    "OuterParam",
+    "init",
+    "params",
+    "partition_specs",
+    "problem",
+    "write",
+]
