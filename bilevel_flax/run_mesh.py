@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from bilevel_flax import config as configs
 from bilevel_flax import sharding
 from bilevel_flax.base import Batch
+from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.sharding.layout import place
 from bilevel_flax.task import Task
 
@@ -64,7 +65,7 @@ def make_layout(config: configs.Config, task: Task) -> tuple[sharding.Layout | N
     elif collectives == "floor":
         why = ""
     if why:
-        task = dataclasses.replace(task, problem=sharding.whole(task.problem))
+        task = dataclasses.replace(task, problem=in_mesh(sharding.whole(task.problem), mesh))
         return layout, task, f"mesh {text}: reductions are left to XLA's partitioner ({why})"
     problem = sharding.data_parallel(task.problem, mesh, layout.rules)
     task = dataclasses.replace(task, problem=problem)
