@@ -16,8 +16,8 @@ class SignalGuard:
     happens.
 
     Args:
-        signals: what to guard against. Leave out SIGTERM where `jax.distributed` is initialised:
-            its own handler of it tells all processes of a preemption.
+        signals: what to guard against. With several processes, ask all of them (`Channel.exchange`)
+            before acting on it: a preemption may reach one host only.
 
     Example:
         >>> with SignalGuard() as guard:
