@@ -93,7 +93,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         root = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
-        return (wide * root).astype(self.dtype) * scale.astype(self.dtype)
+        return (wide * root).astype(self.dtype) * scale.astype(self.dtype)[None, None]
 
 
 def rotated(x: jax.Array, base: float = 10_000.0) -> jax.Array:
