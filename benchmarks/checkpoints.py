@@ -1,6 +1,7 @@
 """How long a save of a big table keeps training waiting.
 
     python benchmarks/checkpoints.py --megabytes 512 --saves 5
+    python benchmarks/checkpoints.py --megabytes 512 --saves 5 --devices 2 --processes 2
 
 A step that updates the whole table in place (donated) runs on while checkpoints are written; what
 counts is how long `save` blocks it, against the seconds until the checkpoint is complete.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -17,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from bilevel_flax import distributed
 from bilevel_flax.checkpoint import Checkpointer
 
 
@@ -25,11 +28,34 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512, help="of the table")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
+    parser.add_argument("--port", type=int, default=8476, help="where the processes meet")
+    parser.add_argument("--processes", type=int, default=1, help="with so many devices each")
     parser.add_argument("--train", action="store_true", help="run steps while it is being written")
     options = parser.parse_args()
-    if options.devices > 1:
-        jax.config.update("jax_num_cpu_devices", options.devices)
-    mesh = jax.make_mesh((options.devices,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for process in range(1, options.processes):
+            children.append(os.fork())
+            if children[-1] == 0:
+                measure(options, process, folder)
+                os._exit(0)
+        measure(options, 0, folder)
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def measure(options: argparse.Namespace, process: int, folder: str) -> None:
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.processes > 1:
+        distributed.start(
+            {
+                "coordinator": f"127.0.0.1:{options.port}",
+                "num_processes": options.processes,
+                "process_id": process,
+            }
+        )
+    everyone = (options.devices * options.processes,)
+    mesh = jax.make_mesh(everyone, ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     columns = 1 << 14
     rows = options.megabytes * 2**20 // (4 * columns)
@@ -43,7 +69,7 @@ def main() -> None:
     )
     state = jax.block_until_ready(update(state, jnp.int32(0)))
     blocked, taken = [], []
-    with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, keep=1) as checkpointer:
+    with Checkpointer(folder, keep=1) as checkpointer:
         for step in range(1, options.saves + 1):
             began = time.perf_counter()
             checkpointer.save(step, state, {})
@@ -52,11 +78,16 @@ def main() -> None:
                 state = jax.block_until_ready(update(state, jnp.int32(step)))
             checkpointer.wait()
             taken.append(time.perf_counter() - began)
+    if options.processes > 1:
+        jax.distributed.shutdown()
+    if process:
+        return
     print(
         json.dumps(
             {
                 "megabytes": options.megabytes,
                 "devices": options.devices,
+                "processes": options.processes,
                 "seconds_blocked": [round(s, 4) for s in blocked],
                 "seconds_of_the_save": [round(s, 3) for s in taken],
                 "share_blocked": statistics.median(

@@ -115,14 +115,16 @@ def _hollow(leaf: Any) -> np.ndarray:
 
 
 def _spread_copy(leaf: jax.Array) -> jax.Array:
-    """The same array in host memory, sharded alike: nothing crosses a network."""
-    if next(iter(leaf.devices())).platform != "cpu":
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    """The same array in the host's memory, sharded alike: nothing crosses a network."""
+    kind = "pinned_host"
     copies = [
-        jax.device_put(np.array(shard.data, copy=True), shard.device)
+        jax.device_put(
+            shard.data, jax.sharding.SingleDeviceSharding(shard.device, memory_kind=kind)
+        )
         for shard in leaf.addressable_shards
     ]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
+    sharding = leaf.sharding.with_memory_kind(kind)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
 
 def own_sums(
