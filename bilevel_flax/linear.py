@@ -12,7 +12,7 @@ penalties p and q are the same for every minibatch and need no memory at all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ def linear_problem(
     outer_penalty: Callable[[PyTree, PyTree], jax.Array] | None = None,
     per_sample: PyTree = None,
     derivatives: str = "forward_over_reverse",
+    microbatches: int = 1,
+    compute_dtype: Any = None,
 ) -> Problem:
     """A `Problem` made of logits that are linear in z, losses of each example, and penalties.
 
@@ -65,6 +67,8 @@ def linear_problem(
         outer_penalty: the same for F.
         per_sample: as in `Problem`.
         derivatives: as in `Problem`.
+        microbatches: as in `Problem`; the compact memory does without.
+        compute_dtype: as in `Problem`; the compact memory computes the logits in it.
 
     Raises:
         TypeError: a loss or penalty is no function; at trace time, losses that are not [batch].
@@ -94,6 +98,8 @@ def linear_problem(
         _loss(logits, outer_data, outer_penalty),
         per_sample=per_sample,
         derivatives=derivatives,
+        microbatches=microbatches,
+        compute_dtype=compute_dtype,
         linear=LinearModel(logits, inner_data, outer_data, inner_penalty, outer_penalty),
     )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from problems import logistic
 
 import bilevel_flax as bf
@@ -192,6 +193,45 @@ def test_an_outer_loss_in_evaluation_mode_sees_one_state():
     )
     close(found[0], expected[0], rtol=1e-6)
     assert [float(aux.model_state["mean"]) for _, aux in (found, expected)] == [5.0, 4.0]
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(3, 1, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.out(self.dropout(self.norm(inputs)))[:, 0].astype(jnp.float32)
+
+
+def test_modules_and_linear_models_take_the_settings():
+    settings = {"microbatches": 2, "compute_dtype": "bfloat16"}
+    loss = lambda model, x, batch: jnp.mean((model(batch) - x) ** 2)
+    problem = bf.nnx.problem(loss, loss, Net(nnx.Rngs(0)), jnp.float32(1.0), **settings)
+    solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    state = bf.nnx.init(solver, Net(nnx.Rngs(0)), jnp.float32(1.0))
+    batch = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) + 2, jnp.float32)
+    after, info = quick(solver.update)(state, bf.Batch(batch, batch))
+    bf.check_finite(info)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
+    assert shapes(after) == shapes(state)
+    # BatchNorm's running mean moved twice, towards one half of the examples and then the other.
+    (mean,) = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(after.model_state)
+        if "mean" in jax.tree_util.keystr(path)
+    ]
+    expected = 0.01 * (0.99 * batch[::2].mean(0) + batch[1::2].mean(0))
+    np.testing.assert_allclose(mean, expected, rtol=0.01)
+
+    linear = bf.linear_problem(
+        lambda z, batch: batch @ z,
+        lambda logits, x, batch: (logits - x) ** 2,
+        lambda logits, x, batch: logits**2,
+        **settings,
+    )
+    assert (linear.microbatches, linear.compute_dtype) == (2, "bfloat16")
 
 
 def test_what_does_not_divide_is_named():

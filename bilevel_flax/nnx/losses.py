@@ -31,6 +31,8 @@ def problem(
     per_sample: PyTree = None,
     derivatives: str = "forward_over_reverse",
     remat: bool = False,
+    microbatches: int = 1,
+    compute_dtype: Any = None,
 ) -> Problem:
     """A bilevel problem whose losses take NNX modules.
 
@@ -49,6 +51,9 @@ def problem(
         per_sample: as for `Problem`.
         derivatives: as for `Problem`.
         remat: as for `Problem`.
+        microbatches: as for `Problem`.
+        compute_dtype: as for `Problem`; layers compute in what they are handed unless they were
+            made with a `dtype`.
 
     Returns:
         A `Problem` for any solver. It is stateful exactly if the module has other variables than
@@ -126,4 +131,6 @@ def problem(
         per_sample=per_sample,
         derivatives=derivatives,
         remat=remat,
+        microbatches=microbatches,
+        compute_dtype=compute_dtype,
     )
