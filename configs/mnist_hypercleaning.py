@@ -57,6 +57,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     config.on_device = config_dict.placeholder(bool)
     config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
     config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow
+    config.rules = config_dict.placeholder(tuple)
     config.data = {
         "name": "mnist5k",
         "manual_dir": config_dict.placeholder(str),

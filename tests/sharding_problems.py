@@ -28,7 +28,10 @@ MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 RULES = {
     "mlp": [("Dense_0/kernel", "fsdp,tensor"), ("Dense_1/kernel", "tensor,fsdp")],
     "cnn": [("Conv_0/kernel", "-,-,-,fsdp"), ("Dense_0/kernel", "fsdp,-")],
-    "transformer": [("query|key|value|Dense_0", "fsdp,tensor"), ("out/kernel|Dense_1", "tensor")],
+    "transformer": [
+        ("(query|key|value|Dense_0)/kernel", "fsdp,tensor"),
+        ("(out|Dense_1)/kernel", "tensor"),
+    ],
 }
 
 

@@ -107,8 +107,8 @@ def test_by_default_fsdp_cuts_the_largest_axis_that_it_divides():
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
-        ([("kernels", "fsdp")], "'kernels' match no leaf.*layer/bias"),
-        ([("kernel", "fsdp"), ("layer/kernel", "-")], "'layer/kernel' match no leaf"),
+        ([("kernels", "fsdp")], "'kernels' matches no leaf.*layer/bias"),
+        ([("kernel", "fsdp"), ("layer/kernel", "-")], "'layer/kernel' matches no leaf"),
         ([("kernel", "rows")], "mesh axis 'rows'"),
         ([("out", "fsdp"), ("bias|kernel", "fsdp,-,-")], "at most one entry for each axis"),
         ([("kernel(", "fsdp")], "no regular expression"),

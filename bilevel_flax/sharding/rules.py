@@ -188,7 +188,8 @@ def param_specs(params: PyTree, mesh: Mesh, rules: Any = None) -> PyTree:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             raise ValueError(
                 f"the sharding rule{'s' if len(lost) > 1 else ''} "
-                f"{', '.join(repr(pattern) for pattern in lost)} match no leaf of inner_params "
+                f"{', '.join(repr(pattern) for pattern in lost)} "
+                f"match{'' if len(lost) > 1 else 'es'} no leaf of inner_params "
                 f"(or an earlier rule has them all); its paths are {shown}"
             )
     for (path, node), spec in zip(nodes, specs, strict=True):
