@@ -100,6 +100,19 @@ def test_the_start_takes_over_the_weights_if_they_are_donated():
     jax.jit(solver.update, donate_argnums=0)(state, bf.Batch(batch, batch))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_is_the_table_its_moments_and_its_counts():
+    command = [sys.executable, str(ROOT / "benchmarks" / "weights.py"), "--memory-of", "50000000"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["needed"] == 16 * 50_000_000
+    assert found["resident"] < 1.1 * found["needed"]
+    assert found["peak"] < 1.1 * found["needed"]
+
+
 def test_under_saba_a_row_moves_by_its_own_cross_term():
     """Nothing is memorised of it, and nothing needs to be: no other minibatch has the row."""
     solver = make("saba", lazy_sgd(0.1))
