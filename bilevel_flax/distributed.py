@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -55,23 +56,28 @@ def start(settings: Any = None) -> None:
             the first of them this is a single process.
 
     Raises:
-        ValueError: settings that are none of this; a coordinator that does not answer; a cluster
-            that is not recognised.
+        ValueError: settings that are none of this; a cluster that is not recognised. (Where the
+            others do not come, the program ends with a line that says so.)
     """
     if jax.distributed.is_initialized():
         return
     given = _settings(settings)
     if given is None:
         return
+    # A signal is a matter of the training loop (`host_loop`), which asks all processes for it.
+    jax.config.update("jax_enable_preemption_service", False)
+    seconds = int(os.environ.get("BILEVEL_FLAX_JOIN_SECONDS", "300"))
+    # Left to itself, JAX's client ends the program with a stack trace of C++.
+    alarm = threading.Timer(seconds, _give_up, (given, seconds))
+    alarm.daemon = True
+    alarm.start()
     try:
-        # A signal is a matter of the training loop (`host_loop`), which asks all processes for it.
-        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             given["coordinator"],
             given["num_processes"],
             given["process_id"],
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            initialization_timeout=int(os.environ.get("BILEVEL_FLAX_JOIN_SECONDS", "300")),
+            initialization_timeout=seconds + 60,
         )
     except Exception as error:
         said = " ".join(str(error).split())[:200]
@@ -80,6 +86,20 @@ def start(settings: Any = None) -> None:
             "coordinator=HOST:PORT of process 0, num_processes and process_id, before any use of "
             "a device"
         ) from error
+    finally:
+        alarm.cancel()
+
+
+def _give_up(given: Mapping[str, Any], seconds: int) -> None:
+    at = given["coordinator"] or os.environ.get("JAX_COORDINATOR_ADDRESS", "the coordinator")
+    print(
+        f"error: the {given['num_processes'] or ''} processes did not all meet at {at} within "
+        f"{seconds} s (BILEVEL_FLAX_JOIN_SECONDS): start all of them, with the same coordinator, "
+        "which every host must reach",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _settings(settings: Any) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ HARMLESS = (
     "rules",
     "collectives",
     "distributed*",
+    "problem.remat",
     "data.manual_dir",
     "data.data_dir",
 )

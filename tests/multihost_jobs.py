@@ -1,5 +1,6 @@
 """What the processes of `multihost_test.py` do; each function runs in every process."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -187,3 +188,10 @@ def train_with_examples(workdir: str, counts: list[int]) -> int:
     count = counts[distributed.process_index()]
     small_run.examples = lambda asked: original(count if asked == 256 else asked)
     return train(workdir)
+
+
+def join_alone() -> None:
+    """The others never come."""
+    os.environ["BILEVEL_FLAX_JOIN_SECONDS"] = "1"
+    settings = {"coordinator": "127.0.0.1:9", "num_processes": 2, "process_id": 1}
+    distributed.start(settings)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bilevel_flax import checkpoint_format
+from bilevel_flax import checkpoint_format, distributed
 
 HERE = Path(__file__).parent
 
@@ -183,6 +183,26 @@ def test_processes_that_differ_or_fail_alone_all_exit_with_one_line(groups: Grou
     assert codes == [1, 1]
     assert all("data.manual_dir='elsewhere': no such folder" in output for output in outputs)
     assert all(output.count("\n") == 1 for output in outputs)
+
+
+def test_processes_that_do_not_meet_end_with_one_line(groups: Groups):
+    codes, outputs = groups("join_alone", count=1)
+    assert codes == [2]
+    assert outputs[0].count("\n") == 1
+    assert "the 2 processes did not all meet at 127.0.0.1:9 within 1 s" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hosts": 2}, "distributed.hosts: unknown; there are coordinator, num_processes"),
+        ("always", "distributed='always': must be \"auto\", a dict, or None"),
+        ({"coordinator": "here:1", "num_processes": 2, "process_id": 2}, "could not be joined"),
+    ],
+)
+def test_settings_that_join_nobody_are_refused(settings: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        distributed.start(settings)
 
 
 def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
