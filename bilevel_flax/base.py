@@ -266,7 +266,8 @@ class Info(NamedTuple):
         norms: Variables of float32, the Euclidean norms of the three directions.
         finite: Variables of bool, whether each direction is finite. Where one is not, the state
             did not move.
-        adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ on the minibatch.
+        adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ on the minibatch; where `sharding.data_parallel`
+            reduces directions alone, an estimate (docs/sharding.md).
         oracle_units: what the update cost; a gradient, an HVP and a cross-JVP count 1 each.
         metrics: the user's scalars, by name.
     """
