@@ -62,6 +62,7 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.on_device = config_dict.placeholder(bool)
     config.data = {
         "windows_measured": 256,
+        "most_windows": 1600 if size == "tiny" else config_dict.placeholder(int),
         "files": config_dict.placeholder(tuple),
         "target": config_dict.placeholder(str),
         "outer_share": 0.1,
