@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.sharding.mesh import AXES
@@ -73,7 +73,7 @@ def _names(entry: Any) -> tuple:
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
-def parts_along(mesh: Mesh, entry: Any) -> int:
+def parts_along(mesh: Mesh | AbstractMesh, entry: Any) -> int:
     """The number of pieces into which one entry of a PartitionSpec cuts an axis."""
     pieces = 1
     for name in _names(entry):
@@ -81,7 +81,9 @@ def parts_along(mesh: Mesh, entry: Any) -> int:
     return pieces
 
 
-def check_divides(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
+def check_divides(
+    name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> None:
     """Raises unless `spec` cuts an array of this shape into equal pieces.
 
     Raises:
@@ -102,7 +104,7 @@ def check_divides(name: str, shape: Sequence[int], spec: PartitionSpec, mesh: Me
             )
 
 
-def largest_axis(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def largest_axis(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The default: the largest axis that fsdp divides lies along it; small leaves stay whole."""
     pieces = mesh.shape["fsdp"]
     size = 1
@@ -137,7 +139,7 @@ def _spec_of_box(box: Any, name: str, logical: Sequence) -> PartitionSpec | None
     return None
 
 
-def param_specs(params: PyTree, mesh: Mesh, rules: Any = None) -> PyTree:
+def param_specs(params: PyTree, mesh: Mesh | AbstractMesh, rules: Any = None) -> PyTree:
     """A PartitionSpec for each leaf of z.
 
     Args:
