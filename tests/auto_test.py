@@ -226,6 +226,7 @@ def test_directions_of_every_kth_step_are_unbiased():
     estimator = thrifty.estimator(every=3)
     memory = estimator.init(point)._replace(count=jnp.int32(6))
 
+    @jax.jit
     def directions(batch):
         def oracle(variables, evaluate=oracles.evaluate_all):
             return evaluate(problem, variables, batch, None, (None, None))

@@ -218,7 +218,8 @@ def test_an_early_end_leaves_the_folder_free_for_another_config(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model=cnn", "corruption=0.3"),
+        # The CNN also has examples/mnist_hypercleaning/task_test.py.
+        pytest.param(("model=cnn", "corruption=0.3"), marks=pytest.mark.slow),
         ("model=mlp", "weights=softmax", "on_device=false", "noise=class"),
     ],
     ids=["cnn", "mlp"],

@@ -44,7 +44,12 @@ def test_an_unknown_parametrisation_is_named_with_the_nearest():
 
 @pytest.mark.parametrize(
     "setting, auc",
-    [(["model=cnn"], 0.85), (["model=cnn", "noise=class", "corruption=0.3"], 0.8)],
+    [
+        (["model=cnn"], 0.85),
+        pytest.param(
+            ["model=cnn", "noise=class", "corruption=0.3"], 0.8, marks=pytest.mark.slow
+        ),  # half a minute, the same code
+    ],
     ids=["symmetric", "class"],
 )
 def test_with_nothing_tuned_the_wrong_labels_are_found(setting, auc, tmp_path):
