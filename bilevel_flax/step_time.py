@@ -13,7 +13,8 @@ from bilevel_flax.feed import minibatch
 from bilevel_flax.loop import Loop, clocked
 from bilevel_flax.single_loop import learnable
 
-_MOST_STEPS = 200  # of one turn
+_FEWEST_STEPS = 8  # of one turn: `auto`'s cheap setting does its work in every eighth
+_MOST_STEPS = 200
 
 
 def over_plain(
@@ -36,7 +37,7 @@ def over_plain(
         inner: z's optimiser.
         state: where the run stands; it is not used up.
         rounds: turns of each.
-        seconds: that a turn should take; a step at least.
+        seconds: that a turn should take; 8 steps at least.
 
     Returns:
         (bilevel, plain) seconds a step. NaN where the solver's step is not finite at `state`.
@@ -47,7 +48,7 @@ def over_plain(
     if int(after.step) == start:
         return float("nan"), float("nan")
     _, taken, spent = loop.rehearse(state, start, 4)
-    steps = int(np.clip(seconds * max(taken, 1) / max(spent, 1e-9), 1, _MOST_STEPS))
+    steps = int(np.clip(seconds * max(taken, 1) / max(spent, 1e-9), _FEWEST_STEPS, _MOST_STEPS))
     args = loop.arguments(start, start + steps)
     plain(args, steps)
     best = {"bilevel": np.inf, "plain": np.inf}
