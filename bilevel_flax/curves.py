@@ -1,7 +1,7 @@
 """The curves of a run: what `metrics.jsonl` holds, drawn in a few panels that read together."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ def new_figure(width: float = 5.4, height: float = 3.2) -> tuple[Figure, Axes]:
 def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
     """Draws a run's metrics: losses, errors, adjoint residual, direction norms, then the rest.
 
-    Every measured value is drawn lightly, a centred moving average (of the logarithm where the
+    Names with a common part before a slash (`mixture/english`, `mixture/code`) share a panel. Every
+    measured value is drawn lightly, a centred moving average (of the logarithm where the
     axis is logarithmic) strongly. Values that are not finite are left out.
 
     Args:
@@ -94,10 +95,21 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]
         group = {name: series.pop(name) for name in list(series) if _words(name) & words}
         if group:
             figures.append((title, _draw(group, title)))
+    for title, members in _families(series):
+        figures.append((title, _draw({name: series.pop(name) for name in members}, title)))
     for name, values in series.items():
         if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
             figures.append((as_title(name), _draw({name: values}, as_title(name))))
     return figures
+
+
+def _families(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Titles and members of the groups of two and more names that share what precedes a slash."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if "/" in name and not _words(name) & _BOOKKEEPING:
+            found.setdefault(name.rsplit("/", 1)[0], []).append(name)
+    return [(as_title(family), like) for family, like in found.items() if len(like) > 1]
 
 
 def figure_of(rows: Sequence[Mapping[str, Any]], title: str) -> Figure | None:

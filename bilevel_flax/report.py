@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_flax import health_report
+from bilevel_flax.config_diff import flatten
 from bilevel_flax.curves import as_title, curve_figures, readable
 from bilevel_flax.report_sections import (
     Section,
@@ -40,15 +41,8 @@ __all__ = [
     "write_report",
 ]
 
-# The first of these that a summary holds become cards, in this order.
-_HEADLINES = (
-    "test_error",
-    "test_error_retrained",
-    "test_error_no_weights",
-    "wrong_label_auc",
-    "steps",
-    "seconds",
-)
+# Cards of every run, after the task's own headline.
+_COST = ("steps", "seconds")
 
 
 def write_report(
@@ -56,8 +50,9 @@ def write_report(
 ) -> Path:
     """Builds `report.html` from what a run left behind.
 
-    Reads `summary.json` (headline numbers), `config.json` (the run's config) and `metrics.jsonl`
-    (curves). Each may be missing, as in a run that is still going on: the report then says so.
+    Reads `summary.json` (its `headline` names the cards at the top), `config.json` (the run's
+    config) and `metrics.jsonl` (curves). Each may be missing, as in a run that is still going on:
+    the report then says so.
 
     Args:
         workdir: The run's folder.
@@ -81,7 +76,8 @@ def write_report(
     health = health_report.section(rows)
     own = (_curves(rows), *([] if health is None else [health]))
     body += [_section(section) for section in (*own, *sections)]
-    body += [_pairs("All numbers", summary, rates=True), _pairs("Config", config, rates=False)]
+    numbers = {name: value for name, value in summary.items() if name != "headline"}
+    body += [_pairs("All numbers", numbers, rates=True), _pairs("Config", config, rates=False)]
     content = page(f"{_title(workdir, config)} · bilevel_flax", "\n".join(filter(None, body)))
 
     path = workdir / "report.html" if path is None else Path(path)
@@ -135,10 +131,12 @@ def _header(
     if not summary:
         step = f" at step {rows[-1]['step']:,}" if rows else ""
         facts.append(f"not finished{step}: the same train command goes on with it")
+    numbers = flatten(summary)
+    names = [name for name in (*summary.get("headline", ()), *_COST) if name in numbers]
     cards = "".join(
-        f'<div class="card{"" if number else " first"}"><b>{show_value(name, summary[name])}'
+        f'<div class="card{"" if number else " first"}"><b>{show_value(name, numbers[name])}'
         f"</b><span>{html.escape(readable(name))}</span></div>"
-        for number, name in enumerate(n for n in _HEADLINES if n in summary)
+        for number, name in enumerate(names)
     )
     return (
         f'<header><p class="kicker">bilevel_flax run report</p>'
@@ -170,19 +168,9 @@ def _pairs(title: str, values: Mapping[str, Any], *, rates: bool) -> str:
     lines = "".join(
         f"<div><dt>{html.escape(readable(name) if rates else name)}</dt>"
         f"<dd>{show_value(name if rates else '', value)}</dd></div>"
-        for name, value in _flat(values)
+        for name, value in flatten(values).items()
     )
     return (
         f"<section><details{' open' if rates else ''}><summary>{html.escape(title)}</summary>"
         f'<dl class="pairs">{lines}</dl></details></section>'
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}.")
-        else:
-            pairs.append((prefix + name, value))
-    return pairs

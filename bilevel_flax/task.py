@@ -53,7 +53,8 @@ class Task:
         select: the name of a value of `evaluate` that should be low: `finish` is then handed the
             network (z and the model state) from the evaluation where it was lowest, with the last
             v and x; None: the last network.
-        headline: names in the summary, in the order in which a person wants to read them.
+        headline: names in the summary, in the order in which a person wants to read them: printed
+            at the end of a run, and the report's cards. A dot leads into a mapping: `"test.soba"`.
         rules: on a mesh, which axes of z's leaves are cut, as for `sharding.state_shardings`.
     """
 

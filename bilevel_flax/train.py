@@ -122,8 +122,9 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
             lambda: _conclude(config, workdir, task, solver.name, whole)
         )
         trained.loop.close()
+    numbers = config_diff.flatten(results)
     for name in task.headline:
-        say(f"{name:28s} {results[name]:.4f}")
+        say(f"{name:28s} {numbers[name]:.4f}")
     say(f"report: {workdir / 'report.html'}")
     return results
 
@@ -182,6 +183,7 @@ def _conclude(
         ),
         "selected_step": at,
         **task.finish(chosen, workdir, _say),
+        "headline": list(task.headline),
         "versions": summary.versions(),
     }
     workdirs.write_json(workdir / "summary.json", results)

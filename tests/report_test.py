@@ -231,6 +231,24 @@ def test_curves_group_what_belongs_together_and_leave_clocks_out():
     assert named["Wrong label AUC"] == []
 
 
+def test_names_with_a_common_part_before_a_slash_share_a_panel():
+    rows = [
+        {"step": t, "mixture/code": t / 9, "mixture/prose": 1 - t / 9, "a/b": t} for t in range(9)
+    ]
+    figures = dict(curve_figures(rows))
+    assert list(figures) == ["Mixture", "A b"]
+    assert len(figures["Mixture"].axes[0].lines) == 2
+
+
+def test_the_tasks_headline_names_the_cards(tmp_path):
+    summary = {"headline": ["nats.after", "absent"], "steps": 7, "nats": {"after": 1.25}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    text = write_report(tmp_path).read_text()
+    first, second = re.findall(r'<div class="card[^>]*><b>(.*?)</b><span>(.*?)</span>', text)
+    assert first == ("1.25", "nats after") and second == ("7", "steps")
+    assert "<dt>headline" not in text
+
+
 def test_smoothing_keeps_constants_and_lines():
     np.testing.assert_allclose(smooth(np.full(50, 3.0), 7), 3.0)
     line = np.arange(50.0)
