@@ -1,8 +1,8 @@
 """The operations an edge of a cell chooses from.
 
 Each is a Flax module `operation(images, train) -> images` on [batch, height, width, channels] with
-the same channels out; with stride 2 (all but the identity) it halves the image. `make(name, channels, stride, affine)`
-makes one. Batch normalisation comes without scale and shift (`affine=False`) while the
+the same channels out; with stride 2 (all but the identity) it halves the image. `make` makes one
+by its name. Batch normalisation comes without scale and shift (`affine=False`) while the
 architecture is searched for: a scale could undo the edge's weight.
 
 References:
