@@ -352,6 +352,41 @@ def test_modules_and_arrays_in_x_and_a_state_that_comes_back():
     np.testing.assert_array_equal(kernel[...], state.outer_params["net"]["out"]["kernel"])
 
 
+def test_full_passes_are_those_of_the_solver():
+    model, count = MLP(nnx.Rngs(0)), 3
+    solver = bf.srba(
+        nnx_problem(model),
+        inner=optax.sgd(0.1),
+        outer=bf.outer.lazy_sgd(0.5),
+        num_inner_batches=count,
+        num_outer_batches=count,
+        period=4,
+    )
+    data = [one._replace(inner_id=i, outer_id=i) for i, one in enumerate(batches(IMAGES, count))]
+    state = bf.nnx.init(solver, model, weights.init())
+    optimizer = bf.nnx.Optimizer(model, solver, weights.init())
+    update, refresh = nnx.jit(UPDATE), nnx.jit(lambda model, opt, batch: opt.refresh(model, batch))
+    by_hand, pass_by_hand = jax.jit(solver.update), jax.jit(solver.refresh)
+    passes = []
+    for step in range(6):
+        while (due := optimizer.due) is not None:
+            side, i = ("inner", due) if due < count else ("outer", due - count)
+            one = bf.Batch(**{side: getattr(data[i], side), f"{side}_id": i})
+            before = jax.tree.map(np.array, bf.nnx.params(model))
+            refresh(model, optimizer, one)
+            jax.tree.map(np.testing.assert_array_equal, bf.nnx.params(model), before)
+            state = pass_by_hand(state, one)
+            passes.append((step, due))
+        update(model, optimizer, data[step % count])
+        state, _ = by_hand(state, data[step % count])
+    assert passes == [(step, due) for step in (0, 4) for due in range(2 * count)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        optimizer.state(model),
+        state,
+    )
+
+
 def test_wrt_holds_the_other_parameters_fixed():
     model = MLP(nnx.Rngs(0))
     wrt = nnx.All(nnx.Param, nnx.PathContains("second"))

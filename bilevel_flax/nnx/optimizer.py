@@ -94,10 +94,57 @@ class Optimizer(nnx.Pytree):
         self.restore(model, state)
         return info
 
+    @property
+    def due(self) -> int | None:
+        """The minibatch that a method with full passes (SRBA) must see before the next update.
+
+        Minibatches of a pass are counted from 0, those of the inner data before those of the outer
+        data; None: none is due. Read it outside of `nnx.jit`.
+        """
+        if int(self.solver.next_refresh(self._memory())) > int(self.step):
+            return None
+        return int(self.solver.refresh_cursor(self._memory()))
+
+    def refresh(self, model: nnx.Module, batch: Batch) -> None:
+        """Takes one minibatch of a full pass into the method's memory; `model` stays as it is.
+
+        Args:
+            model: as for `update`.
+            batch: the minibatch that `due` names: `bf.Batch(inner=batch, inner_id=due)`, or, with m
+                inner minibatches, `bf.Batch(outer=batch, outer_id=due - m)`.
+
+        Example:
+            >>> import bilevel_flax as bf, jax.numpy as jnp, optax
+            >>> def loss(model, x, batch):
+            ...     return x * jnp.mean(model(batch) ** 2)
+            >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+            >>> solver = bf.srba(
+            ...     bf.nnx.problem(loss, loss, model, jnp.ones(())),
+            ...     inner=optax.sgd(0.1),
+            ...     outer=optax.sgd(0.1),
+            ...     num_inner_batches=2,
+            ...     num_outer_batches=1,
+            ...     period=10,
+            ... )
+            >>> optimizer = bf.nnx.Optimizer(model, solver, jnp.ones(()))
+            >>> inner, outer = jnp.ones((2, 4, 2)), jnp.ones((1, 4, 2))  # 2 and 1 minibatches of 4
+            >>> while (due := optimizer.due) is not None:
+            ...     if due < 2:
+            ...         batch = bf.Batch(inner=inner[due], inner_id=due)
+            ...     else:
+            ...         batch = bf.Batch(outer=outer[due - 2], outer_id=due - 2)
+            ...     optimizer.refresh(model, batch)
+            >>> _ = optimizer.update(model, bf.Batch(inner[0], outer[0], 0, 0))
+        """
+        state = self.solver.refresh(self.state(model), batch)
+        jax.tree.map(_assign, self._rest, _without_variables(state), is_leaf=_is_variable)
+
+    def _memory(self) -> TrainState:
+        return jax.tree.map(value_of, self._rest, is_leaf=_is_variable)
+
     def state(self, model: nnx.Module) -> TrainState:
         """Everything that a checkpoint needs, as one pytree of arrays."""
-        rest = jax.tree.map(value_of, self._rest, is_leaf=_is_variable)
-        return rest.replace(
+        return self._memory().replace(
             inner_params=params(model, wrt=self.wrt),
             outer_params=params(self.outer),
             model_state=plain(template_of(model, self.wrt).rest) or None,
