@@ -15,7 +15,7 @@ from flax import nnx
 from bilevel_flax import rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
 from bilevel_flax.oracles import is_inexact, uses
-from bilevel_flax.oracles.losses import checked_call
+from bilevel_flax.oracles.losses import checked_call, outer
 
 
 def copied(tree: PyTree) -> PyTree:
@@ -128,6 +128,35 @@ def outer_is_used(
             raise ValueError(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "
                 "be learned about it: use it in inner_loss or take it out of outer_params"
+            )
+
+
+def outer_loss_sees_all(
+    problem: Problem, variables: Variables, batch: PyTree, model_state: PyTree, rng: Any
+) -> None:
+    """Raises when ∇₂F is zero by construction for a leaf of x.
+
+    Args:
+        problem: the problem.
+        variables: the point.
+        batch: an outer minibatch.
+        model_state: for a stateful outer loss.
+        rng: its key.
+
+    Raises:
+        ValueError: names the first such leaf.
+    """
+    z, _, x = variables
+    loss, z_split, x_split = outer(problem, z, x, batch, model_state, rng)
+    floats = [path for path, leaf in jax.tree.leaves_with_path(x) if is_inexact(leaf)]
+    used = uses(lambda leaves: loss(z_split.leaves, leaves)[0], x_split.leaves)
+    if rows.has_rows(problem.per_sample):
+        used = [False] * len(floats)
+    for path, alive in zip(floats, used, strict=True):
+        if not alive:
+            raise ValueError(
+                f"outer_loss never uses outer_params{jax.tree_util.keystr(path)}, and a method "
+                "without an adjoint sees nothing else: take one with, e.g. soba"
             )
 
 

@@ -48,6 +48,8 @@ ROWS = (
     Row("bsgo", "T+S+2", "-", "comparison: as bsg, z from the full inner problem"),
     Row("implicit", "T+S+2", "-", "small problems: conjugate gradients or Neumann"),
     Row("unrolled", "3T+1", "T p", "few inner steps; backprop through them"),
+    Row("darts1", "2", "-", "comparison: first-order DARTS, no adjoint; x must be in F"),
+    Row("darts2", "4", "p", "comparison: second-order DARTS, one unrolled step"),
     Row("inner_only", "1", "-", "the baseline: plain training with x fixed"),
 )
 

@@ -116,9 +116,11 @@ class Quadratics:
         v = -np.linalg.solve(m["A"], m["P"] @ z + m["Q"] @ x + m["q"])
         return z, v
 
-    def _grad_h(self, x):
+    def _grad_h(self, x, step=None):
         m = self.means
         z, v = self._solve(x)
+        if step is not None:
+            v = -step * (m["P"] @ z + m["Q"] @ x + m["q"])
         return m["B"].T @ v + m["Q"].T @ z + m["R"] @ x + m["r"]
 
     def z_star(self, x) -> dict:
@@ -140,11 +142,11 @@ class Quadratics:
         """∇h(x)."""
         return self._as_outer(self._grad_h(_flat(x)))
 
-    def x_star(self) -> dict:
-        """Argmin of h, which is strongly convex."""
+    def x_star(self, step: float | None = None) -> dict:
+        """Argmin of h, which is strongly convex; with `step`, where v = -step ∇₁F would end."""
         zero = np.zeros(_size(self.outer_shapes))
-        at_zero = self._grad_h(zero)
-        columns = [self._grad_h(zero + e) - at_zero for e in np.eye(len(zero))]
+        at_zero = self._grad_h(zero, step)
+        columns = [self._grad_h(zero + e, step) - at_zero for e in np.eye(len(zero))]
         return self._as_outer(-np.linalg.solve(np.stack(columns, 1), at_zero))
 
     def full_directions(self, variables: bf.Variables) -> bf.Variables:

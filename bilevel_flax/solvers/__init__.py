@@ -3,6 +3,7 @@
 from bilevel_flax.solvers.amigo import amigo
 from bilevel_flax.solvers.bsa import bsa
 from bilevel_flax.solvers.bsg import bsg, bsgo
+from bilevel_flax.solvers.darts import darts1, darts2
 from bilevel_flax.solvers.f2sa import f2sa
 from bilevel_flax.solvers.fsla import fsla
 from bilevel_flax.solvers.implicit import implicit
@@ -26,6 +27,8 @@ __all__ = [
     "bsa",
     "bsg",
     "bsgo",
+    "darts1",
+    "darts2",
     "f2sa",
     "fsla",
     "grid_search",
