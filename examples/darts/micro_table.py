@@ -1,0 +1,186 @@
+"""The test accuracy of all 625 networks of the micro-space: trains what is missing in the table.
+
+    python -m examples.darts.micro_table --manual-dir DIR
+
+DIR holds MNIST's original files. Each of the 195 networks that differ is trained three times on the
+5,000 digits of mnist5k and tested on MNIST's 10,000 test digits; the other 430 are one of these
+under another name (`micro_space.canonical`) and share its row. The table is written after each
+training; the same command goes on. About 40 minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples.darts import micro_data, micro_space
+from examples.darts.micro_network import MicroNetwork
+from examples.darts.micro_space import Genotype
+
+PATH = Path(__file__).with_name("micro_table.csv")
+SEEDS = 3
+STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 500, 64, 0.02, 1e-3
+_EDGES = tuple(f"edge_{start}_{end}" for start, end in micro_space.EDGES)
+_ACCURACIES = tuple(f"accuracy_seed_{seed}" for seed in range(SEEDS))
+COLUMNS = (*_EDGES, "same_as", *_ACCURACIES)
+
+
+def number(genotype: Genotype) -> int:
+    """Its place in `micro_space.genotypes()`, the row of the table."""
+    place = 0
+    for name in genotype:
+        place = place * len(micro_space.OPERATIONS) + micro_space.OPERATIONS.index(name)
+    return place
+
+
+def read(path: Path = PATH) -> np.ndarray:
+    """Test accuracies in [0, 1], float64 [625, 3], by the genotype's number; NaN: not trained.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    found = np.full((len(micro_space.genotypes()), SEEDS), np.nan)
+    if not path.exists():
+        return found
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if len(rows) != len(found) or tuple(rows[0]) != COLUMNS:
+        raise ValueError(
+            f"{path} has {len(rows)} rows, columns {', '.join(rows[0]) if rows else 'none'}: "
+            "it is no table of the micro-space; delete it to train anew"
+        )
+    for place, (genotype, row) in enumerate(zip(micro_space.genotypes(), rows, strict=True)):
+        if tuple(row[edge] for edge in _EDGES) != genotype:
+            raise ValueError(f"{path}, row {place + 2}: expected the genotype {genotype}")
+        found[place] = [float(row[name] or "nan") for name in _ACCURACIES]
+    return found
+
+
+def write(accuracies: np.ndarray, path: Path = PATH) -> None:
+    """Replaces the table in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for genotype, row in zip(micro_space.genotypes(), accuracies, strict=True):
+            shown = ["" if np.isnan(value) else f"{value:.4f}" for value in row]
+            same_as = number(micro_space.canonical(genotype))
+            writer.writerow([*genotype, same_as, *shown])
+    os.replace(partial, path)
+
+
+def make_trainer(
+    train: micro_data.Digits, test: micro_data.Digits, steps: int = STEPS
+) -> Callable[[Genotype, int], float]:
+    """`trainer(genotype, seed) -> test accuracy`; one compiled program for all networks.
+
+    Args:
+        train: standardised digits.
+        test: standardised digits, a multiple of 1,000 of them or fewer.
+        steps: of AdamW with a cosine to 0.
+    """
+    network = MicroNetwork()
+    images, labels = jnp.asarray(train.image), jnp.asarray(train.label)
+    part = min(1000, len(test.label))
+    test_images = jnp.asarray(test.image).reshape(-1, part, *test.image.shape[1:])
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=WEIGHT_DECAY
+    )
+
+    @jax.jit
+    def fit(key: jax.Array, choices: jax.Array) -> jax.Array:
+        start, order = jax.random.split(key)
+        variables = network.init(start, images[:1], choices, train=True)
+        statistics = {"batch_stats": variables["batch_stats"]}
+
+        def step(carry, key):
+            params, opt_state = carry
+            rows = jax.random.randint(key, (BATCH_SIZE,), 0, len(labels))
+
+            def loss(params):
+                logits, _ = network.apply(
+                    {"params": params, **statistics},
+                    images[rows],
+                    choices,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+                return each.mean()
+
+            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        params = variables["params"]
+        carry = (params, optimizer.init(params))
+        (params, _), _ = jax.lax.scan(step, carry, jax.random.split(order, steps))
+        # The statistics of all training digits under the last parameters.
+        _, found = network.clone(momentum=0.0).apply(
+            {"params": params, **statistics}, images, choices, train=True, mutable=["batch_stats"]
+        )
+        predict = lambda part: jnp.argmax(
+            jnp.asarray(network.apply({"params": params, **found}, part, choices, train=False)), -1
+        )
+        return jax.lax.map(predict, test_images).reshape(-1)
+
+    def trainer(genotype: Genotype, seed: int) -> float:
+        choices = np.array([micro_space.OPERATIONS.index(name) for name in genotype], np.int32)
+        key = jax.random.fold_in(jax.random.key(seed), number(genotype))
+        return float(np.mean(np.asarray(fit(key, choices)) == test.label))
+
+    return trainer
+
+
+def complete(
+    trainer: Callable[[Genotype, int], float],
+    path: Path = PATH,
+    say: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Trains what the table lacks, all networks with seed 0 first; returns the table."""
+    table, names = read(path), micro_space.genotypes()
+    same = np.array([number(micro_space.canonical(genotype)) for genotype in names])
+    missing = [
+        (seed, place)
+        for seed in range(SEEDS)
+        for place in np.unique(same)
+        if np.isnan(table[place, seed])
+    ]
+    began = time.time()
+    for count, (seed, place) in enumerate(missing, 1):
+        accuracy = trainer(names[place], seed)
+        table[same == place, seed] = accuracy
+        write(table, path)
+        left = (time.time() - began) / count * (len(missing) - count)
+        say(
+            f"[{count}/{len(missing)}] seed {seed}, {' '.join(names[place])}: {accuracy:.4f}, "
+            f"{left / 60:.0f} minutes left"
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Train what the table lacks.")
+    parser.add_argument("--manual-dir", required=True, metavar="DIR")
+    parser.add_argument("--data-dir", metavar="DIR", help="of prepared sets; default: TFDS's")
+    parser.add_argument("--out", type=Path, default=PATH, metavar="CSV", help="default: the table")
+    parsed = parser.parse_args(arguments)
+    digits = micro_data.all_digits()
+    test = micro_data.test_digits(parsed.manual_dir, parsed.data_dir)
+    trainer = make_trainer(
+        micro_data.standardized(digits, digits), micro_data.standardized(test, digits)
+    )
+    complete(trainer, parsed.out, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()
