@@ -217,7 +217,7 @@ def train(
 
 def _is_hidden(name: str) -> bool:
     """Whether a value is for the files only; a line on a terminal holds few."""
-    return name.startswith(("norm_", "health/")) or name == "oracle_units"
+    return name.startswith(("norm_", "health/", "_")) or name == "oracle_units"
 
 
 def _sizes(task: Task, loop: Loop) -> str:

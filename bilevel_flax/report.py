@@ -148,7 +148,10 @@ def _header(
 def _curves(rows: Sequence[Mapping[str, Any]]) -> Section:
     elsewhere = health_report.names()
     figures = curve_figures(
-        [{name: row[name] for name in row if name not in elsewhere} for row in rows]
+        [
+            {name: row[name] for name in row if name not in elsewhere and name[0] != "_"}
+            for row in rows
+        ]
     )
     if not figures:
         return Section(

@@ -42,7 +42,8 @@ class Task:
         inner: the inner data.
         outer: the outer data.
         evaluate: `evaluate(state) -> {name: float}`, at every `eval_every` steps. It must not
-            look at test data.
+            look at test data. Names that begin with "_" go to the files alone, for
+            a report of the task's own: they are neither printed nor drawn among the curves.
         finish: `finish(state, workdir, say) -> {name: value}`, once, after the last step: what
             else belongs into `summary.json` (final errors, baselines). It may write files into
             the workdir; what takes long is stored there as it comes, so that a killed run goes

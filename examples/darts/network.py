@@ -1,0 +1,170 @@
+"""The networks of DARTS's space: a stem, a stack of cells, the mean over the pixels, a classifier.
+
+`SearchNetwork` mixes all operations and is what a search trains; `DerivedNetwork` is that of one
+genotype, trained from scratch. Both double their channels in the reduction cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax.config import ConfigError
+from examples.darts.cells import SearchCell, fan_in, normalized
+from examples.darts.genotype import CELLS, EDGES, OPERATIONS
+from examples.darts.operations import Convolution
+
+_STEM = 3  # times the width: channels of the stem
+_LEAST = 2  # pixels a side in the last cell: of one there is nothing to pool
+
+
+class Stack(NamedTuple):
+    """What kind of cells, one above the other.
+
+    Attributes:
+        width: channels of a node in the first cell (twice as many if it is a reduction).
+        reductions: for each cell, whether it halves the images.
+        stem_stride: 1, or 2 or 4 to halve the images once or twice before the first cell.
+    """
+
+    width: int
+    reductions: tuple[bool, ...]
+    stem_stride: int = 1
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of a node, for each cell."""
+        found, now = [], self.width
+        for reduce in self.reductions:
+            now *= 2 if reduce else 1
+            found.append(now)
+        return tuple(found)
+
+
+def make_stack(
+    image_size: int,
+    width: int,
+    cells: int,
+    reductions: Sequence[int] | None = None,
+    stem_stride: int = 1,
+    where: str = "config.network",
+) -> Stack:
+    """The stack that a config describes, checked.
+
+    Args:
+        image_size: pixels a side.
+        width: channels of a node in the first cell, even.
+        cells: in all.
+        reductions: which cells halve the images; None: DARTS's, at a third and two thirds.
+        stem_stride: 1, 2 or 4.
+        where: what errors call the origin.
+
+    Raises:
+        ConfigError: images that the reductions leave nothing of, a number out of range.
+    """
+    if reductions is None:
+        reductions = sorted({cells // 3, 2 * cells // 3})
+    for name, value, fine in (
+        ("width", width, width >= 2 and width % 2 == 0),
+        ("cells", cells, cells >= 1),
+        ("reductions", tuple(reductions), all(0 <= cell < cells for cell in reductions)),
+        ("stem_stride", stem_stride, stem_stride in (1, 2, 4)),
+    ):
+        if not fine:
+            needs = {
+                "width": "must be even and 2 or more",
+                "cells": "must be 1 or more",
+                "reductions": f"must be cells, from 0 to {cells - 1}",
+                "stem_stride": "must be 1, 2 or 4",
+            }[name]
+            raise ConfigError(f"{where}.{name}={value}: {needs}")
+    halvings = len(set(reductions)) + stem_stride // 2
+    least = (_LEAST - 1) * 2**halvings + 1
+    if image_size < least:
+        raise ConfigError(
+            f"images of {image_size}x{image_size} are too small for {len(set(reductions))} "
+            f"reductions and a stem of stride {stem_stride}: take {least}x{least} or larger, or "
+            f"fewer {where}.reductions"
+        )
+    return Stack(width, tuple(cell in set(reductions) for cell in range(cells)), stem_stride)
+
+
+class Stem(nn.Module):
+    """Convolutions 3x3 of stride 1 or 2, normalised by the minibatch.
+
+    Attributes:
+        stack: says how large its output is.
+    """
+
+    stack: Stack
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[batch, height, width, any] -> [batch, height / stem_stride, ..., 3 * width]."""
+        channels, stride = _STEM * self.stack.width, self.stack.stem_stride
+        for number in range(stride // 4):
+            images = Convolution(channels // 2, stride=2, name=f"before_{number}")(images)
+            images = jax.nn.relu(normalized(images))
+        return normalized(Convolution(channels, stride=min(stride, 2), name="conv")(images))
+
+
+class SearchNetwork(nn.Module):
+    """All operations on all edges of all cells.
+
+    Attributes:
+        stack: the cells.
+        num_classes: logits.
+        as_matrix: of depthwise convolutions, see `depthwise`.
+    """
+
+    stack: Stack
+    num_classes: int = 10
+    as_matrix: bool | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, weights: Mapping[str, Any]) -> jax.Array:
+        """Logits float32 [batch, num_classes].
+
+        Args:
+            images: [batch, height, width, channels].
+            weights: "normal" and "reduce": [14, 8], shares of the operations.
+        """
+        last = before = Stem(self.stack, name="stem")(images)
+        halved = False
+        for number, (reduce, channels) in enumerate(
+            zip(self.stack.reductions, self.stack.channels, strict=True)
+        ):
+            cell = SearchCell(channels, reduce, halved, self.as_matrix, name=f"cell_{number}")
+            before, last = last, cell(before, last, weights["reduce" if reduce else "normal"])
+            halved = reduce
+        logits = nn.Dense(self.num_classes, name="classifier")(last.mean((1, 2)))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def parameters(network: nn.Module, rng: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
+    """Initial parameters of a search network; normal, of the variance that `scaled_normal` has.
+
+    As one draw that is cut up. `network.init` draws leaf by leaf, and compiling all these
+    generators takes XLA's CPU backend minutes.
+
+    Args:
+        network: the network.
+        rng: key.
+        image_shape: [height, width, channels].
+    """
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shares = jax.ShapeDtypeStruct((len(EDGES), len(OPERATIONS)), jnp.float32)
+    shapes = jax.eval_shape(network.init, rng, images, dict.fromkeys(CELLS, shares))["params"]
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    drawn = jax.random.normal(rng, (sum(leaf.size for _, leaf in leaves),))
+    found, start = [], 0
+    for path, leaf in leaves:
+        part = drawn[start : start + leaf.size].reshape(leaf.shape)
+        start += leaf.size
+        is_bias = jax.tree_util.keystr(path).endswith("['bias']")
+        found.append(jnp.zeros_like(part) if is_bias else part / fan_in(leaf.shape) ** 0.5)
+    return jax.tree.unflatten(tree, found)

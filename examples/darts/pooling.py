@@ -1,0 +1,45 @@
+"""The two poolings of DARTS's cells: 3x3, k // 2 pixels around the image left out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def max_pool(images: jax.Array, stride: int = 1) -> jax.Array:
+    """The largest of the 3x3 pixels around each.
+
+    Args:
+        images: [batch, height, width, channels].
+        stride: between outputs.
+
+    Returns:
+        [batch, ceil(height / stride), ceil(width / stride), channels].
+    """
+    around = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(
+        images, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), around
+    )
+
+
+def average_pool(images: jax.Array, stride: int = 1) -> jax.Array:
+    """The mean of the 3x3 pixels around each, those outside of the image left out.
+
+    As two small matrices, which is cheap to differentiate twice on every backend.
+
+    Args:
+        images: [batch, height, width, channels].
+        stride: between outputs.
+
+    Returns:
+        [batch, ceil(height / stride), ceil(width / stride), channels].
+    """
+    rows, columns = (_means(size, stride).astype(images.dtype) for size in images.shape[1:3])
+    return jnp.einsum("ph,qw,nhwc->npqc", rows, columns, images)
+
+
+def _means(length: int, stride: int) -> np.ndarray:
+    near = np.abs(np.arange(0, length, stride)[:, None] - np.arange(length)) <= 1
+    return (near / near.sum(1, keepdims=True)).astype(np.float32)
