@@ -69,6 +69,8 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "weight_decay": 3e-4,
         "drop_path": 0.0,
         "cutout": 0,
+        "shift": 0,
+        "mirror": False,
         "auxiliary": 0.0,
         "examples": config_dict.placeholder(int),
     }
@@ -81,7 +83,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     config.report = "examples.darts.report:sections"
     steps = config.get_oneway_ref("steps")
     inner = {
-        "call": "examples.darts.task:make_optimizer",
+        "call": "examples.darts.optimizers:make_optimizer",
         "learning_rate": 4e-3,
         "steps": steps,
         "name": "adamw",

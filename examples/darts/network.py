@@ -18,7 +18,7 @@ from examples.darts.cells import SearchCell, fan_in, normalized
 from examples.darts.genotype import CELLS, EDGES, OPERATIONS
 from examples.darts.operations import Convolution
 
-_STEM = 3  # times the width: channels of the stem
+STEM = 3  # times the width: channels of the stem
 _LEAST = 2  # pixels a side in the last cell: of one there is nothing to pool
 
 
@@ -105,7 +105,7 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """[batch, height, width, any] -> [batch, height / stem_stride, ..., 3 * width]."""
-        channels, stride = _STEM * self.stack.width, self.stack.stem_stride
+        channels, stride = STEM * self.stack.width, self.stack.stem_stride
         for number in range(stride // 4):
             images = Convolution(channels // 2, stride=2, name=f"before_{number}")(images)
             images = jax.nn.relu(normalized(images))
@@ -145,11 +145,10 @@ class SearchNetwork(nn.Module):
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def parameters(network: nn.Module, rng: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
-    """Initial parameters of a search network; normal, of the variance that `scaled_normal` has.
-
-    As one draw that is cut up. `network.init` draws leaf by leaf, and compiling all these
-    generators takes XLA's CPU backend minutes.
+def search_parameters(
+    network: SearchNetwork, rng: jax.Array, image_shape: Sequence[int]
+) -> dict[str, Any]:
+    """Initial parameters of a search network, as `initial` draws them.
 
     Args:
         network: the network.
@@ -158,13 +157,32 @@ def parameters(network: nn.Module, rng: jax.Array, image_shape: Sequence[int]) -
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shares = jax.ShapeDtypeStruct((len(EDGES), len(OPERATIONS)), jnp.float32)
-    shapes = jax.eval_shape(network.init, rng, images, dict.fromkeys(CELLS, shares))["params"]
+    shapes = jax.eval_shape(network.init, rng, images, dict.fromkeys(CELLS, shares))
+    return initial(shapes["params"], rng)
+
+
+def initial(shapes: Any, rng: jax.Array) -> Any:
+    """A network's first variables: normal with variance 1 / fan_in, scales 1, biases 0.
+
+    As one draw that is cut up. `network.init` draws leaf by leaf, and compiling all these
+    generators takes XLA's CPU backend minutes.
+
+    Args:
+        shapes: of the variables.
+        rng: key.
+    """
     leaves, tree = jax.tree.flatten_with_path(shapes)
     drawn = jax.random.normal(rng, (sum(leaf.size for _, leaf in leaves),))
     found, start = [], 0
     for path, leaf in leaves:
         part = drawn[start : start + leaf.size].reshape(leaf.shape)
         start += leaf.size
-        is_bias = jax.tree_util.keystr(path).endswith("['bias']")
-        found.append(jnp.zeros_like(part) if is_bias else part / fan_in(leaf.shape) ** 0.5)
+        name = path[-1].key
+        if name in ("scale", "var"):
+            part = jnp.ones_like(part)
+        elif name in ("bias", "mean"):
+            part = jnp.zeros_like(part)
+        else:
+            part = part / fan_in(leaf.shape) ** 0.5
+        found.append(part)
     return jax.tree.unflatten(tree, found)

@@ -32,7 +32,7 @@ from bilevel_flax.task import Start, Task
 from bilevel_flax.writers import read_metrics
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
-from examples.darts.network import SearchNetwork, Stack, make_stack, parameters
+from examples.darts.network import SearchNetwork, Stack, make_stack, search_parameters
 
 PREFIX = "_share/"  # of the operations' shares in metrics.jsonl
 SELECTIONS = ("strongest", "perturbation")
@@ -63,30 +63,6 @@ def make_problem(network: SearchNetwork) -> bf.Problem:
         return bf.masked_mean(found, batch.get("mask"))
 
     return bf.Problem(loss, loss)
-
-
-def make_optimizer(
-    learning_rate: float, steps: int, name: str = "momentum", weight_decay: float = 3e-4
-) -> optax.GradientTransformation:
-    """Z's optimiser: clipped at 5, a cosine to 0.
-
-    Args:
-        learning_rate: the first.
-        steps: of the run.
-        name: "momentum" (SGD with .9, as in the paper) or "adamw".
-        weight_decay: of the parameters.
-
-    Raises:
-        ConfigError: another name.
-    """
-    rate = optax.cosine_decay_schedule(learning_rate, max(1, steps))
-    if name == "momentum":
-        moved = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=0.9))
-    elif name == "adamw":
-        moved = optax.adamw(rate, weight_decay=weight_decay)
-    else:
-        raise ConfigError(f"optimizer {name!r}: choose momentum or adamw")
-    return optax.chain(optax.clip_by_global_norm(5.0), moved)
 
 
 def make_task(config: Any, images: Images | None = None) -> Task:
@@ -129,7 +105,9 @@ def make_task(config: Any, images: Images | None = None) -> Task:
 
     def init(rng: jax.Array) -> Start:
         z_rng, x_rng = jax.random.split(rng)
-        return Start(parameters(network, z_rng, images.train.image.shape[1:]), MIXTURE.init(x_rng))
+        return Start(
+            search_parameters(network, z_rng, images.train.image.shape[1:]), MIXTURE.init(x_rng)
+        )
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         weights = MIXTURE.weights(state.outer_params)
