@@ -1,0 +1,21 @@
+"""Augmentations whose magnitudes and probabilities are learned on validation data."""
+
+from bilevel_flax.outer.augmentation.operation import Operation
+from bilevel_flax.outer.augmentation.policy import (
+    IMAGE_OPERATIONS,
+    SIGNAL_OPERATIONS,
+    Policy,
+    image_policy,
+    signal_policy,
+    transform_images,
+)
+
+__all__ = [
+    "IMAGE_OPERATIONS",
+    "SIGNAL_OPERATIONS",
+    "Operation",
+    "Policy",
+    "image_policy",
+    "signal_policy",
+    "transform_images",
+]

@@ -1,0 +1,365 @@
+"""A policy of augmentations as outer parameters: how much of each operation, and how often.
+
+For each operation k, x holds a logit of its magnitude and one of its probability, for all classes
+together (DADA) or for each class (CADDA):
+
+    m_k = limit_k σ(x_k)        p_k = σ(y_k)        amount of an example = g m_k u
+
+with u uniform in [-1, 1] (in [0, 1] where only one direction makes sense) and g a relaxed
+Bernoulli draw of probability p_k, g = σ((y_k - logit q) / τ) with q uniform, differentiable in y_k.
+An amount of 0 changes nothing, so g is between "not applied" and "applied", nearly always at one of
+its ends; τ -> 0 is the plain Bernoulli draw. Nothing else is relaxed: with soft draws D_x is the
+derivative of what is computed, but for the surrogates of posterize and solarize.
+
+References:
+    Y. Li, G. Hu, Y. Wang, T. Hospedales, N. M. Robertson, Y. Yang. DADA: differentiable automatic
+    data augmentation. ECCV 2020.
+    C. Rommel, T. Moreau, J. Paillard, A. Gramfort. CADDA: class-wise automatic differentiable data
+    augmentation for EEG signals. ICLR 2022.
+    G. Benton, M. Finzi, P. Izmailov, A. G. Wilson. Learning invariances in neural networks from
+    training data. NeurIPS 2020 (uniform amounts whose range is learned).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_flax.base import PyTree
+from bilevel_flax.outer.augmentation import draws, geometry, operation, pixels, signals
+from bilevel_flax.outer.augmentation.operation import Operation
+
+IMAGE_OPERATIONS = {**geometry.OPERATIONS, **pixels.OPERATIONS}
+SIGNAL_OPERATIONS = signals.OPERATIONS
+# A fraction of exactly 0 or 1 has no finite logit.
+_ALMOST = 1e-6
+
+
+def transform_images(
+    images: jax.Array, amounts: Mapping[str, jax.Array], key: jax.Array
+) -> jax.Array:
+    """Applies operations to images: the geometric ones as one map, then those on pixels.
+
+    Args:
+        images: float [batch, height, width, channels], values in [0, 1].
+        amounts: by operation, float [batch], in the operation's unit; those that are not named are
+            left out.
+        key: of noise and of cutout's place.
+    """
+    mean = images.mean((1, 2, 3))
+    if any(name in geometry.OPERATIONS for name in amounts):
+        # What follows uses the result several times; without this XLA interpolates anew each time.
+        images = jax.lax.optimization_barrier(geometry.transform(images, amounts))
+    return pixels.transform(images, amounts, mean, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Augmentations with magnitudes and probabilities that can be learned.
+
+    Made by `image_policy` or `signal_policy`.
+
+    Attributes:
+        operations: in the order in which they are applied.
+        limits: the largest magnitude of each, in its unit.
+        num_classes: magnitudes and probabilities for each class; None: for all together.
+        magnitude: where all start, as a fraction of the limits, in (0, 1).
+        probability: where all start, in (0, 1).
+        temperature: τ > 0.
+        hard: draw g from {0, 1}, with the derivative of the soft draw (straight-through).
+        rank: of a batch of examples.
+        transform: applies amounts to examples.
+    """
+
+    operations: tuple[Operation, ...]
+    limits: tuple[float, ...]
+    num_classes: int | None
+    magnitude: float
+    probability: float
+    temperature: float
+    hard: bool
+    rank: int
+    transform: Callable[[jax.Array, Mapping[str, jax.Array], jax.Array], jax.Array]
+
+    def __post_init__(self):
+        for name in ("magnitude", "probability"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must lie in (0, 1): where the policy starts"
+                    + (", as a fraction of the limits" if name == "magnitude" else "")
+                )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0")
+        count = self.num_classes
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"num_classes={count!r} must be an integer >= 1, or None")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The operations' names."""
+        return tuple(operation.name for operation in self.operations)
+
+    def limit(self, name: str) -> float:
+        """The largest magnitude of an operation, in its unit."""
+        return self.limits[self.names.index(name)]
+
+    def graded(self, name: str) -> bool:
+        """Whether an operation has a magnitude that is learned."""
+        return self.operations[self.names.index(name)].graded
+
+    def init(self) -> PyTree:
+        """x: `{operation: {"magnitude": logit, "probability": logit}}`, each [] or [num_classes].
+
+        An operation without a magnitude has no such leaf.
+        """
+        return self._logits(
+            {
+                each.name: {"magnitude": self.magnitude * limit, "probability": self.probability}
+                for each, limit in zip(self.operations, self.limits, strict=True)
+            }
+        )
+
+    def at(self, values: Mapping[str, Mapping[str, Any]]) -> PyTree:
+        """The x of given magnitudes and probabilities; operations not named are never applied.
+
+        Args:
+            values: as `learned` returns them: magnitudes in the operations' units, numbers or
+                [num_classes]. A magnitude that is not given is the limit, a probability 1.
+
+        Raises:
+            ValueError: an unknown operation, a value out of its range or of a wrong shape.
+        """
+        for name in values:
+            if name not in self.names:
+                raise ValueError(f"{name!r} is not in the policy, only {', '.join(self.names)}")
+        never = {"magnitude": 0.0, "probability": 0.0}
+        return self._logits({name: values.get(name, never) for name in self.names})
+
+    def _logits(self, values: Mapping[str, Mapping[str, Any]]) -> PyTree:
+        shape = () if self.num_classes is None else (self.num_classes,)
+        x = {}
+        for each, limit in zip(self.operations, self.limits, strict=True):
+            given = values[each.name]
+            ranges = {"magnitude": limit, "probability": 1.0}
+            leaves = {}
+            for leaf, most in ranges.items():
+                value = np.asarray(given.get(leaf, most), np.float64)
+                unit = f" ({each.unit})" if leaf == "magnitude" else ""
+                if value.shape not in ((), shape):
+                    raise ValueError(
+                        f"{each.name}: {leaf} has shape {value.shape}, expected a number"
+                        + (f" or {shape}" if shape else "")
+                    )
+                if not np.all((value >= 0) & (value <= most)):
+                    raise ValueError(
+                        f"{each.name}: {leaf}={value.tolist()} must lie in [0, {most:g}]{unit}"
+                    )
+                share = np.clip(value / most, _ALMOST, 1 - _ALMOST)
+                logit = np.broadcast_to(np.log(share / (1 - share)), shape)
+                leaves[leaf] = jnp.array(logit, jnp.float32)
+            if not each.graded:
+                del leaves["magnitude"]
+            x[each.name] = leaves
+        return x
+
+    def learned(self, outer_params: PyTree) -> dict[str, dict[str, Any]]:
+        """Magnitudes in their units and probabilities, numbers or lists by class.
+
+        Args:
+            outer_params: x.
+        """
+        found = {}
+        for each, limit in zip(self.operations, self.limits, strict=True):
+            leaves = outer_params[each.name]
+            probability = np.asarray(jax.nn.sigmoid(leaves["probability"]), np.float64)
+            if each.graded:
+                magnitude = limit * np.asarray(jax.nn.sigmoid(leaves["magnitude"]), np.float64)
+            else:
+                magnitude = np.ones_like(probability)
+            found[each.name] = {
+                "magnitude": magnitude.tolist(),
+                "probability": probability.tolist(),
+            }
+        return found
+
+    def strengths(self, outer_params: PyTree) -> dict[str, np.ndarray]:
+        """Probability times magnitude as a fraction of its limit, in [0, 1]: [] or [num_classes].
+
+        Args:
+            outer_params: x.
+        """
+        found = self.learned(outer_params)
+        return {
+            each.name: np.asarray(found[each.name]["probability"])
+            * np.asarray(found[each.name]["magnitude"])
+            / (limit if each.graded else 1.0)
+            for each, limit in zip(self.operations, self.limits, strict=True)
+        }
+
+    def amounts(
+        self, outer_params: PyTree, drawn: draws.Draws, labels: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """How much of each operation each example gets, float32 [batch], in the units.
+
+        Args:
+            outer_params: x.
+            drawn: what was drawn for the minibatch.
+            labels: int [batch], the classes, for a policy by class.
+        """
+        batch = drawn.amount.shape[1]
+
+        def of_examples(leaf):
+            return jnp.broadcast_to(leaf, (batch,)) if labels is None else leaf[labels]
+
+        found = {}
+        for number, (each, limit) in enumerate(zip(self.operations, self.limits, strict=True)):
+            leaves = outer_params[each.name]
+            chance, size = drawn.applied[number], drawn.amount[number]
+            logit = of_examples(leaves["probability"])
+            threshold = jnp.log(chance) - jnp.log1p(-chance)
+            gate = jax.nn.sigmoid((logit - threshold) / self.temperature)
+            if self.hard:
+                gate = gate + jax.lax.stop_gradient((logit > threshold) - gate)
+            if each.graded:
+                size = 2 * size - 1 if each.signed else size
+                gate = gate * limit * jax.nn.sigmoid(of_examples(leaves["magnitude"])) * size
+            found[each.name] = gate
+        return found
+
+    def apply(
+        self,
+        outer_params: PyTree,
+        examples: jax.Array,
+        key: jax.Array,
+        labels: jax.Array | None = None,
+    ) -> jax.Array:
+        """Augments a minibatch; differentiable in x.
+
+        Args:
+            outer_params: x, as of `init`.
+            examples: images float [batch, height, width, channels] in [0, 1], or signals float
+                [batch, time, channels].
+            key: of all draws. A stateful loss is handed one key a step; with it primal and
+                tangents see the same draw.
+            labels: int [batch], for a policy by class.
+
+        Returns:
+            As `examples`.
+
+        Raises:
+            TypeError: examples that are no floats.
+            ValueError: examples of a wrong rank, labels that are missing or of a wrong shape.
+        """
+        self._check(examples, labels)
+        drawn = draws.draw(key, len(self.operations), len(examples))
+        by_class = None if self.num_classes is None else labels
+        amounts = self.amounts(outer_params, drawn, by_class)
+        amounts = {name: amount.astype(examples.dtype) for name, amount in amounts.items()}
+        return self.transform(examples, amounts, drawn.key)
+
+    def _check(self, examples: jax.Array, labels: jax.Array | None) -> None:
+        images = self.rank == 4
+        name = "images" if images else "signals"
+        shape = "[batch, height, width, channels]" if images else "[batch, time, channels]"
+        if not jnp.issubdtype(examples.dtype, jnp.floating):
+            scaled = ": divide by 255" if images and examples.dtype == jnp.uint8 else ""
+            within = " in [0, 1]" if images else ""
+            raise TypeError(f"{name}: expected floats{within}, got {examples.dtype}{scaled}")
+        if examples.ndim != self.rank:
+            raise ValueError(f"{name}: expected {shape}, got shape {tuple(examples.shape)}")
+        if self.num_classes is None:
+            return
+        if labels is None:
+            raise ValueError("labels are missing: the policy has magnitudes for each class")
+        if labels.shape != (len(examples),) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"labels: expected integers [{len(examples)}], got {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+
+
+def image_policy(
+    operations: Sequence[str] = tuple(IMAGE_OPERATIONS),
+    *,
+    limits: Mapping[str, float | None] | None = None,
+    num_classes: int | None = None,
+    magnitude: float = 0.2,
+    probability: float = 0.5,
+    temperature: float = 0.2,
+    hard: bool = False,
+) -> Policy:
+    """A policy for images.
+
+    Args:
+        operations: names out of `IMAGE_OPERATIONS`.
+        limits: the largest magnitude by operation, in its unit; those not given: the operation's.
+        num_classes: learn magnitudes and probabilities for each class.
+        magnitude: where all start, as a fraction of the limits, in (0, 1). By symmetry a magnitude
+            of 0 is a stationary point of most operations, so it is no place to start.
+        probability: where all start, in (0, 1).
+        temperature: of the relaxed draws, > 0.
+        hard: draw from {0, 1} and differentiate the relaxed draw (straight-through).
+
+    Raises:
+        ValueError: an unknown operation, a limit or a start out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> policy = bf.outer.image_policy(("rotate", "flip"), limits={"rotate": 45.0})
+        >>> x = policy.init()
+        >>> policy.apply(x, jnp.ones((8, 28, 28, 1)), jax.random.key(0)).shape
+        (8, 28, 28, 1)
+        >>> x = policy.at({"rotate": {"magnitude": 30.0, "probability": 0.9}})
+        >>> round(policy.learned(x)["rotate"]["magnitude"], 3)
+        30.0
+    """
+    picked = operation.chosen(IMAGE_OPERATIONS, operations)
+    return Policy(
+        picked,
+        operation.limits_of(picked, limits or {}),
+        num_classes,
+        magnitude,
+        probability,
+        temperature,
+        hard,
+        4,
+        transform_images,
+    )
+
+
+def signal_policy(
+    operations: Sequence[str] = tuple(SIGNAL_OPERATIONS),
+    *,
+    limits: Mapping[str, float | None] | None = None,
+    num_classes: int | None = None,
+    magnitude: float = 0.2,
+    probability: float = 0.5,
+    temperature: float = 0.2,
+    hard: bool = False,
+) -> Policy:
+    """A policy for signals [batch, time, channels]; as `image_policy`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> policy = bf.outer.signal_policy(("time_shift", "amplitude"), num_classes=2)
+        >>> labels = jnp.array([0, 1, 1])
+        >>> policy.apply(policy.init(), jnp.ones((3, 64, 2)), jax.random.key(0), labels).shape
+        (3, 64, 2)
+    """
+    picked = operation.chosen(SIGNAL_OPERATIONS, operations)
+    return Policy(
+        picked,
+        operation.limits_of(picked, limits or {}),
+        num_classes,
+        magnitude,
+        probability,
+        temperature,
+        hard,
+        3,
+        signals.transform,
+    )
