@@ -23,6 +23,16 @@ import ml_collections
 
 CALL = "call"
 
+
+class OpenMapping(ml_collections.ConfigDict):
+    """Names of the user's own, each with a text: overrides may add keys to it.
+
+        config.domains = OpenMapping()        --config.domains.NAME=path
+
+    "none" takes a name that the config brought along out again.
+    """
+
+
 # An `ml_collections.ConfigDict`. Its attributes are dynamic, so a type checker is told nothing.
 Config = Any
 
@@ -99,6 +109,11 @@ def _override(config: Config, override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--config.{override}: write --config.{name}=VALUE")
+    parent, _, last = name.rpartition(".")
+    mapping = _node(config, parent)
+    if isinstance(mapping, OpenMapping):
+        _set(mapping, name, last, text)
+        return
     known = keys(config)
     inside = [key for key in known if key.startswith(name + ".")]
     if inside:
@@ -123,6 +138,28 @@ def _override(config: Config, override: str) -> None:
         ) from error
     with node.unlocked():
         node[last] = value
+
+
+def _node(config: Config, name: str) -> Any:
+    """The dict at a dotted name, or None."""
+    for part in name.split("."):
+        if not isinstance(config, ml_collections.ConfigDict) or part not in config:
+            return None
+        config = config[part]
+    return config
+
+
+def _set(mapping: OpenMapping, name: str, last: str, text: str) -> None:
+    if not last or not text:
+        raise ConfigError(
+            f"--config.{name}={text}: write --config.{name.rpartition('.')[0]}.NAME=VALUE"
+        )
+    with mapping.unlocked():
+        if text.lower() == "none":
+            if last in mapping:
+                del mapping[last]
+        else:
+            mapping[last] = text
 
 
 def _options(config: Config, prefix: str = "") -> dict[str, Any]:

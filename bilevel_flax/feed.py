@@ -13,6 +13,7 @@ from bilevel_flax.base import PyTree
 from bilevel_flax.sharding import Layout
 
 _CHUNK_BYTES = 64 * 2**20  # of streamed data; two chunks wait while one computes
+_CHUNK_READ = 50  # minibatches, where each is first read from a file
 
 
 def minibatch(batches: PyTree, position: jax.Array) -> PyTree:
@@ -52,6 +53,8 @@ class Feed:
         self._chunk = -1
         self._stream: Any = None
         per_step = sampler.per_step * finite_sum.nbytes // finite_sum.num_batches
+        if finite_sum.streamed:
+            most_steps = min(most_steps, _CHUNK_READ)
         self.capacity = int(np.clip(_CHUNK_BYTES // max(1, per_step), 1, most_steps))
         if on_device:
             self.batches = self.placed()
@@ -60,7 +63,9 @@ class Feed:
         """The minibatches `ids`, or all, on the devices; leaves [*ids.shape, batch, ...]."""
         if self._layout is not None:
             return self._layout.place_batches(self._sum.batches, ids)
-        return jax.device_put(self._sum.batches if ids is None else data.gather(self._sum, ids))
+        if ids is None:
+            return jax.device_put(jax.tree.map(np.asarray, self._sum.batches))
+        return jax.device_put(data.gather(self._sum, ids))
 
     def seek(self, step: int) -> int:
         """Makes the minibatches of update `step` available; returns the first update without."""

@@ -75,6 +75,7 @@ class Loop:
         if on_device is None:
             shares = 1 if layout is None else batch_share(layout.mesh)
             on_device = data.fits_on_device((inner.nbytes + outer.nbytes) // shares)
+            on_device = on_device and not (inner.streamed or outer.streamed)
         # What a clock or a memory says differs from process to process; what they run must not.
         self._talk = distributed.Channel("loop")
         on_device = self._talk.lead(on_device)

@@ -58,6 +58,7 @@ __all__ = [
 
 # What may differ between the processes of one run.
 _OWN = ("distributed", "data.manual_dir", "data.data_dir")
+_OF_A_STREAM = 32  # minibatches that stand for all of them at the end
 _WEEK = 7 * 24 * 3600.0
 _say = functools.partial(print, flush=True)  # in order with the progress lines, in a pipe too
 
@@ -169,7 +170,7 @@ def _conclude(
         **totals,
         "seconds_per_step": totals["seconds"] / config.steps,
         "adjoint_residual": diagnostics.adjoint_residual(
-            task.problem, state.variables, task.inner, task.outer, state.model_state, state.rng
+            task.problem, state.variables, *_readable(task), state.model_state, state.rng
         ),
         **summary.costs(
             config,
@@ -189,6 +190,14 @@ def _conclude(
     workdirs.write_json(workdir / "summary.json", results)
     make_report(workdir)
     return results
+
+
+def _readable(task: Task) -> list[Any]:
+    """Both sides of the data, of a streamed one a few minibatches: it may have no end."""
+    return [
+        diagnostics.thinned(side, _OF_A_STREAM) if side.streamed else side
+        for side in (task.inner, task.outer)
+    ]
 
 
 def make_report(workdir: Path) -> Path:

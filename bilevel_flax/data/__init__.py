@@ -7,6 +7,7 @@ from bilevel_flax.data.random_access import from_grain
 from bilevel_flax.data.sampler import Sampler
 from bilevel_flax.data.sources import ImageData, load
 from bilevel_flax.data.split import stratified
+from bilevel_flax.data.streamed import streamed
 
 __all__ = [
     "FiniteSum",
@@ -23,4 +24,5 @@ __all__ = [
     "partition",
     "standardize",
     "stratified",
+    "streamed",
 ]

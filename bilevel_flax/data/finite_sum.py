@@ -31,6 +31,7 @@ class FiniteSum:
       num_samples: examples, padding not counted.
       num_batches: minibatches, N.
       batch_size: examples in a minibatch, padding counted.
+      streamed: whether minibatches are read when they are needed (`data.streamed`).
     """
 
     batches: dict[str, Any]
@@ -38,6 +39,7 @@ class FiniteSum:
     num_samples: int
     num_batches: int
     batch_size: int
+    streamed: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,14 @@
 """Ready-made outer parameters and optimisers for them."""
 
-from bilevel_flax.outer import sample_weights
+from bilevel_flax.outer import augmentation, sample_weights
+from bilevel_flax.outer.augmentation import image_policy, signal_policy
+from bilevel_flax.outer.data_mixture import (
+    DataMixture,
+    Selected,
+    domain_weights,
+    network_weights,
+    select,
+)
 from bilevel_flax.outer.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.meta_weight_net import meta_weight_net
 from bilevel_flax.outer.normalized import normalized_sgd
@@ -8,13 +16,21 @@ from bilevel_flax.outer.robust import robust_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 
 __all__ = [
+    "DataMixture",
     "SampleWeights",
+    "augmentation",
+    "image_policy",
+    "Selected",
+    "domain_weights",
     "lazy_adam",
     "lazy_sgd",
     "meta_weight_net",
+    "network_weights",
     "normalized_sgd",
     "robust_sgd",
     "sample_weights",
+    "select",
     "sigmoid",
+    "signal_policy",
     "softmax",
 ]

@@ -45,7 +45,9 @@ class Size:
 
 
 SIZES = {
+    "micro": Size(layers=1, width=64, heads=4, hidden=128, vocabulary=256),
     "tiny": Size(layers=2, width=64, heads=4, hidden=192, vocabulary=256),
+    "small": Size(layers=12, width=256, heads=8, hidden=704, vocabulary=256),
     "1b": Size(layers=18, width=2048, heads=16, hidden=5632, vocabulary=32_768),
     "7b": Size(layers=32, width=4096, heads=32, hidden=11_008, vocabulary=32_768),
 }

@@ -1,8 +1,8 @@
 """Which domains of text a language model should read more of, learned while it trains.
 
-With one logit x_d for each domain, n domains and p = softmax(x),
+With one logit x_d for each domain, p = softmax(x) and q the domains' shares of the text,
 
-    G(z, x) = mean_i n p_{d(i)} NLL(z; window_i)        F(z) = mean NLL on text of the target
+    G(z, x) = mean_i p_d/q_d NLL(z; window_i)        F(z) = mean NLL on text of the target
 
 and the weight of a domain that helps on the target goes up.
 
@@ -38,19 +38,39 @@ def nats_of(model: Decoder, z: Any, tokens: jax.Array) -> jax.Array:
     return jnp.asarray(model.apply({"params": z}, tokens)).mean(-1)
 
 
-def make_problem(model: Decoder, num_domains: int) -> bf.Problem:
+def make_problem(model: Decoder, mixture: bf.outer.DataMixture) -> bf.Problem:
     """The two losses; a mean over windows, so that minibatches can be cut by examples."""
     nats = lambda z, batch: nats_of(model, z, batch["tokens"])
 
     def inner_loss(z, x, batch):
-        weights = num_domains * jax.nn.softmax(x)[batch["domain"]]
-        return bf.masked_mean(weights * nats(z, batch), batch.get("mask"))
+        return bf.masked_mean(mixture.weights(x, batch) * nats(z, batch), batch.get("mask"))
 
     def outer_loss(z, x, batch):
         del x
         return bf.masked_mean(nats(z, batch), batch.get("mask"))
 
     return bf.Problem(inner_loss, outer_loss)
+
+
+def adam_directions(
+    weight_decay: float = 0.1, mu_dtype: str | None = None
+) -> optax.GradientTransformation:
+    """AdamW, clipped, before it is multiplied by a learning rate."""
+    matrices = lambda params: jax.tree.map_with_path(
+        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.95, mu_dtype=mu_dtype),
+        optax.add_decayed_weights(weight_decay, matrices),
+    )
+
+
+def warmup_cosine(learning_rate: float, steps: int) -> optax.Schedule:
+    """From 0 up to `learning_rate` in a 50th of the run, then along a cosine to a tenth of it."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, max(1, steps // 50), max(2, steps), end_value=0.1 * learning_rate
+    )
 
 
 def adamw(
@@ -64,21 +84,9 @@ def adamw(
         weight_decay: of matrices only.
         mu_dtype: of the first moment; None: the parameters'.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, steps // 50), max(2, steps), end_value=0.1 * learning_rate
-    )
-    matrices = lambda params: jax.tree.map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
-    )
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.95,
-            weight_decay=weight_decay,
-            mask=matrices,
-            mu_dtype=mu_dtype,
-        ),
+        adam_directions(weight_decay, mu_dtype),
+        optax.scale_by_learning_rate(warmup_cosine(learning_rate, steps)),
     )
 
 
@@ -112,11 +120,13 @@ def make_task(config: Any) -> Task:
         target = target[:: -(-len(target) // most)]
     measured = text.windows(parts.held_out, length, 1, "the target (held out)")
     measured = measured[:: -(-len(measured) // config.data.windows_measured)]
+    found = np.bincount(mixture.domain, minlength=len(domains))
+    weights = bf.outer.domain_weights(len(domains), proposal=found.tolist())
     nats = jax.jit(lambda z, tokens: nats_of(model, z, tokens))
 
     def init(rng: jax.Array) -> Start:
         z = model.init(rng, jnp.zeros((1, length + 1), jnp.int32))["params"]
-        return Start(z, jnp.zeros(len(domains)))
+        return Start(z, weights.init())
 
     def held_out_nats(state: bf.TrainState) -> float:
         whole = np.resize(measured, (-(-len(measured) // _PART) * _PART, length + 1))
@@ -124,11 +134,11 @@ def make_task(config: Any) -> Task:
         return float(np.concatenate(found)[: len(measured)].mean())
 
     def learned(state: bf.TrainState) -> dict[str, float]:
-        weights = jax.nn.softmax(state.outer_params)
-        return {name: float(w) for name, w in zip(domains, weights, strict=True)}
+        shares = weights.shares(state.outer_params)
+        return {name: float(share) for name, share in zip(domains, shares, strict=True)}
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
-        found = {f"weight_{name}": weight for name, weight in learned(state).items()}
+        found = {f"mixture/{name}": share for name, share in learned(state).items()}
         return {"nats_per_token": held_out_nats(state), **found}
 
     def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def make_task(config: Any) -> Task:
         return {"nats_per_token": held_out_nats(state), "mixture": learned(state)}
 
     return Task(
-        problem=make_problem(model, len(domains)),
+        problem=make_problem(model, weights),
         init=init,
         inner=data.partition(mixture._asdict(), batch_size, seed=config.seed),
         outer=data.partition({"tokens": target}, batch_size, seed=config.seed),

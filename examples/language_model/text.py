@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import gzip
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,19 +39,30 @@ class Windows(NamedTuple):
     domain: np.ndarray
 
 
-def load(files: Sequence[str] | None) -> dict[str, np.ndarray]:
+def found_files() -> dict[str, Path]:
+    """Domain -> file, of those of `FILES` that BILEVEL_FLAX_DATA has."""
+    folder = Path(os.environ.get("BILEVEL_FLAX_DATA", "")) / "text"
+    return {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+
+
+def load(files: Sequence[str] | Mapping[str, str | Path] | None) -> dict[str, np.ndarray]:
     """Domain -> its tokens.
 
     Args:
-        files: paths, one domain each, named after the file; None: those of `FILES` where
-            BILEVEL_FLAX_DATA has them, else the package's own source and its docstrings.
+        files: paths by the domain's name, or paths alone, each named after its file; None: those
+            of `FILES` where BILEVEL_FLAX_DATA has them, else the package's own source and its
+            docstrings.
 
     Raises:
         ConfigError: a file that is not there, that is empty, or two of one name.
     """
+    if isinstance(files, Mapping):
+        return {
+            name: read(Path(path).expanduser(), f"--config.domains.{name}")
+            for name, path in files.items()
+        }
     if files is None:
-        folder = Path(os.environ.get("BILEVEL_FLAX_DATA", "")) / "text"
-        found = {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+        found = found_files()
         if not found:
             return own_text()
     else:
@@ -61,11 +72,15 @@ def load(files: Sequence[str] | None) -> dict[str, np.ndarray]:
             if name in found:
                 raise ConfigError(f"--config.data.files: two files are called {name}: rename one")
             found[name] = Path(file).expanduser()
-    return {name: read(path) for name, path in found.items()}
+    return {name: read(path, "--config.data.files") for name, path in found.items()}
 
 
-def read(path: Path) -> np.ndarray:
-    """The tokens of one file.
+def read(path: Path, key: str) -> np.ndarray:
+    """The tokens of one file; what is not packed is mapped, not read.
+
+    Args:
+        path: the file.
+        key: of the config, for errors.
 
     Raises:
         ConfigError: it is not there, cannot be read, or is empty.
@@ -75,17 +90,21 @@ def read(path: Path) -> np.ndarray:
             tokens = np.load(path, allow_pickle=False, mmap_mode="r")
             if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
                 raise ConfigError(
-                    f"--config.data.files={path}: must hold integers [n], found "
+                    f"{key}={path}: must hold integers [n], found "
                     f"{tokens.dtype}{list(tokens.shape)}"
                 )
-        else:
-            opened = gzip.open if path.suffix == ".gz" else open
-            with opened(path, "rb") as file:
+        elif path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
                 tokens = np.frombuffer(file.read(), np.uint8)
-    except OSError as error:
-        raise ConfigError(f"--config.data.files={path}: {error.strerror or error}") from error
+        elif path.is_file() and not path.stat().st_size:  # nothing to map
+            tokens = np.zeros(0, np.uint8)
+        else:
+            tokens = np.memmap(path, np.uint8, mode="r")
+    except (OSError, EOFError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{key}={path}: {why}") from error
     if not len(tokens):
-        raise ConfigError(f"--config.data.files={path}: the file is empty")
+        raise ConfigError(f"{key}={path}: the file is empty")
     return tokens
 
 

@@ -1,0 +1,154 @@
+"""Minibatches that are read when they are needed: a Grain pipeline as a finite sum.
+
+A `grain.MapDataset` gives item i whenever it is asked for, so minibatch i is a pure function of i,
+and a run that goes on from step t reads what it would have read: nothing of the pipeline belongs
+into a checkpoint but the sampler's three numbers and the step.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel_flax.data.finite_sum import FiniteSum
+
+_CACHED_BYTES = 64 * 2**20
+
+
+class Streamed:
+    """Stands for an array [num_batches, batch_size, ...] of which minibatches are read on demand.
+
+    Attributes:
+        shape: of all of it.
+        dtype: of its entries.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any,
+        rest: tuple = (),
+    ):
+        self._read, self._rest = read, rest
+        self.shape, self.dtype = shape, np.dtype(dtype)
+
+    @property
+    def ndim(self) -> int:
+        """As of an array."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What all of it would take in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Minibatches (an array), or with a leading `:` a part of each (still unread)."""
+        if isinstance(key, tuple) and key and key[0] == slice(None):
+            if self._rest:
+                raise IndexError("a part of a part of streamed minibatches: cut once")
+            cut = np.broadcast_to(np.empty((), self.dtype), self.shape)[key].shape
+            return Streamed(self._read, cut, self.dtype, key[1:])
+        return self.take(np.arange(len(self))[key])
+
+    def take(self, indices: Any, axis: int = 0, out: Any = None, mode: str = "raise") -> np.ndarray:
+        """As `numpy.take` along the first axis, which calls it."""
+        if axis != 0 or out is not None or mode != "raise":
+            raise ValueError("streamed minibatches can be taken along axis 0 only")
+        indices = np.asarray(indices)
+        found = np.empty((indices.size, *self.shape[1:]), self.dtype)
+        for row, i in zip(found, indices.reshape(-1).tolist(), strict=True):
+            row[...] = self._read(i)[self._rest]
+        return found.reshape(*indices.shape, *self.shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return self.take(np.arange(len(self))).astype(dtype or self.dtype, copy=False)
+
+
+def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
+    """A finite sum whose minibatches come out of a Grain pipeline when they are needed.
+
+    Args:
+        dataset: a `grain.MapDataset` of minibatches (its last step is `.batch(...)`): dicts of
+            arrays that agree in their leading length.
+        num_batches: how many of them there are in the sum; None: the dataset's own number. A
+            repeated dataset has no end and needs it.
+
+    Returns:
+        As `partition` gives it, but for `index`, with leaves that read on demand.
+
+    Raises:
+        TypeError: no length or items, or an item is no dict.
+        ValueError: no minibatches, an endless dataset without `num_batches`, or an item without
+            arrays.
+
+    Example:
+        >>> import grain, numpy as np
+        >>> numbers = grain.MapDataset.range(6).map(lambda i: {"x": np.float32(i)})
+        >>> side = streamed(numbers.batch(2))
+        >>> side.num_batches, side.batches["x"][2].tolist()
+        (3, [4.0, 5.0])
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"dataset must have __len__ and __getitem__, got {type(dataset).__name__}: "
+            "use a grain.MapDataset rather than an IterDataset"
+        )
+    count = len(dataset) if num_batches is None else num_batches
+    if num_batches is None and count >= 2**31:
+        raise ValueError("dataset has no end: say how many minibatches with num_batches=...")
+    if count < 1:
+        raise ValueError(f"dataset has {count} minibatches: nothing to train on")
+    first = dataset[0]
+    if not isinstance(first, dict):
+        raise TypeError(f"dataset[0] must be a dict of arrays, got {type(first).__name__}")
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(first)]
+    if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"dataset[0] holds arrays of shapes {shapes}: they must agree in a leading length; "
+            "end the pipeline with .batch(...)"
+        )
+    read = _Reader(dataset, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first)))
+    leaves, structure = jax.tree.flatten(first)
+    batches = jax.tree.unflatten(
+        structure,
+        [
+            Streamed(
+                lambda i, number=number: read(i)[number],
+                (count, *np.shape(leaf)),
+                np.asarray(leaf).dtype,
+            )
+            for number, leaf in enumerate(leaves)
+        ],
+    )
+    size = shapes[0][0]
+    weights = np.full(count, 1 / count, np.float32)
+    return FiniteSum(batches, weights, count * size, count, size, streamed=True)
+
+
+class _Reader:
+    """Minibatch i, as a list of leaves; the last ones are kept, for each leaf asks on its own."""
+
+    def __init__(self, dataset: Any, nbytes: int):
+        self._dataset = dataset
+        self._kept: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
+        self._most = max(2, _CACHED_BYTES // max(1, nbytes))
+        self._lock = threading.Lock()
+
+    def __call__(self, i: int) -> list[np.ndarray]:
+        with self._lock:
+            if i not in self._kept:
+                self._kept[i] = [np.asarray(leaf) for leaf in jax.tree.leaves(self._dataset[i])]
+                if len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
+            return self._kept[i]

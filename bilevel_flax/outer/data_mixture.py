@@ -1,0 +1,209 @@
+"""How much of which data to train on: x is a weight for each domain, or a network that weighs.
+
+The training data comes in domains D_1 .. D_K, and a minibatch holds candidates of all of them, a
+share q_d of each. What is learned is another mixture of the same data:
+
+    G(z, x) = Σ_d p_d(x) E_{i ~ D_d} ℓ_i(z) = E_{i ~ q} w_i(x) ℓ_i(z)      w_i = p_{d(i)} / q_{d(i)}
+
+with p = softmax(x) (`domain_weights`), or w_i ∝ exp V(φ_i; x) for a small network V on cheap
+features φ_i of an example, whatever its domain (`network_weights`). Two ways to use w:
+
+* weighting: mean(w ℓ) over the minibatch. Every candidate is paid for, also those of weight 0.
+* sampling: only B of the C candidates, drawn in proportion to w (`select`), enter the loss, with
+  weights r_b that are 1 but for a constant, and whose derivative is that of log w:
+
+      (1/B) Σ_b r_b ℓ_{i_b}      i_b ~ w / Σ w      r_b = (w / stop(w))_{i_b} · mean(stop(w))
+
+  Its value and its derivatives with respect to z, to x and mixed have those of mean(w ℓ) as
+  expectations. Weights that only say which candidates to read cost nothing but the reading.
+
+References:
+    D. Grangier, P. Ablin, A. Hannun. Adaptive training distributions with scalable online bilevel
+    optimization. TMLR 2024 (also: Bilevel optimization to learn training distributions for
+    language modeling under domain shift. NeurIPS 2023 workshop on distribution shifts).
+    J. Carpenter, P. Clifford, P. Fearnhead. Improved particle filter for nonlinear problems. IEE
+    Proceedings 1999 (systematic resampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_flax.base import PyTree
+
+
+class DataMixture(NamedTuple):
+    """A parametrisation of the training distribution.
+
+    Attributes:
+        init: `init()`, where x starts.
+        weights: `weights(outer_params, batch) -> [batch]`, w_i of a minibatch's examples, >= 0;
+            their mean over the data, as the minibatches hold it, is 1.
+        shares: `shares(outer_params, batch=None) -> [domains]`, the learned p_d, which sum to 1;
+            `network_weights` estimates them on the `batch` and needs it.
+    """
+
+    init: Callable[[], PyTree]
+    weights: Callable[[PyTree, Mapping[str, Any]], jax.Array]
+    shares: Callable[..., jax.Array]
+
+
+class Selected(NamedTuple):
+    """Which candidates enter the loss.
+
+    Attributes:
+        index: int32 [count], positions among the candidates.
+        ratio: float [count], r_b: multiply the losses with it.
+    """
+
+    index: jax.Array
+    ratio: jax.Array
+
+
+def domain_weights(num_domains: int, proposal: Sequence[float] | None = None) -> DataMixture:
+    """One logit for each domain, p = softmax(x); the start is the data as it comes, p = q.
+
+    Args:
+        num_domains: K, >= 2.
+        proposal: q [K], the share of each domain in the minibatches, all positive (they are made
+            to sum to 1); None: equal ones.
+
+    Returns:
+        x is float32 [K]; `weights` reads `batch["domain"]`, int32 [batch] in 0 .. K - 1.
+
+    Raises:
+        ValueError: fewer than two domains, or `proposal` is not K positive numbers; at trace time
+            `batch["domain"]` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mixture = domain_weights(2, proposal=(1, 3))
+        >>> mixture.shares(jnp.zeros(2)).tolist()
+        [0.5, 0.5]
+        >>> mixture.weights(mixture.init(), {"domain": jnp.array([0, 1, 1])}).tolist()
+        [1.0, 1.0, 1.0]
+    """
+    if not isinstance(num_domains, int) or num_domains < 2:
+        raise ValueError(f"num_domains={num_domains!r} must be an integer of at least 2")
+    given = np.ones(num_domains) if proposal is None else np.asarray(proposal, np.float64)
+    if given.shape != (num_domains,) or not (given > 0).all() or not np.isfinite(given).all():
+        raise ValueError(f"proposal={proposal!r} must be {num_domains} positive numbers")
+    share = jnp.asarray(given / given.sum(), jnp.float32)
+
+    def weights(outer_params, batch):
+        if "domain" not in batch:
+            raise ValueError(
+                'domain weights need batch["domain"] (int32 [batch]); '
+                f"the batch has {sorted(batch)}"
+            )
+        return (jax.nn.softmax(outer_params) / share)[batch["domain"]]
+
+    def shares(outer_params, batch=None):
+        del batch
+        return jax.nn.softmax(outer_params)
+
+    # log 1 is exactly 0: equal shares start there.
+    start = jnp.log(share * num_domains)
+    return DataMixture(lambda: start, weights, shares)
+
+
+def network_weights(
+    features: Callable[[Mapping[str, Any]], jax.Array],
+    num_features: int,
+    num_domains: int,
+    *,
+    hidden: int = 32,
+    seed: int = 0,
+) -> DataMixture:
+    """Weights from a small network on features of the examples, finer than domains.
+
+        w_i = C softmax(V(φ; x))_i over the C examples of the minibatch
+
+    V has one hidden layer of tanh and starts flat, so that every weight is 1. The mean over a
+    minibatch stands for that over the data: take minibatches of some dozens at least.
+
+    Args:
+        features: φ, `features(batch) -> float [batch, num_features]`, of order 1.
+        num_features: as it says.
+        num_domains: K, for `shares` alone, which reads `batch["domain"]`.
+        hidden: width of the hidden layer, >= 1.
+        seed: of the first layer.
+
+    Returns:
+        x is `{"first": float32 [num_features, hidden], "last": float32 [hidden]}`.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    for name, value in (
+        ("num_features", num_features),
+        ("num_domains", num_domains),
+        ("hidden", hidden),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+    def init():
+        first = jax.random.normal(jax.random.PRNGKey(seed), (num_features, hidden))
+        return {"first": first / np.sqrt(num_features), "last": jnp.zeros(hidden)}
+
+    def weights(outer_params, batch):
+        seen = jax.lax.stop_gradient(features(batch))
+        logits = jnp.tanh(seen @ outer_params["first"]) @ outer_params["last"]
+        return len(logits) * jax.nn.softmax(logits)
+
+    def shares(outer_params, batch=None):
+        if batch is None:
+            raise ValueError("shares of a network need a batch: shares(outer_params, batch)")
+        total = jnp.zeros(num_domains).at[batch["domain"]].add(weights(outer_params, batch))
+        return total / total.sum()
+
+    return DataMixture(init, weights, shares)
+
+
+def select(key: jax.Array, weights: jax.Array, count: int) -> Selected:
+    """Draws candidates in proportion to their weights, as evenly as that can be done.
+
+    Systematic resampling: one uniform number places a comb of `count` teeth over the cumulated
+    weights, so that a candidate is taken ⌊B π_i⌋ or ⌈B π_i⌉ times, B π_i on average, and none
+    twice unless π_i > 1/B. Candidates of one domain should lie together or in turn, not
+    in an order that goes with their losses.
+
+    Args:
+        key: of the draw.
+        weights: w, float [candidates], >= 0, not all 0; differentiable.
+        count: B, how many to draw, >= 1.
+
+    Returns:
+        `index` and `ratio`: mean(ratio * losses[index]) stands for mean(weights * losses).
+
+    Raises:
+        ValueError: `count` is below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> chosen = select(jax.random.PRNGKey(0), jnp.array([0.0, 2.0, 0.0, 2.0]), 2)
+        >>> chosen.index.tolist(), chosen.ratio.tolist()
+        ([1, 3], [1.0, 1.0])
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count={count!r} must be an integer of at least 1")
+    return comb(jax.random.uniform(key), weights, count)
+
+
+def comb(offset: Any, weights: jax.Array, count: int) -> Selected:
+    """What `select` draws when its uniform number is `offset`, in [0, 1)."""
+    frozen = jax.lax.stop_gradient(weights)
+    total = jnp.cumsum(frozen)
+    teeth = (offset + jnp.arange(count)) / count * total[-1]
+    # Rounding can put the last tooth on the total itself: then the last candidate with a weight.
+    last = jnp.searchsorted(total, total[-1], side="left")
+    index = jnp.minimum(jnp.searchsorted(total, teeth, side="right"), last)
+    here = frozen[index]
+    ratio = weights[index] / jnp.where(here > 0, here, 1.0) * jnp.mean(frozen)
+    return Selected(index.astype(jnp.int32), ratio)

@@ -1,0 +1,65 @@
+"""Which text a language model should read for a target, learned while it trains.
+
+bilevel-flax train --config configs/lm_data_mixing.py --workdir runs/mix
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from bilevel_flax.config import OpenMapping
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = ml_collections.ConfigDict()
+    config.name = "lm_data_mixing"
+    config.seed = 0
+    # Text: domains by name, a target by its name or its file.
+    config.domains = OpenMapping()
+    config.default_domains = True  # those of BILEVEL_FLAX_DATA/text as well
+    config.target = config_dict.placeholder(str)  # None: shakespeare, or else the first domain
+    config.target_in_mixture = True  # the rest of a target that is a domain is trained on
+    config.data = {
+        "outer_share": 0.02,
+        "validation_share": 0.08,
+        "test_share": 0.1,
+        "windows_measured": 512,  # of the validation text, at every `eval_every`
+    }
+    # The model.
+    config.size = "micro"
+    config.dtype = "float32"
+    config.remat = False
+    config.length = 64
+    config.batch_size = 16
+    # What is learned.
+    config.mixture = "domains"  # or "network"
+    config.use = "sampling"  # or "weighting"
+    config.oversampling = config_dict.placeholder(int)  # None: the number of domains
+    # What it is compared with.
+    config.baselines = True
+    config.direct_share = 0.25  # of direct_mix's minibatches
+    config.finetune = {"steps": 100, "learning_rate": 1e-3}
+
+    config.steps = 600
+    config.log_every = 20
+    config.eval_every = 100
+    config.checkpoint = {"every": 200, "keep": 3}
+    # A run this short would spend more on its health than on itself: 0.03 for a long one.
+    config.health = {"share": 0.0, "every": config_dict.placeholder(int), "summary": False}
+    config.on_device = config_dict.placeholder(bool)
+    config.mesh = config_dict.placeholder(str)
+    config.collectives = config_dict.placeholder(str)
+    config.problem = {"microbatches": 1, "compute_dtype": config_dict.placeholder(str)}
+    config.task = {"call": "examples.lm_data_mixing.task:make_task"}
+    config.report = "examples.lm_data_mixing.report:sections"
+    steps = config.get_oneway_ref("steps")
+    config.solver = {
+        "call": "bilevel_flax:auto",
+        "steps": steps,
+        "inner": {
+            "call": "examples.language_model.task:adamw",
+            "learning_rate": 3e-3,
+            "steps": steps,
+        },
+    }
+    return config

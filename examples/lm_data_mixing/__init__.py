@@ -1,0 +1,1 @@
+"""Which text a language model should read for a target: `README.md`."""

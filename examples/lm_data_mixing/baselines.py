@@ -1,0 +1,329 @@
+"""What the learned mixture is compared with: the same model, start, steps and tokens.
+
+* uniform: as much of every domain.
+* direct_mix: a set share of every minibatch is the target's sample, the rest uniform.
+* classifier: of the candidates of a step those that look most like the sample.
+* dds: the mixture by the alignment of gradients (`alignment.py`).
+* retrained: from scratch on the learned mixture, frozen.
+
+All read the same stream of candidates. Then each network is fine-tuned on the sample, stopped
+where the validation text says; the plain ones share one compiled chunk of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from bilevel_flax import data
+from bilevel_flax.auto import decay_to_zero
+from bilevel_flax.config import resolve
+from bilevel_flax.data import draws
+from bilevel_flax.loop import Loop
+from bilevel_flax.workdirs import read_json, write_json
+from examples.language_model.model import Decoder
+from examples.language_model.task import adam_directions, nats_of, warmup_cosine
+from examples.lm_data_mixing import classifier
+from examples.lm_data_mixing.alignment import gradient_alignment
+
+_CHUNK = 25  # steps in a compiled chunk of plain training
+_COMB, _SAMPLE = 21, 22  # draws of the plain selections
+
+METHODS = ("soba", "uniform", "direct_mix", "classifier", "dds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a comparison needs of its run.
+
+    Attributes:
+        config: the run's.
+        init: where it started.
+        problem: its losses.
+        model: the decoder.
+        inner: the candidates.
+        outer: F's minibatches.
+        sample: F's windows, [n, length + 1].
+        validation: held-out windows that may choose.
+        test: held-out windows that are only reported.
+        nats: `nats(z, windows) -> float`.
+        shares: of the domains, of a state.
+        workdir: where results go as they come.
+        say: prints a line.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Any]
+    problem: bf.Problem
+    model: Decoder
+    inner: data.FiniteSum
+    outer: data.FiniteSum
+    sample: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    nats: Callable[[Any, np.ndarray], float]
+    shares: Callable[[bf.TrainState], dict[str, float]]
+    workdir: Path
+    say: Callable[[str], None]
+
+    def start(self) -> Any:
+        """Z and x as the run's own loop began."""
+        return self.init(jax.random.split(jax.random.PRNGKey(self.config.seed))[0])
+
+
+class Plain(NamedTuple):
+    """A plain run.
+
+    Attributes:
+        params: z at the end, or where the validation text was read best.
+        curve: (step, validation nats per byte) pairs.
+    """
+
+    params: Any
+    curve: list[tuple[int, float]]
+
+
+class Trainer:
+    """Plain AdamW on windows that someone else has chosen; compiled once."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._directions = adam_directions()
+
+        @jax.jit
+        def chunk(z, state, tokens, rates):
+            def step(carry, this):
+                z, state = carry
+                windows, rate = this
+                grad = jax.grad(lambda z: jnp.mean(nats_of(run.model, z, windows)))(z)
+                updates, state = self._directions.update(grad, state, z)
+                moved = jax.tree.map(lambda leaf, update: leaf - rate * update, z, updates)
+                return (moved, state), None
+
+            return jax.lax.scan(step, (z, state), (tokens, rates))[0]
+
+        self._chunk = chunk
+
+    def __call__(self, z, windows, schedule, steps, every, keep_best=False) -> Plain:
+        """Trains.
+
+        Args:
+            z: the start.
+            windows: `windows(start, stop) -> [stop - start, batch, length + 1]`.
+            schedule: `schedule(step) -> rate`.
+            steps: how many.
+            every: steps between two looks at the validation text, rounded up to whole chunks.
+            keep_best: return the best of these networks, the start among them.
+        """
+        run, state = self._run, self._directions.init(z)
+        every = -(-every // _CHUNK) * _CHUNK
+        curve = [(0, run.nats(z, run.validation))]
+        best = z
+        for start in range(0, steps, _CHUNK):
+            stop = min(steps, start + _CHUNK)
+            tokens = windows(start, stop)
+            rates = np.array([float(schedule(step)) for step in range(start, stop)], np.float32)
+            short = _CHUNK - len(rates)  # at rate 0 nothing moves
+            tokens = np.concatenate([tokens, np.repeat(tokens[-1:], short, axis=0)])
+            z, state = self._chunk(z, state, tokens, np.pad(rates, (0, short)))
+            if stop % every == 0 or stop == steps:
+                curve.append((stop, run.nats(z, run.validation)))
+                if curve[-1][1] <= min(value for _, value in curve):
+                    best = z
+        return Plain(best if keep_best else z, curve)
+
+
+def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
+    """Trains what there is to compare with; results that are in the workdir stand.
+
+    Args:
+        run: the run.
+        state: its last one.
+        names: of the domains.
+
+    Returns:
+        `nats_per_byte`, `validation_nats_per_byte` (method -> before and after fine-tuning, on
+        the test and on the validation text), `retrained_nats_per_byte` (the same of `retrained`),
+        `dds_mixture`, `tokens` and what each has seen of the sample.
+    """
+    config = run.config
+    path = run.workdir / "baselines.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    trainer = Trainer(run)
+    sampler = data.Sampler(run.inner.num_batches, 2 * config.seed)  # the run's own
+    per_step = config.batch_size
+
+    def candidates(start, stop):
+        return data.gather(run.inner, sampler.ids(start, stop))
+
+    def chosen(choose):
+        def windows(start, stop):
+            if run.config.use == "weighting":  # more candidates than a step of it reads
+                steps = np.arange(start * len(names), stop * len(names)) % run.inner.num_batches
+                found = data.gather(run.inner, steps)
+                found = {
+                    key: leaf.reshape(stop - start, -1, *leaf.shape[2:])
+                    for key, leaf in found.items()
+                }
+            else:
+                found = candidates(start, stop)
+            rows = choose(np.arange(start, stop), found)
+            return np.take_along_axis(found["tokens"], rows[..., None], axis=1)
+
+        return windows
+
+    def by_mixture(shares):
+        shares = np.asarray(shares)
+
+        def choose(steps, found):
+            weights = (shares * len(names))[found["domain"]]
+            return np.stack(
+                [_comb(w, per_step, config.seed, t) for t, w in zip(steps, weights, strict=True)]
+            )
+
+        return chosen(choose)
+
+    uniform = np.full(len(names), 1 / len(names))
+
+    def direct():
+        few = round(config.direct_share * per_step)
+        rest = by_mixture(uniform)
+
+        def windows(start, stop):
+            tokens = rest(start, stop)
+            positions = np.arange(start * few, stop * few)
+            tokens[:, :few] = _passes(run.sample, positions, config.seed).reshape(
+                stop - start, few, -1
+            )
+            return tokens
+
+        return windows
+
+    def by_classifier():
+        seen = candidates(0, max(1, 4 * len(run.sample) // run.inner.batch_size))["tokens"]
+        weights = classifier.fit(run.sample, seen.reshape(-1, seen.shape[-1]))
+
+        def choose(steps, found):
+            del steps
+            scores = classifier.score(weights, found["tokens"])
+            return np.argsort(-scores, axis=1, kind="stable")[:, :per_step]
+
+        return chosen(choose)
+
+    def plain(windows):
+        solver = config.solver.inner
+        schedule = warmup_cosine(solver.learning_rate, config.steps)
+        return trainer(run.start().inner_params, windows, schedule, config.steps, config.eval_every)
+
+    def aligned():
+        solver = gradient_alignment(
+            run.problem,
+            inner=resolve(config.solver.inner),
+            outer=bf.outer.robust_sgd(decay_to_zero(0.01, config.steps)),
+        )
+        return _learned(run, solver)
+
+    learned = np.array(list(run.shares(state).values()))
+    jobs = {
+        "soba": lambda: Plain(state.inner_params, []),
+        "uniform": lambda: plain(by_mixture(uniform)),
+        "direct_mix": lambda: plain(direct()),
+        "classifier": lambda: plain(by_classifier()),
+        "dds": aligned,
+        "retrained": lambda: plain(by_mixture(learned)),
+    }
+    for number, (name, job) in enumerate(jobs.items()):
+        if name in found or (number and not config.baselines):
+            continue
+        if number:
+            run.say(f"comparison {number}/{len(jobs) - 1}: {name}")
+        result = job()
+        tuned = trainer(
+            result.params,
+            lambda start, stop: _passes(
+                run.sample, np.arange(start * per_step, stop * per_step), config.seed
+            ).reshape(stop - start, per_step, -1),
+            optax.cosine_decay_schedule(config.finetune.learning_rate, config.finetune.steps),
+            config.finetune.steps,
+            _CHUNK,
+            keep_best=True,
+        )
+        found[name] = {
+            "before": run.nats(result.params, run.test),
+            "after": run.nats(tuned.params, run.test),
+            "validation_before": tuned.curve[0][1],
+            "validation_after": min(value for _, value in tuned.curve),
+            "curve": result.curve,
+            "finetune_curve": tuned.curve,
+        }
+        if name == "dds":
+            found[name]["mixture"] = result.mixture
+        write_json(path, found)
+    return _summary(found, config)
+
+
+def _summary(found: dict[str, Any], config: Any) -> dict[str, Any]:
+    def pairs(prefix, name):
+        return {when: found[name][f"{prefix}{when}"] for when in ("before", "after")}
+
+    methods = [name for name in METHODS if name in found]
+    results = {
+        "nats_per_byte": {name: pairs("", name) for name in methods},
+        "validation_nats_per_byte": {name: pairs("validation_", name) for name in methods},
+        "tokens": config.steps * config.batch_size * config.length,
+    }
+    if "retrained" in found:
+        results["retrained_nats_per_byte"] = pairs("", "retrained")
+        results["dds_mixture"] = found["dds"]["mixture"]
+    return results
+
+
+class _Aligned(NamedTuple):
+    params: Any
+    curve: list[tuple[int, float]]
+    mixture: dict[str, float]
+
+
+def _learned(run: Run, solver: bf.BilevelSolver) -> _Aligned:
+    """A bilevel run beside the run's own, on the same minibatches."""
+    config = run.config
+    start, run_rng = run.start(), jax.random.split(jax.random.PRNGKey(config.seed))[1]
+    state = solver.init(
+        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
+    )
+    loop = Loop(solver, run.inner, run.outer, seed=config.seed, on_device=config.on_device)
+    curve = [(0, run.nats(state.inner_params, run.validation))]
+    step = 0
+    while step < config.steps:
+        stop = min(config.steps, step + config.eval_every - step % config.eval_every)
+        state, info = loop.run(state, step, stop)
+        step += len(info.inner_loss)
+        if step == stop:
+            curve.append((step, run.nats(state.inner_params, run.validation)))
+    loop.close()
+    return _Aligned(state.inner_params, curve, run.shares(state))
+
+
+def _comb(weights: np.ndarray, count: int, seed: int, step: int) -> np.ndarray:
+    """`outer.select` on the host: positions [count] of candidates, in proportion to `weights`."""
+    total = np.cumsum(weights)
+    teeth = (draws.uniform(1, seed, _COMB, step)[0] + np.arange(count)) / count * total[-1]
+    return np.minimum(np.searchsorted(total, teeth, side="right"), np.argmax(total))
+
+
+def _passes(sample: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+    """The windows at `positions` of an endless series of shuffled passes over the sample."""
+    passes, place = np.divmod(positions, len(sample))
+    orders = {
+        number: draws.permutation(len(sample), seed, _SAMPLE, number)
+        for number in np.unique(passes).tolist()
+    }
+    return sample[[orders[a][b] for a, b in zip(passes.tolist(), place.tolist(), strict=True)]]

@@ -1,0 +1,249 @@
+"""Text is cut without leaks, streams go on where they were, mistakes are named in a line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel_flax as bf
+from bilevel_flax import config as configs
+from bilevel_flax import data
+from bilevel_flax.config import ConfigError
+from bilevel_flax.loop import Loop
+from bilevel_flax.outer.data_mixture import comb
+from examples.lm_data_mixing import baselines, classifier, report, stream, task
+from examples.lm_data_mixing.alignment import gradient_alignment
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "lm_data_mixing.py")
+SHARES = {"outer": 0.1, "validation": 0.2, "test": 0.2}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two domains of noise, and no others."""
+    monkeypatch.delenv("BILEVEL_FLAX_DATA", raising=False)
+    rng = np.random.default_rng(0)
+    for name, low in (("a", 0), ("b", 128)):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(rng.integers(low, low + 128, 40_000).tolist()))
+    return tmp_path
+
+
+def config_of(files: Path, *overrides: str):
+    own = [f"domains.{name}={files / f'{name}.bin'}" for name in "ab"]
+    return configs.load(CONFIG, [*own, "data.outer_share=0.03", *overrides])
+
+
+def noise(domains: int = 3) -> dict[str, stream.Windows]:
+    rng = np.random.default_rng(1)
+    return {
+        str(k): stream.windows(rng.integers(0, 256, 200 + 300 * k).astype(np.uint8), 10, "x")
+        for k in range(domains)
+    }
+
+
+def test_any_bytes_will_do_and_parts_of_the_target_share_nothing(files: Path):
+    texts = task.load_texts(config_of(files, "target=b", "target_in_mixture=true"))
+    assert list(texts.domains) == ["a", "b"]
+    parts = [part.all() for part in texts.target]
+    assert [len(part) for part in parts] == [19, 50, 62, 493]
+    assert parts[0].min() >= 128  # b alone; none of its bytes is UTF-8
+    rows = [row.tobytes() for part in parts for row in part]
+    assert len(set(rows)) == len(rows) == 624
+    assert len(texts.domains["b"]) == 493
+    with pytest.raises(ConfigError, match="1 domain to train on"):
+        task.load_texts(config_of(files, "target=b", "target_in_mixture=false"))
+
+
+def test_a_target_of_ones_own_is_no_domain(files: Path):
+    path = files / "own.txt.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b"\xff\x00 nothing that anyone could decode \xc3" * 400)
+    texts = task.load_texts(config_of(files, f"target={path}", "data.outer_share=0.2"))
+    assert list(texts.domains) == ["a", "b"]
+    assert texts.name == "own"
+    assert len(texts.target.outer) == pytest.approx(0.2 * 37 * 400 / 64, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides", "says"),
+    [
+        (b"", ["domains.c={}"], "--config.domains.c={}: the file is empty"),
+        (b"short", ["domains.c={}"], "--config.domains.c: 5 bytes are too few"),
+        (None, ["domains.c={}"], "--config.domains.c={}: No such file"),
+        (b"not packed", ["domains.c={}.gz"], "No such file"),
+        (None, ["target=c"], "--config.target=c: neither a file nor a domain (a, b)"),
+        (b"x" * 2000, ["target={}"], "fewer than one batch of 16: give more text"),
+        (b"", ["target={}"], "--config.target={}: the file is empty"),
+        (None, ["data.outer_share=0"], "--config.data.outer_share=0.0: must lie in (0, 1)"),
+        (None, ["data.test_share=0.95"], "are more than all of the target's text"),
+        (None, ["domains.b=none"], "a mixture needs two"),
+    ],
+)
+def test_a_bad_input_is_a_line(files: Path, make, overrides, says):
+    path = files / "given"
+    if make is not None:
+        path.write_bytes(make)
+    config = config_of(files, *(text.format(path) for text in overrides))
+    with pytest.raises(ConfigError) as caught:
+        task.load_texts(config)
+    assert says.format(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("mixture=domain", "choose domains or network"),
+        ("use=sample", "choose sampling or weighting"),
+        ("oversampling=0", "must be 1 or more"),
+        ("batch_size=0", "must be 1 or more"),
+        ("size=tinny", 'did you mean "tiny"'),
+    ],
+)
+def test_a_bad_setting_is_a_line(files: Path, override: str, says: str):
+    with pytest.raises(ConfigError, match=says):
+        task.make_task(config_of(files, override))
+
+
+def test_a_packed_file_that_is_none_is_a_line(files: Path):
+    (files / "c.gz").write_bytes(b"not packed at all")
+    with pytest.raises(ConfigError, match=r"c\.gz: Not a gzipped file"):
+        task.load_texts(config_of(files, f"domains.c={files / 'c.gz'}"))
+
+
+def test_candidates_are_a_function_of_their_number_and_miss_no_window():
+    domains = noise()
+    side = stream.candidates(domains, 6, seed=3)
+    assert side.batches["domain"][:].tolist() == [[0, 1, 2] * 2] * side.num_batches
+    again = stream.candidates(domains, 6, seed=3)
+    last = side.num_batches - 1
+    np.testing.assert_array_equal(again.batches["tokens"][last], side.batches["tokens"][last])
+    assert (
+        stream.candidates(domains, 6, seed=4).batches["tokens"][0] != side.batches["tokens"][0]
+    ).any()
+    read = side.batches["tokens"][:].reshape(-1, 3, 11)[:, 2]  # of the largest domain
+    everything = {row.tobytes() for row in domains["2"].all()}
+    assert {row.tobytes() for row in read} == everything
+    assert len(read) <= len(everything) + 2
+
+
+def toy_problem() -> bf.Problem:
+    """A number for each byte; F wants them as the domains' own."""
+    mixture = bf.outer.domain_weights(3)
+
+    def losses(z, batch):
+        return ((z[batch["tokens"].astype(jnp.int32)] - batch["domain"][:, None]) ** 2).mean(-1)
+
+    def inner_loss(z, x, batch, model_state, rng):
+        chosen = bf.outer.select(rng, mixture.weights(x, batch), 2)
+        picked = jax.tree.map(lambda leaf: leaf[chosen.index], batch)
+        return jnp.mean(chosen.ratio * losses(z, picked)), bf.Aux(model_state=model_state)
+
+    def outer_loss(z, x, batch, model_state, rng):
+        return jnp.mean((z[batch["tokens"].astype(jnp.int32)] - 2.0) ** 2), bf.Aux()
+
+    return bf.Problem(inner_loss, outer_loss, stateful=True)
+
+
+def test_a_resumed_stream_goes_on_as_the_uninterrupted_one():
+    solver = bf.soba(toy_problem(), inner=optax.sgd(0.3), outer=optax.sgd(0.1))
+    outer = data.partition({"tokens": noise(1)["0"].all()}, 4)
+
+    def loop():
+        return Loop(solver, stream.candidates(noise(), 6, seed=3), outer, seed=1, capacity=40)
+
+    def run(state, start, stop, through):
+        while start < stop:
+            state, info = through.run(state, start, stop)
+            start += len(info.inner_loss)
+        through.close()
+        return state
+
+    state = solver.init(jnp.zeros(256), jnp.zeros(3), rng=jax.random.PRNGKey(2))
+    copy = jax.tree.map(jnp.copy, state)
+    whole = run(state, 0, 70, loop())  # over the end of a chunk and of an epoch
+    half = run(copy, 0, 33, loop())
+    resumed = run(jax.tree.map(jnp.asarray, jax.device_get(half)), 33, 70, loop())
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert float(jnp.abs(whole.outer_params).max()) > 0
+
+
+def test_alignment_moves_x_as_a_step_of_z_says():
+    """The direction of x is the slope of F(z - ε∇₁G(z, x)) in x, over ε."""
+    mixture = bf.outer.domain_weights(3)
+    tokens = jnp.asarray(noise(1)["0"].all()[:6]).astype(jnp.int32)
+    batch = {"tokens": tokens, "domain": jnp.array([0, 1, 2] * 2)}
+
+    def losses(z, batch):
+        return ((z[batch["tokens"]] - batch["domain"][:, None]) ** 2).mean(-1)
+
+    def inner_loss(z, x, batch, model_state, rng):
+        return jnp.mean(mixture.weights(x, batch) * losses(z, batch)), bf.Aux(model_state)
+
+    def outer_loss(z, x, batch, model_state, rng):
+        return jnp.mean((z[batch["tokens"]] - 2.0) ** 2), bf.Aux()
+
+    problem = bf.Problem(inner_loss, outer_loss, stateful=True)
+    solver = gradient_alignment(problem, inner=optax.sgd(0.1), outer=optax.sgd(1.0))
+    z, x = jnp.linspace(-1.0, 1.0, 256), jnp.array([0.1, 0.5, -0.2])
+    state = solver.init(z, x, model_state={})
+    moved, _ = jax.jit(solver.update)(state, bf.Batch(batch, {"tokens": tokens}))
+
+    def after_a_step(x):
+        step = jax.grad(lambda z: inner_loss(z, x, batch, {}, None)[0])(z)
+        return outer_loss(z - 1e-3 * step, x, {"tokens": tokens}, {}, None)[0]
+
+    slope = jax.jit(jax.grad(after_a_step))(x) / 1e-3
+    np.testing.assert_allclose(x - moved.outer_params, slope, rtol=0.02, atol=1e-6)
+
+
+def test_the_classifier_knows_the_targets_text():
+    rng = np.random.default_rng(0)
+    prose, code = (
+        rng.choice(list(letters), (400, 40)).astype(np.uint8)
+        for letters in (b"abcdefgh      ", b"abcd(){}=;::")
+    )
+    weights = classifier.fit(prose[:50], np.concatenate([prose[50:100], code[:100]]))
+    scores = classifier.score(weights, np.concatenate([prose[100:], code[100:]]))
+    assert (scores[:300] > np.median(scores)).mean() > 0.95
+
+
+def test_the_hosts_comb_is_the_devices():
+    weights = np.random.default_rng(0).uniform(0, 2, 24)
+    mine = baselines._comb(weights, 8, 5, 7)
+    offset = data.draws.uniform(1, 5, baselines._COMB, 7)[0]
+    assert mine.tolist() == comb(offset, jnp.asarray(weights), 8).index.tolist()
+
+
+def test_the_sample_is_read_in_whole_passes():
+    sample = np.arange(12).reshape(6, 2)
+    read = baselines._passes(sample, np.arange(18), seed=0)
+    for part in np.split(read, 3):
+        assert sorted(part[:, 0].tolist()) == sample[:, 0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("mixture=network", "use=weighting", "batch_size=8")])
+def test_a_whole_run(files: Path, more):
+    """The command line, from files to report; 60 and 30 seconds."""
+    own = [f"--config.domains.{name}={files / f'{name}.bin'}" for name in "ab"]
+    settings = ["steps=20", "eval_every=10", "target=b", "finetune.steps=5", *more]
+    command = [sys.executable, "-m", "bilevel_flax.cli", "train", "--config", CONFIG]
+    command += ["--workdir", str(files / "run"), *own, *(f"--config.{text}" for text in settings)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    summary = json.loads((files / "run" / "summary.json").read_text())
+    assert set(summary["nats_per_byte"]) == set(baselines.METHODS)
+    for pair in summary["nats_per_byte"].values():
+        assert 0 < pair["after"] < pair["before"] + 0.1 < 5.7
+    assert sum(summary["mixture"].values()) == pytest.approx(1.0, rel=1e-4)
+    assert len(report.sections(files / "run")) == 4

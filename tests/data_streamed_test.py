@@ -1,0 +1,94 @@
+"""Streamed minibatches read as arrays do, and only what is asked for."""
+
+from __future__ import annotations
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from bilevel_flax import data
+from bilevel_flax.diagnostics import thinned
+
+
+class Counted:
+    """A source that says what was read."""
+
+    def __init__(self, n: int):
+        self.n, self.read = n, []
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int):
+        self.read.append(i)
+        return {"x": np.arange(3) + 10 * i, "y": np.float32(i)}
+
+
+def side_of(source: Counted, batch: int = 2):
+    return data.streamed(grain.MapDataset.source(source).batch(batch))
+
+
+def test_it_reads_as_the_arrays_do():
+    side = side_of(Counted(8))
+    x = np.arange(3) + 10 * np.arange(8)[:, None]
+    whole = x.reshape(4, 2, 3)
+    leaf = side.batches["x"]
+    assert (leaf.shape, leaf.ndim, leaf.nbytes, len(leaf)) == ((4, 2, 3), 3, whole.nbytes, 4)
+    np.testing.assert_array_equal(np.asarray(leaf), whole)
+    np.testing.assert_array_equal(leaf[2], whole[2])
+    np.testing.assert_array_equal(leaf[np.array([3, 0])], whole[[3, 0]])
+    np.testing.assert_array_equal(leaf[:, 1:2][np.array([[1], [2]])], whole[:, 1:2][[[1], [2]]])
+    ids = np.array([[2, 2], [0, 1]])
+    np.testing.assert_array_equal(data.gather(side, ids)["x"], whole[ids])
+    np.testing.assert_array_equal(data.gather(side, ids)["y"], np.arange(8.0).reshape(4, 2)[ids])
+    assert (side.num_batches, side.batch_size, side.num_samples) == (4, 2, 8)
+    assert side.streamed and side.weights.sum() == pytest.approx(1)
+    small = thinned(side, 2)
+    assert not small.streamed
+    np.testing.assert_array_equal(small.batches["x"], whole[[0, 3]])
+
+
+def test_it_reads_what_is_asked_for_and_that_once():
+    source = Counted(1000)
+    side = side_of(source)
+    source.read.clear()
+    data.gather(side, np.array([7, 400]))
+    assert sorted(source.read) == [14, 15, 800, 801]
+
+
+def test_an_endless_one_needs_a_number():
+    endless = grain.MapDataset.source(Counted(4)).repeat().batch(2)
+    with pytest.raises(ValueError, match="num_batches"):
+        data.streamed(endless)
+    side = data.streamed(endless, num_batches=5)
+    np.testing.assert_array_equal(side.batches["y"][4], side.batches["y"][0])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "says"),
+    [
+        (iter([]), TypeError, "MapDataset"),
+        ([], ValueError, "0 minibatches"),
+        ([3], TypeError, "dict of arrays"),
+        ([{"x": np.ones(2), "y": np.ones(3)}], ValueError, "leading length"),
+        ([{"x": 1.0}], ValueError, "leading length"),
+    ],
+)
+def test_mistakes_are_named(dataset, error, says):
+    with pytest.raises(error, match=says):
+        data.streamed(dataset)
+
+
+def test_it_goes_to_the_device_in_one_piece_on_request():
+    from bilevel_flax.feed import Feed
+
+    side = side_of(Counted(8))
+    sampler = data.Sampler(side.num_batches, 0)
+    whole = Feed(side, sampler, True, 10)
+    assert isinstance(whole.batches["x"], jax.Array)
+    chunked = Feed(side, sampler, False, 10)
+    chunked.seek(0)
+    rows, ids = chunked.positions(0, 4)
+    np.testing.assert_array_equal(chunked.batches["x"][rows], whole.batches["x"][ids])
+    chunked.close()
