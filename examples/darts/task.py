@@ -29,12 +29,12 @@ from bilevel_flax import data
 from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.outer import architecture
 from bilevel_flax.task import Start, Task
-from bilevel_flax.writers import read_metrics
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
 from examples.darts.network import SearchNetwork, Stack, make_stack, search_parameters
+from examples.darts.selection import before_rise, perturbed
+from examples.darts.shares import named_shares
 
-PREFIX = "_share/"  # of the operations' shares in metrics.jsonl
 SELECTIONS = ("strongest", "perturbation")
 STOPS = ("last", "residual")
 MIXTURE = architecture.mixture(
@@ -46,12 +46,19 @@ def stack_of(config: Any, image_size: int) -> Stack:
     """The stack that `config.network` describes, for images of that size.
 
     Raises:
-        ConfigError: as `make_stack`.
+        ConfigError: as `make_stack`; cells of one kind only.
     """
     network = config.network
-    return make_stack(
+    stack = make_stack(
         image_size, network.width, network.cells, network.reductions, network.stem_stride
     )
+    if len(set(stack.reductions)) < 2:
+        kind = "reduction" if stack.reductions[0] else "normal"
+        raise ConfigError(
+            f"--config.network.reductions={network.reductions}: all {network.cells} cells are "
+            f"{kind} cells, and a search learns both kinds"
+        )
+    return stack
 
 
 def make_problem(network: SearchNetwork) -> bf.Problem:
@@ -92,16 +99,13 @@ def make_task(config: Any, images: Images | None = None) -> Task:
     judged = data.partition(held._asdict(), batch_size, shuffle=False)
 
     @jax.jit
-    def wrong(z, weights, image, label):
-        return jnp.argmax(network.apply({"params": z}, image, weights), axis=-1) != label
+    def count_wrong(z, weights, batch):
+        logits = jnp.asarray(network.apply({"params": z}, batch["image"], weights))
+        return ((logits.argmax(-1) != batch["label"]) * batch.get("mask", 1.0)).sum()
 
     def error(z: Any, weights: Any) -> float:
-        count = 0.0
-        for i in range(judged.num_batches):
-            batch = jax.tree.map(lambda leaf, i=i: leaf[i], judged.batches)
-            count += float((wrong(z, weights, batch["image"], batch["label"])
-                            * batch.get("mask", 1.0)).sum())  # fmt: skip
-        return count / judged.num_samples
+        batches = (data.gather(judged, np.array(i)) for i in range(judged.num_batches))
+        return sum(float(count_wrong(z, weights, batch)) for batch in batches) / judged.num_samples
 
     def init(rng: jax.Array) -> Start:
         z_rng, x_rng = jax.random.split(rng)
@@ -115,24 +119,22 @@ def make_task(config: Any, images: Images | None = None) -> Task:
 
     def finish(state: bf.TrainState, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
         weights = jax.tree.map(np.asarray, MIXTURE.weights(state.outer_params))
-        step = config.steps
+        step, chosen = config.steps, weights
         if config.stop == "residual":
-            step, weights = before_rise(workdir, weights)
-        chosen = weights
+            step, chosen = before_rise(workdir, weights)
         if config.selection == "perturbation":
-            chosen = perturbed(functools.partial(error, state.inner_params), weights)
+            chosen = perturbed(functools.partial(error, state.inner_params), chosen)
         found = genotype.derive(chosen)
         path = genotype.save(workdir / "genotype.json", found)
         draw.save(workdir, found)
         say(f"genotype: {path}; python -m examples.darts.retrain --genotype {path} trains it")
         return {
-            "supernet_validation_error": error(state.inner_params, MIXTURE.weights(
-                state.outer_params)),
+            "supernet_validation_error": error(state.inner_params, weights),
             "stopped_at": step,
             "skip_fraction": genotype.share_of(found, "skip_connect"),
             "collapsed": genotype.collapsed(found),
             "genotype": genotype.as_json(found),
-        }  # fmt: skip
+        }
 
     return Task(
         problem=problem,
@@ -143,58 +145,3 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         finish=finish,
         headline=("supernet_validation_error", "skip_fraction"),
     )
-
-
-def named_shares(weights: Any) -> dict[str, float]:
-    """The shares by names such as "_share/normal/0-2/skip_connect": cell, states, operation."""
-    return {
-        f"{PREFIX}{cell}/{start}-{end}/{operation}": float(share)
-        for cell in genotype.CELLS
-        for (start, end), row in zip(genotype.EDGES, np.asarray(weights[cell]), strict=True)
-        for operation, share in zip(genotype.OPERATIONS, row, strict=True)
-    }
-
-
-def read_shares(workdir: Path) -> tuple[list[int], dict[str, np.ndarray]]:
-    """(steps, {cell: [steps, 14, 8]}): the shares over a run, from its metrics.jsonl."""
-    path = workdir / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
-    probe = named_shares({cell: np.zeros((14, 8)) for cell in genotype.CELLS})
-    rows = [row for row in rows if all(name in row for name in probe)]
-    values = np.array([[row[name] for name in probe] for row in rows], np.float64)
-    values = values.reshape(len(rows), len(genotype.CELLS), 14, 8)
-    return (
-        [int(row["step"]) for row in rows],
-        {cell: values[:, i] for i, cell in enumerate(genotype.CELLS)},
-    )
-
-
-def before_rise(workdir: Path, weights: Any) -> tuple[int, Any]:
-    """(step, shares) before the adjoint's residual rises for good; the last where it does not."""
-    steps, shares = read_shares(workdir)
-    if not steps:
-        return 0, weights
-    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "adjoint_residual" in row]
-    signal = [row["adjoint_residual"] for row in rows]
-    stop = rows[architecture.stop_before_rise(signal, window=max(1, len(signal) // 10))]["step"]
-    at = max(0, int(np.searchsorted(steps, stop, side="right")) - 1)
-    return steps[at], {cell: values[at] for cell, values in shares.items()}
-
-
-def perturbed(error: Callable[[Any], float], weights: Any) -> dict[str, np.ndarray]:
-    """Shares in which each edge has the operation whose removal hurts most, alone.
-
-    How strong an edge is stays what its strongest operation's share was.
-    """
-    found = {cell: np.array(values, np.float64) for cell, values in weights.items()}
-    for cell, values in weights.items():
-        score = lambda tried, cell=cell: -error({**weights, cell: tried})
-        names = architecture.select_by_perturbation(
-            score, values, genotype.OPERATIONS, leave_out=("none",)
-        )
-        strength = found[cell][:, 1:].max(1)
-        found[cell][:] = 0
-        places = [genotype.OPERATIONS.index(name) for name in names]
-        found[cell][np.arange(len(names)), places] = strength
-        found[cell][:, 0] = 1 - strength
-    return found

@@ -79,7 +79,8 @@ def make_network(config: Any, genotype: Genotype, images: Images) -> DerivedNetw
 def shapes_of(network: DerivedNetwork, image_shape: tuple[int, ...]) -> Any:
     """Shapes of the network's variables, without computing any."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(lambda rng: network.init(rng, images, train=False), jax.random.key(0))
+    init = lambda rng, images: network.init(rng, images, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)
 
 
 def count_parameters(network: DerivedNetwork, image_shape: tuple[int, ...]) -> int:

@@ -1,0 +1,107 @@
+"""DARTS's own setting: the search on CIFAR-10, eight cells of 16 channels, 50 epochs.
+
+    bilevel-flax train --config configs/darts_cifar10.py --workdir runs/darts_cifar10
+    python -m examples.darts.retrain --config configs/darts_cifar10.py \
+        --genotype runs/darts_cifar10/genotype.json --workdir runs/darts_cifar10/retrained
+
+As in the paper: half of the 50,000 training images for each loss (less 1,000 of F's, that neither
+sees), batches of 64, momentum with a cosine from .025, weight decay 3e-4, gradients clipped at 5;
+retraining with 20 cells of 36 channels, 600 epochs, batches of 96, drop-path .2, cutout 16 and an
+auxiliary head of weight .4. Unlike it: x moves by `bf.auto`, with a tracked adjoint; `:soba`,
+`:darts1` and `:darts2` take the paper's Adam (3e-4, b1 = .5, decay 1e-3) on x.
+
+Hardware: one GPU, or a TPU slice with `--config.mesh=data=8` (the minibatch's statistics are then
+taken over all devices; XLA places the reductions). bfloat16 beside float32 masters. Not run here:
+no accelerator. `bilevel-flax plan --config configs/darts_cifar10.py --topology v5e:2x2` says what
+it needs.
+Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original file.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from bilevel_flax.config import ConfigError, nearest
+
+SOLVERS = ("auto", "soba", "darts1", "darts2")
+
+
+def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
+    """The config; the argument names the solver."""
+    if solver not in SOLVERS:
+        raise ConfigError(
+            f"--config=configs/darts_cifar10.py:{solver}: choose one of "
+            f"{', '.join(SOLVERS)}{nearest(solver, SOLVERS)}"
+        )
+    config = ml_collections.ConfigDict()
+    config.name = "darts_cifar10"
+    config.seed = 0
+    config.epochs = 50.0
+    config.steps = config_dict.placeholder(int)
+    config.batch_size = 64
+    config.log_every = 50
+    config.eval_every = 390
+    config.checkpoint = {"every": 1000, "keep": 2}
+    config.health = {"share": 0.01, "every": config_dict.placeholder(int), "summary": True}
+    config.on_device = config_dict.placeholder(bool)
+    config.mesh = config_dict.placeholder(str)
+    config.collectives = config_dict.placeholder(str)
+    config.rules = config_dict.placeholder(tuple)
+    config.network = {
+        "width": 16,
+        "cells": 8,
+        "reductions": config_dict.placeholder(tuple),  # None: the paper's, cells 2 and 5
+        "stem_stride": 1,
+        "as_matrix": False,  # convolutions, wherever it is compiled
+    }
+    config.selection = "strongest"
+    config.stop = "last"
+    config.data = {
+        "name": "cifar10",
+        "manual_dir": config_dict.placeholder(str),
+        "data_dir": config_dict.placeholder(str),
+        "splits": (25_000, 25_000, 10_000),
+        "held_out": 1_000,
+        "seed": 0,
+    }
+    config.retrain = {
+        "width": 36,
+        "cells": 20,
+        "reductions": config_dict.placeholder(tuple),
+        "stem_stride": 1,
+        "epochs": 600.0,
+        "batch_size": 96,
+        "learning_rate": 0.025,
+        "optimizer": "momentum",
+        "weight_decay": 3e-4,
+        "drop_path": 0.2,
+        "cutout": 16,
+        "shift": 4,
+        "mirror": True,
+        "auxiliary": 0.4,
+        "examples": config_dict.placeholder(int),
+    }
+    config.task = {"call": "examples.darts.task:make_task"}
+    config.problem = {
+        "remat": False,
+        "microbatches": 1,
+        "compute_dtype": "bfloat16",
+    }
+    config.report = "examples.darts.report:sections"
+    steps = config.get_oneway_ref("steps")
+    inner = {
+        "call": "examples.darts.optimizers:make_optimizer",
+        "learning_rate": 0.025,
+        "steps": steps,
+        "name": "momentum",
+    }
+    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner}
+    if solver == "auto":
+        config.solver.steps = steps
+    else:
+        config.solver.outer = {
+            "call": "optax:adamw",
+            "learning_rate": 3e-4,
+            "b1": 0.5,
+            "weight_decay": 1e-3,
+        }
+    return config

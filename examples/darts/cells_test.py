@@ -1,0 +1,296 @@
+"""Cells while they are searched for, and as they are derived: values, shapes, counts, cost."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import bilevel_flax as bf
+from bilevel_flax.config import ConfigError, load
+from examples.darts import augment, training
+from examples.darts.cells import CONVOLUTIONS, SEPARABLE, mixed, normalized, quarters
+from examples.darts.depthwise import depthwise
+from examples.darts.derived import DerivedNetwork, dropped
+from examples.darts.genotype import OPERATIONS, Genotype
+from examples.darts.network import SearchNetwork, make_stack, search_parameters
+from examples.darts.optimizers import make_optimizer
+from examples.darts.pooling import average_pool, max_pool
+from examples.darts.task import MIXTURE
+
+RNG = np.random.default_rng(0)
+EDGES, CHANNELS = 2, 4
+IMAGES = jnp.asarray(RNG.normal(size=(3, 5, 6, CHANNELS)), jnp.float32)
+
+
+def random(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+KERNELS = {
+    "first_depthwise_3": random(EDGES, 2, 3, 3, CHANNELS),
+    "first_depthwise_5": random(EDGES, 2, 5, 5, CHANNELS),
+    "first_pointwise": random(EDGES, 4, CHANNELS, CHANNELS),
+    "second_depthwise_3": random(EDGES, 1, 3, 3, CHANNELS),
+    "second_depthwise_5": random(EDGES, 1, 5, 5, CHANNELS),
+    "second_pointwise": random(EDGES, 2, CHANNELS, CHANNELS),
+    "skip": random(EDGES, 2, CHANNELS, CHANNELS // 2),
+}
+
+
+def convolved(images, kernel, stride, dilation):
+    """`lax.conv`, one kernel [size, size, channels]."""
+    reach = kernel.shape[0] // 2 * dilation
+    return lax.conv_general_dilated(
+        images,
+        kernel[:, :, None],
+        (stride, stride),
+        [(reach, reach)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=CHANNELS,
+    )
+
+
+def one_operation(name: str, edge: int, images, stride: int):
+    """An operation as the paper writes it, on its own."""
+    if name == "none":
+        return jnp.zeros_like(images[:, ::stride, ::stride])
+    if name == "max_pool_3x3":
+        return normalized(max_pool(images, stride))
+    if name == "avg_pool_3x3":
+        return normalized(average_pool(images, stride))
+    if name == "skip_connect":
+        if stride == 1:
+            return images
+        parts = quarters(jax.nn.relu(images))
+        halves = [part @ KERNELS["skip"][edge, i] for i, part in enumerate(parts)]
+        return normalized(jnp.concatenate(halves, -1))
+    size, dilation = CONVOLUTIONS[name]
+    place = list(CONVOLUTIONS).index(name)
+    kernel = KERNELS[f"first_depthwise_{size}"][edge, int(dilation == 2)]
+    found = convolved(jax.nn.relu(images), kernel, stride, dilation)
+    found = normalized(found @ KERNELS["first_pointwise"][edge, place])
+    if name in SEPARABLE:
+        kernel = KERNELS[f"second_depthwise_{size}"][edge, 0]
+        found = convolved(jax.nn.relu(found), kernel, 1, 1)
+        found = normalized(found @ KERNELS["second_pointwise"][edge, place])
+    return found
+
+
+@pytest.mark.parametrize(("stride", "as_matrix"), [(2, True), (1, True), (2, False)])
+def test_a_mixed_operation_is_the_weighted_sum_of_the_operations(stride, as_matrix):
+    weights = jax.nn.softmax(random(EDGES, len(OPERATIONS)))
+    found = jax.jit(lambda x, w, k: mixed(x, w, k, stride, as_matrix))(IMAGES, weights, KERNELS)
+
+    @jax.jit
+    def wanted(images):
+        return jnp.stack(
+            [
+                sum(
+                    weights[edge, i] * one_operation(name, edge, images, stride)
+                    for i, name in enumerate(OPERATIONS)
+                )
+                for edge in range(EDGES)
+            ]
+        )
+
+    np.testing.assert_allclose(found, wanted(IMAGES), atol=2e-5)
+
+
+def test_both_depthwise_convolutions_agree_on_images_of_their_own():
+    images = random(EDGES, 2, 3, 5, 6, CHANNELS)
+    kernels = [random(EDGES, size, size, CHANNELS) for size in (3, 5)]
+    found = [depthwise(images, kernels, (2, 1), 2, as_matrix) for as_matrix in (True, False)]
+    assert found[0].shape == (EDGES, 2, 3, 3, 3, CHANNELS)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_leave_out_what_is_outside(stride):
+    images = np.asarray(IMAGES)
+    for pool, take in ((max_pool, np.max), (average_pool, np.mean)):
+        wanted = [
+            [
+                take(images[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2], axis=(1, 2))
+                for j in range(0, 6, stride)
+            ]
+            for i in range(0, 5, stride)
+        ]
+        wanted = np.array(wanted).transpose(2, 0, 1, 3)
+        np.testing.assert_allclose(pool(IMAGES, stride), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_normalised_channels_have_mean_0_and_variance_1_whatever_their_scale():
+    found = np.asarray(normalized(100 * IMAGES + 7))
+    np.testing.assert_allclose(found.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(found.var((0, 1, 2)), 1, atol=1e-3)
+
+
+CELL = (
+    (("sep_conv_3x3", 0), ("skip_connect", 1)),
+    (("dil_conv_5x5", 0), ("max_pool_3x3", 2)),
+    (("sep_conv_5x5", 1), ("avg_pool_3x3", 3)),
+    (("dil_conv_3x3", 2), ("skip_connect", 0)),
+)
+NORMAL_AND_REDUCE = Genotype(CELL, CELL)
+
+
+def by_hand(c_before: int, c_last: int, c: int, skips: int) -> int:
+    """Parameters of CELL: two 1x1 convolutions in, its operations, BatchNorm 2 a channel."""
+    into = (c_before * c + 2 * c) + (c_last * c + 2 * c)
+    separable = lambda size: 2 * (size**2 * c + c * c + 2 * c)
+    dilated = lambda size: size**2 * c + c * c + 2 * c
+    halvings = skips * (2 * c * (c // 2) + 2 * c)
+    return into + separable(3) + separable(5) + dilated(3) + dilated(5) + halvings
+
+
+def test_parameters_of_a_derived_network_as_counted_by_hand():
+    stack = make_stack(28, width=6, cells=3, reductions=(1,), stem_stride=2)
+    network = DerivedNetwork(NORMAL_AND_REDUCE, stack, num_classes=10, auxiliary=True)
+    stem = 9 * 1 * 18 + 2 * 18
+    first = by_hand(18, 18, 6, skips=0)
+    second = by_hand(18, 24, 12, skips=2)  # both skips come from the inputs, at stride 2
+    third = by_hand(24, 48, 12, skips=0)
+    classifier = 48 * 10 + 10
+    found = training.count_parameters(network, (28, 28, 1))
+    assert found == stem + first + second + third + classifier
+
+
+@pytest.mark.parametrize("size", [28, 25])
+def test_shapes_of_derived_and_search_networks(size):
+    stack = make_stack(size, width=4, cells=4, stem_stride=4)
+    assert stack.channels == (4, 8, 16, 16)
+    derived = DerivedNetwork(NORMAL_AND_REDUCE, stack, num_classes=7, auxiliary=True)
+    variables = training.shapes_of(derived, (size, size, 3))
+    images = jax.ShapeDtypeStruct((5, size, size, 3), jnp.float32)
+    logits, extra = jax.eval_shape(lambda v, x: derived.apply(v, x, train=False), variables, images)
+    assert logits.shape == extra.shape == (5, 7)
+    search = SearchNetwork(stack, num_classes=7)
+    weights = jax.eval_shape(lambda: MIXTURE.weights(MIXTURE.init(jax.random.key(0))))
+    z = jax.eval_shape(lambda: search_parameters(search, jax.random.key(0), (size, size, 3)))
+    out = jax.eval_shape(lambda z, x, w: search.apply({"params": z}, x, w), z, images, weights)
+    assert out.shape == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image_size": 8}, "images of 8x8 are too small for 2 reductions and a stem of stride 2"),
+        ({"width": 5}, "config.network.width=5: must be even"),
+        ({"cells": 0, "reductions": ()}, "config.network.cells=0"),
+        ({"reductions": (4,)}, "config.network.reductions=(4,): must be cells, from 0 to 3"),
+        ({"stem_stride": 3}, "config.network.stem_stride=3"),
+    ],
+)
+def test_bad_stacks_are_refused(change, says):
+    fine = {"image_size": 9, "width": 4, "cells": 4, "reductions": (1, 2), "stem_stride": 2}
+    make_stack(**fine)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        make_stack(**(fine | change))
+
+
+def test_drop_path_leaves_out_examples_as_a_whole_and_keeps_the_mean():
+    found = np.asarray(dropped(jax.random.key(0), jnp.ones((4000, 2, 2, 3)), 0.3))
+    per_example = found.reshape(4000, -1)
+    assert (per_example == per_example[:, :1]).all()
+    gone = (per_example[:, 0] == 0).mean()
+    assert abs(gone - 0.3) < 5 * (0.3 * 0.7 / 4000) ** 0.5
+    np.testing.assert_allclose(per_example[per_example > 0], 1 / 0.7, rtol=1e-6)
+
+
+def test_cutout_is_one_square_and_reaches_over_the_edge():
+    side, count, size = 4, 500, 10
+    found = np.asarray(augment.cut_out(jax.random.key(0), jnp.ones((count, size, size, 2)), side))
+    gone = found[..., 0] == 0
+    assert (gone == (found[..., 1] == 0)).all()
+    rows, columns = gone.any(2).sum(1), gone.any(1).sum(1)
+    assert (gone.sum((1, 2)) == rows * columns).all()
+    assert rows.max() == columns.max() == side
+    assert rows.min() < side  # a corner of it is outside now and then
+    # A length of 2, 3, 4 ... 4, 3: the first is at -2 .. 7, each as often.
+    expected = np.mean([min(first + side, size) - max(first, 0) for first in range(-2, 8)])
+    assert abs(rows.mean() - expected) < 0.15
+
+
+def test_shifts_and_mirrors_move_images_and_nothing_else():
+    image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    images = jnp.tile(image, (200, 1, 1, 1))
+    moved = np.asarray(augment.shifted(jax.random.key(0), images, 1))[..., 0]
+    padded = np.pad(np.asarray(image)[0, ..., 0], 1)
+    crops = {padded[i : i + 4, j : j + 4].tobytes() for i in range(3) for j in range(3)}
+    assert {one.tobytes() for one in moved} == crops
+    turned = np.asarray(augment.mirrored(jax.random.key(1), images))
+    same = (turned == np.asarray(images)).all((1, 2, 3))
+    flipped = (turned == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
+    assert (same ^ flipped).all()
+    assert 70 < flipped.sum() < 130
+
+
+def search_step():
+    """The step of a tiny space: one cell, so one block of logits."""
+    stack = make_stack(4, width=2, cells=1, reductions=())
+    network = SearchNetwork(stack, num_classes=3)
+
+    def loss(z, x, batch):
+        logits = network.apply({"params": z}, batch["image"], {"normal": jax.nn.softmax(x)})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    problem = bf.Problem(loss, loss)
+    solver = bf.auto(problem, inner=make_optimizer(0.1, 100), steps=100)
+    z = search_parameters(network, jax.random.key(0), (4, 4, 1))
+    state = solver.init(z, jnp.zeros((14, 8)))
+    side = lambda seed: {
+        "image": jax.random.normal(jax.random.key(seed), (4, 4, 4, 1)),
+        "label": jnp.arange(4) % 3,
+    }
+    return problem, solver, state, bf.Batch(side(2), side(3), jnp.int32(0), jnp.int32(0))
+
+
+def test_a_search_step_costs_four_gradients():
+    problem, solver, state, batch = search_step()
+    gradient = jax.jit(jax.grad(problem.inner_loss)).lower(*state.variables[::2], batch.inner)
+    step = jax.jit(solver.update).lower(state, batch)
+    flops = [lowered.cost_analysis()["flops"] for lowered in (gradient, step)]
+    print(flops)
+    assert flops[1] <= 4.05 * flops[0]
+
+
+@pytest.fixture
+def cifar(monkeypatch):
+    """The config of the paper's setting, on images of its shape."""
+    from examples.darts import images, task
+
+    rng = np.random.default_rng(0)
+    part = lambda n: images.Part(
+        rng.normal(size=(n, 32, 32, 3)).astype(np.float32), np.arange(n, dtype=np.int32) % 10
+    )
+    made = images.Images(part(128), part(128), part(50), part(20), 10)
+    monkeypatch.setattr(task, "load_images", lambda config: made)
+    return made
+
+
+def test_the_retraining_of_the_papers_setting_is_the_papers(cifar):
+    config = load("configs/darts_cifar10.py")
+    network = training.make_network(config, NORMAL_AND_REDUCE, cifar)
+    reductions = [i for i, reduce in enumerate(network.stack.reductions) if reduce]
+    assert (len(network.stack.reductions), reductions) == (20, [6, 13])
+    assert 1e6 < training.count_parameters(network, (32, 32, 3)) < 5e6  # the paper's: 3.3e6
+
+
+@pytest.mark.slow
+def test_the_search_step_of_the_papers_setting_is_traced_and_lowered(cifar):
+    from bilevel_flax import sharding
+    from bilevel_flax.plan import step
+
+    config = load("configs/darts_cifar10.py")
+    traced = step.trace(config, sharding.make_mesh("data=1", jax.devices()[:1]))
+    inner = traced.batch.inner["image"]
+    assert inner.shape == (64, 32, 32, 3)
+    assert traced.flops / traced.gradient_flops <= 4.05
+    assert "convolution" in traced.lowered.as_text()

@@ -1,0 +1,305 @@
+"""The micro-space: what is the same network, what a genotype is worth, what a search costs."""
+
+import csv
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel_flax as bf
+from bilevel_flax import bench, workdirs
+from bilevel_flax.config import ConfigError, load, plain
+from bilevel_flax.solvers import inner_only
+from bilevel_flax.train import HARMLESS
+from examples.darts import bench as darts_bench
+from examples.darts import micro_data, micro_methods, micro_run, micro_scores, micro_space
+from examples.darts import micro_search as searching
+from examples.darts import micro_table as tables
+from examples.darts.micro_network import MicroNetwork
+from examples.darts.micro_space import OPERATIONS, canonical, distinct, genotypes, paths
+
+# The compiler's time is most of this file's; what is tested does not depend on its effort.
+FAST = {"xla_backend_optimization_level": 0}
+NONE, SKIP, CONV1, CONV3, POOL = OPERATIONS
+
+
+def digits(count=64):
+    rng = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.int32) % 10
+    return micro_data.Digits(rng.normal(size=(count, 14, 14, 1)).astype(np.float32), labels)
+
+
+def numbers(genotype):
+    return jnp.array([OPERATIONS.index(name) for name in genotype], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    module = MicroNetwork(channels=4)
+    images = jnp.asarray(digits(12).image)
+    variables = module.init(jax.random.key(0), images, numbers([CONV3] * 4), train=True)
+    apply = jax.jit(
+        lambda params, choices: module.apply(
+            {**variables, "params": params}, images, choices, train=True, mutable=["batch_stats"]
+        )[0],
+        compiler_options=FAST,
+    )
+    return apply, variables["params"]
+
+
+def test_there_are_625_networks_and_195_that_differ():
+    assert len(set(genotypes())) == 625
+    assert len(distinct()) == len({canonical(genotype) for genotype in genotypes()}) == 195
+    assert all(canonical(canonical(genotype)) == canonical(genotype) for genotype in genotypes())
+    assert [tables.number(genotype) for genotype in genotypes()] == list(range(625))
+
+
+def places(genotype):
+    """(edge, operation) of all that has parameters, path by path in the order of the paths."""
+    row = [(edge, genotype[edge]) for edge in range(3)] if paths(genotype)[0] is not None else []
+    both = [row, [(3, genotype[3])]]
+    both.sort(key=lambda path: repr(_content(path)))
+    return [place for path in both for place in path if place[1] in (CONV1, CONV3)]
+
+
+def _content(path):
+    names = [name for _, name in path]
+    return None if not names or NONE in names else tuple(n for n in names if n != SKIP)
+
+
+def test_networks_under_one_name_are_the_same_function(network):
+    """The parameters of the one, moved to the edges of the other, give the same logits."""
+    apply, params = network
+    groups = {}
+    for genotype in genotypes():
+        groups.setdefault(canonical(genotype), []).append(genotype)
+    chosen = [group for group in groups.values() if len(group) > 1]
+    assert len(chosen) > 50
+    for first, *others in chosen[::3]:
+        expected = apply(params, numbers(first))
+        for other in others[:: max(1, len(others) // 2)]:
+            moved = dict(params)
+            for source, target in zip(places(first), places(other), strict=True):
+                kernel = params[f"edge_{source[0]}"][f"operations_{OPERATIONS.index(source[1])}"]
+                name = f"edge_{target[0]}"
+                moved[name] = {
+                    **moved[name],
+                    f"operations_{OPERATIONS.index(target[1])}": kernel,
+                }
+            np.testing.assert_allclose(apply(moved, numbers(other)), expected, atol=2e-5)
+
+
+def test_networks_under_different_names_are_different_functions(network):
+    apply, params = network
+    found = [np.asarray(apply(params, numbers(genotype))) for genotype in distinct()]
+    gaps = [abs(a - b).max() for a, b in itertools.combinations(found, 2)]
+    assert min(gaps) > 1e-3
+
+
+def test_a_mixture_of_one_operation_is_that_network(network):
+    apply, params = network
+    genotype = (CONV3, POOL, CONV1, SKIP)
+    mixed = apply(params, jnp.asarray(searching.one_hot(genotype)))
+    np.testing.assert_allclose(mixed, apply(params, numbers(genotype)), atol=1e-5)
+
+
+# What a genotype is worth.
+
+
+def test_regret_and_rank_of_a_toy_table():
+    table = np.zeros((625, 2))
+    best, good, tied = (CONV3,) * 4, (CONV3, CONV3, CONV1, CONV3), (CONV1,) * 4
+    table[:] = 0.5
+    table[tables.number(best)] = (0.9, 0.8)
+    table[tables.number(good)] = (0.8, 0.8)
+    assert micro_scores.score(best, table)[:3] == pytest.approx((0.85, 0.0, 0.0))
+    assert micro_scores.score(good, table)[:3] == pytest.approx((0.8, 0.05, 1 / 624))
+    # 623 share the last place; nobody but two is better.
+    assert micro_scores.score(tied, table)[:3] == pytest.approx((0.5, 0.35, 2 / 624))
+    table[0, 1] = np.nan
+    with pytest.raises(ValueError, match="lacks 1 of 1250 accuracies"):
+        micro_scores.score(best, table)
+
+
+@pytest.mark.parametrize(
+    ("genotype", "expected"),
+    [
+        ((SKIP,) * 4, True),
+        ((SKIP, POOL, SKIP, CONV3), True),
+        ((CONV3, CONV3, NONE, SKIP), True),  # both convolutions are dead
+        ((CONV3, SKIP, CONV1, SKIP), False),
+        ((CONV3, SKIP, SKIP, CONV1), False),
+    ],
+)
+def test_collapsed_is_at_most_one_live_convolution(genotype, expected):
+    assert micro_scores.collapsed(genotype) is expected
+
+
+def test_the_committed_table():
+    """Complete, and the same for all names of a network."""
+    table = tables.read()
+    assert table.shape == (625, 3) and not np.isnan(table).any()
+    assert ((table > 0.05) & (table < 1)).all()
+    for genotype in genotypes():
+        same = tables.number(canonical(genotype))
+        np.testing.assert_array_equal(table[tables.number(genotype)], table[same])
+    assert 0.8 < micro_scores.rank_ceiling(table) <= 1
+
+
+def test_a_table_is_resumed(tmp_path):
+    path, calls = tmp_path / "table.csv", []
+
+    def trainer(genotype, seed):
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        calls.append((genotype, seed))
+        return 0.25 + 0.5 * (genotype == (CONV3,) * 4)
+
+    with pytest.raises(KeyboardInterrupt):
+        tables.complete(trainer, path, lambda line: None)
+    assert np.sum(~np.isnan(tables.read(path)).all(1)) >= 40
+    calls.clear()
+    done = tables.complete(
+        lambda genotype, seed: calls.append((genotype, seed)) or 0.5, path, lambda line: None
+    )
+    assert len(calls) == 3 * 195 - 40 and not np.isnan(done).any()
+    np.testing.assert_array_equal(tables.read(path), done)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no table of the micro-space"):
+        tables.read(path)
+
+
+# What a search costs.
+
+
+def small_search(batch_size=16):
+    names = (SKIP, CONV3)
+    return searching.make_search(
+        0, digits(), MicroNetwork(names=names, channels=2), batch_size=batch_size
+    )
+
+
+def test_a_search_step_costs_four_gradients():
+    """FLOPs of the compiled programs: SOBA's step against plain training of the supernet."""
+    search = searching.make_search(0, digits(128), MicroNetwork(), batch_size=64)
+    z, x = search.init(jax.random.key(0))
+    pick = lambda side: jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), side.batches)
+    batch = bf.Batch(pick(search.inner), pick(search.outer))
+
+    def flops(solver):
+        state = solver.init(z, x)
+        lowered = jax.jit(solver.update).lower(state, batch)
+        return lowered.compile(compiler_options=FAST).cost_analysis()["flops"]
+
+    sgd = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.1)}
+    plain_step = flops(inner_only(search.problem, inner=optax.sgd(0.1)))
+    assert 1.5 * plain_step < flops(bf.soba(search.problem, **sgd)) <= 4.05 * plain_step
+    assert flops(bf.darts1(search.problem, **sgd)) <= 2.05 * plain_step
+    assert flops(bf.darts2(search.problem, **sgd)) <= 4.05 * plain_step
+
+
+def test_one_trace_for_all_searches_and_equal_budgets():
+    for method, units in (("darts1", 40), ("srba", 40)):
+        search = small_search()
+        searcher = micro_run.Searcher(method, budget=units)
+        found = [searcher(search, seed) for seed in (0, 1)]
+        assert searcher.traces == 1
+        assert searcher.steps == units / micro_methods.UNITS[method]
+        passes = 0 if method == "darts1" else 4 * (3 * 2 + 2)
+        assert units <= found[0].oracle_units <= units + passes
+        assert set(found[0].genotype) <= {SKIP, CONV3}
+        assert not np.array_equal(found[0].weights, found[1].weights)
+        again = micro_run.Searcher(method, budget=units)(search, 0)
+        np.testing.assert_array_equal(again.weights, found[0].weights)
+
+
+def test_all_methods_have_the_same_budget():
+    for method in micro_methods.METHODS:
+        steps = micro_methods.steps_of(method)
+        assert steps * micro_methods.UNITS[method] == micro_methods.BUDGET
+    assert micro_methods.BUDGET <= 2 * micro_methods.PLAIN_STEPS
+    problem = small_search().problem
+    for method, units in micro_methods.UNITS.items():
+        assert micro_methods.make_solver(problem, method, 10, 4, 4).units == units
+
+
+# The bench.
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Searches that take no time: what they find depends on method and seed."""
+    calls = []
+
+    class Fake:
+        def __init__(self, method):
+            self.method = method
+
+        def __call__(self, search, seed):
+            calls.append((self.method, seed))
+            genotype = (CONV3,) * 4 if self.method == "soba" else (SKIP,) * 4
+            blank = np.zeros((4, 5))
+            return micro_run.Found(genotype, blank, blank[None], np.ones(1), 0.5, 1000.0, 1.5, {})
+
+    table = np.full((625, 3), 0.5)
+    table[tables.number((CONV3,) * 4)] = 0.9
+    table[0] += (0.1, -0.1, 0.0)
+    monkeypatch.setattr(darts_bench, "Searcher", Fake)
+    monkeypatch.setattr(darts_bench, "make_search", lambda seed: None)
+    monkeypatch.setattr(tables, "read", lambda: table)
+    return calls
+
+
+def test_the_bench_writes_its_columns_and_resumes(fake, tmp_path):
+    options = {"task": "darts_micro", "out": tmp_path / "out"}
+    bench.run(bench.Options(solvers=("soba",), seeds=2, **options), lambda line: None)
+    rows = bench.run(bench.Options(solvers=("soba", "darts1"), **options), lambda line: None)
+    assert fake == [("soba", seed) for seed in range(10)] + [("darts1", k) for k in range(10)]
+    assert len(rows) == 20
+    with (tmp_path / "out" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == [
+        "solver",
+        "seed",
+        "regret",
+        "rank_percentile",
+        "collapsed",
+        "oracle_units",
+        "seconds",
+    ]
+    assert [float(line["regret"]) for line in lines] == [0.0] * 10 + [pytest.approx(0.4)] * 10
+    assert [line["collapsed"] for line in lines] == ["False"] * 10 + ["True"] * 10
+    assert "soba" in (tmp_path / "out" / "bench.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solvers": ("sobaa",)}, "'sobaa' is unknown.*did you mean|'sobaa' is unknown"),
+        ({"solvers": ()}, "--solvers is empty"),
+        ({"solvers": ("soba", "soba")}, "twice"),
+        ({"grid": 9}, "--grid: darts_micro"),
+        ({"seconds": 5.0}, "--seconds: darts_micro"),
+        ({"seeds": 0}, "--seeds=0: give 1 or more"),
+    ],
+)
+def test_mistakes_on_the_bench_are_named(fake, tmp_path, changes, message):
+    options = {"task": "darts_micro", "solvers": ("soba",), "out": tmp_path} | changes
+    with pytest.raises(ConfigError, match=message):
+        bench.run(bench.Options(**options), lambda line: None)
+
+
+def test_a_search_is_not_resumed_in_another_space(tmp_path):
+    record = plain(load("configs/darts_micro.py"))
+    for name, content in (("config.json", record), ("summary.json", {})):
+        (tmp_path / name).write_text(json.dumps(content))
+    workdirs.claim(tmp_path, record, HARMLESS)
+    other = plain(
+        load("configs/darts_micro.py", ["space.operations=('skip_connect','nor_conv_3x3')"])
+    )
+    with pytest.raises(ConfigError, match=r"another config \(space.operations: saved .*none"):
+        workdirs.claim(tmp_path, other, HARMLESS)
