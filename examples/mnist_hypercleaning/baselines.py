@@ -31,7 +31,7 @@ from examples.mnist_hypercleaning.model import error
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trainer:
+class Trainer:
     """Plain training from the run's own start, stopped early."""
 
     config: Any
@@ -109,7 +109,7 @@ def run(
         workdir: where `baselines.json` goes; results that are there are not computed again.
         say: prints a line.
     """
-    train = _Trainer(config, model, init)
+    train = Trainer(config, model, init)
     nothing = jnp.zeros(())
     images, held = examples.train_images, (examples.validation_images, examples.validation_labels)
 
