@@ -14,6 +14,7 @@ import numpy as np
 from bilevel_flax import config as configs
 from bilevel_flax import (
     config_diff,
+    data,
     diagnostics,
     distributed,
     health,
@@ -170,7 +171,12 @@ def _conclude(
         **totals,
         "seconds_per_step": totals["seconds"] / config.steps,
         "adjoint_residual": diagnostics.adjoint_residual(
-            task.problem, state.variables, *_readable(task), state.model_state, state.rng
+            task.problem,
+            state.variables,
+            _readable(task.inner),
+            _readable(task.outer),
+            state.model_state,
+            state.rng,
         ),
         **summary.costs(
             config,
@@ -192,12 +198,9 @@ def _conclude(
     return results
 
 
-def _readable(task: Task) -> list[Any]:
-    """Both sides of the data, of a streamed one a few minibatches: it may have no end."""
-    return [
-        diagnostics.thinned(side, _OF_A_STREAM) if side.streamed else side
-        for side in (task.inner, task.outer)
-    ]
+def _readable(side: data.FiniteSum) -> data.FiniteSum:
+    """All of a side, or a few minibatches of a streamed one: to read it may take for ever."""
+    return diagnostics.thinned(side, _OF_A_STREAM) if side.streamed else side
 
 
 def make_report(workdir: Path) -> Path:

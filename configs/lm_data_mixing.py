@@ -30,9 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.dtype = "float32"
     config.remat = False
     config.length = 64
-    config.batch_size = 16
+    config.batch_size = 8
     # What is learned.
     config.mixture = "domains"  # or "network"
+    config.temperature = 0.3  # of the domains' logits: how far the same steps of x go
     config.use = "sampling"  # or "weighting"
     config.oversampling = config_dict.placeholder(int)  # None: the number of domains
     # What it is compared with.

@@ -11,8 +11,8 @@ domain each, `--config.data.target=b`; else that of BILEVEL_FLAX_DATA, or the pa
 Hardware and runtime, by plan (benchmarks/README.md): 1B fits v5e:16x16 (4.5 of 15.75 GiB a chip),
 7B v5p:8x8x8 (8.5 of 95.7 GiB a chip, at least 1 s a step of a million tokens and as many of the
 target); neither has been run. `:tiny` takes some two CPU minutes. Expected there: nats per token
-on held-out text of the target (Shakespeare) fall from log 256 = 5.5 to about 2.5, and the weight of
-the target's own domain rises from 0.25 above 0.4.
+on held-out text of the target (Shakespeare) fall from log 256 = 5.5 to about 2.5, and the share of
+the target's own domain rises from the 0.27 that it has of the text.
 """
 
 import ml_collections

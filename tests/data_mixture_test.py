@@ -107,7 +107,7 @@ def test_one_key_one_draw():
 
 
 def test_domains_start_as_they_come_and_weigh_what_they_lack():
-    mixture = bf.outer.domain_weights(3, proposal=(2, 1, 1))
+    mixture = bf.outer.domain_weights(3, proposal=(2, 1, 1), temperature=0.5)
     batch = {"domain": jnp.array([0, 0, 1, 2])}
     np.testing.assert_allclose(mixture.weights(mixture.init(), batch), 1.0, rtol=1e-6)
     moved = mixture.weights(LOGITS, batch)
@@ -144,6 +144,7 @@ def goal_to_centre(x, mixture, batch, kind):
     [
         (lambda: bf.outer.domain_weights(1), "at least 2"),
         (lambda: bf.outer.domain_weights(2, proposal=(1, 0)), "2 positive numbers"),
+        (lambda: bf.outer.domain_weights(2, temperature=0.0), "temperature=0.0"),
         (lambda: bf.outer.domain_weights(2).weights(jnp.zeros(2), {"text": 1}), "domain"),
         (lambda: bf.outer.network_weights(len, 3, 2, hidden=0), "hidden=0"),
         (lambda: bf.outer.network_weights(len, 3, 2).shares({}), "need a batch"),

@@ -5,7 +5,7 @@ share q_d of each. What is learned is another mixture of the same data:
 
     G(z, x) = Σ_d p_d(x) E_{i ~ D_d} ℓ_i(z) = E_{i ~ q} w_i(x) ℓ_i(z)      w_i = p_{d(i)} / q_{d(i)}
 
-with p = softmax(x) (`domain_weights`), or w_i ∝ exp V(φ_i; x) for a small network V on cheap
+with p = softmax(x / τ) (`domain_weights`), or w_i ∝ exp V(φ_i; x) for a small network V on cheap
 features φ_i of an example, whatever its domain (`network_weights`). Two ways to use w:
 
 * weighting: mean(w ℓ) over the minibatch. Every candidate is paid for, also those of weight 0.
@@ -65,20 +65,24 @@ class Selected(NamedTuple):
     ratio: jax.Array
 
 
-def domain_weights(num_domains: int, proposal: Sequence[float] | None = None) -> DataMixture:
-    """One logit for each domain, p = softmax(x); the start is the data as it comes, p = q.
+def domain_weights(
+    num_domains: int, proposal: Sequence[float] | None = None, *, temperature: float = 1.0
+) -> DataMixture:
+    """One logit for each domain, p = softmax(x / τ); the start is the data as it comes, p = q.
 
     Args:
         num_domains: K, >= 2.
         proposal: q [K], the share of each domain in the minibatches, all positive (they are made
             to sum to 1); None: equal ones.
+        temperature: τ > 0, the unit of x: with a smaller one the same steps of x go further. In a
+            short run the mixture is else still under way when the run ends.
 
     Returns:
         x is float32 [K]; `weights` reads `batch["domain"]`, int32 [batch] in 0 .. K - 1.
 
     Raises:
-        ValueError: fewer than two domains, or `proposal` is not K positive numbers; at trace time
-            `batch["domain"]` is missing.
+        ValueError: fewer than two domains, `proposal` is not K positive numbers, `temperature` is
+            not positive; at trace time `batch["domain"]` is missing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -93,6 +97,8 @@ def domain_weights(num_domains: int, proposal: Sequence[float] | None = None) ->
     given = np.ones(num_domains) if proposal is None else np.asarray(proposal, np.float64)
     if given.shape != (num_domains,) or not (given > 0).all() or not np.isfinite(given).all():
         raise ValueError(f"proposal={proposal!r} must be {num_domains} positive numbers")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} must be positive")
     share = jnp.asarray(given / given.sum(), jnp.float32)
 
     def weights(outer_params, batch):
@@ -101,14 +107,14 @@ def domain_weights(num_domains: int, proposal: Sequence[float] | None = None) ->
                 'domain weights need batch["domain"] (int32 [batch]); '
                 f"the batch has {sorted(batch)}"
             )
-        return (jax.nn.softmax(outer_params) / share)[batch["domain"]]
+        return (jax.nn.softmax(outer_params / temperature) / share)[batch["domain"]]
 
     def shares(outer_params, batch=None):
         del batch
-        return jax.nn.softmax(outer_params)
+        return jax.nn.softmax(outer_params / temperature)
 
     # log 1 is exactly 0: equal shares start there.
-    start = jnp.log(share * num_domains)
+    start = temperature * jnp.log(share * num_domains)
     return DataMixture(lambda: start, weights, shares)
 
 
@@ -150,11 +156,13 @@ def network_weights(
 
     def init():
         first = jax.random.normal(jax.random.PRNGKey(seed), (num_features, hidden))
-        return {"first": first / np.sqrt(num_features), "last": jnp.zeros(hidden)}
+        return {"first": first, "last": jnp.zeros(hidden)}
 
     def weights(outer_params, batch):
         seen = jax.lax.stop_gradient(features(batch))
-        logits = jnp.tanh(seen @ outer_params["first"]) @ outer_params["last"]
+        units = jnp.tanh(seen @ outer_params["first"] / np.sqrt(num_features))
+        # Divided here, not in the start: a step of x moves a logit as it moves one of a domain.
+        logits = units @ outer_params["last"] / hidden
         return len(logits) * jax.nn.softmax(logits)
 
     def shares(outer_params, batch=None):

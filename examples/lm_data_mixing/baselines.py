@@ -56,6 +56,7 @@ class Run:
         test: held-out windows that are only reported.
         nats: `nats(z, windows) -> float`.
         shares: of the domains, of a state.
+        weights: `weights(x, candidates) -> [steps, candidates]`, of the candidates of some steps.
         workdir: where results go as they come.
         say: prints a line.
     """
@@ -71,6 +72,7 @@ class Run:
     test: np.ndarray
     nats: Callable[[Any, np.ndarray], float]
     shares: Callable[[bf.TrainState], dict[str, float]]
+    weights: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
     workdir: Path
     say: Callable[[str], None]
 
@@ -180,22 +182,19 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
 
         return windows
 
-    def by_mixture(shares):
-        shares = np.asarray(shares)
-
+    def by_weights(weights_of):
         def choose(steps, found):
-            weights = (shares * len(names))[found["domain"]]
-            return np.stack(
-                [_comb(w, per_step, config.seed, t) for t, w in zip(steps, weights, strict=True)]
-            )
+            weights = zip(weights_of(found), steps.tolist(), strict=True)
+            return np.stack([_comb(w, per_step, config.seed, step) for w, step in weights])
 
         return chosen(choose)
 
-    uniform = np.full(len(names), 1 / len(names))
+    def uniform():
+        return by_weights(lambda found: np.ones(found["domain"].shape))
 
     def direct():
         few = round(config.direct_share * per_step)
-        rest = by_mixture(uniform)
+        rest = uniform()
 
         def windows(start, stop):
             tokens = rest(start, stop)
@@ -231,14 +230,16 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         )
         return _learned(run, solver)
 
-    learned = np.array(list(run.shares(state).values()))
+    def learned():
+        return by_weights(lambda found: run.weights(state.outer_params, found))
+
     jobs = {
         "soba": lambda: Plain(state.inner_params, []),
-        "uniform": lambda: plain(by_mixture(uniform)),
+        "uniform": lambda: plain(uniform()),
         "direct_mix": lambda: plain(direct()),
         "classifier": lambda: plain(by_classifier()),
         "dds": aligned,
-        "retrained": lambda: plain(by_mixture(learned)),
+        "retrained": lambda: plain(learned()),
     }
     for number, (name, job) in enumerate(jobs.items()):
         if name in found or (number and not config.baselines):

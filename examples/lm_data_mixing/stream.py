@@ -35,9 +35,9 @@ class Windows:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         """[length + 1]."""
-        start = self._starts[i]
+        start = self._starts[index]
         return np.asarray(self._tokens[start : start + self._length + 1])
 
     def all(self) -> np.ndarray:

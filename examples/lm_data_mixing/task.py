@@ -1,6 +1,6 @@
 """Which text a language model should read for a target of which there is little.
 
-With one logit x_d for each domain and p = softmax(x), or a small network that weighs windows,
+With one logit x_d for each domain and p = softmax(x / τ), or a small network that weighs windows,
 
     G(z, x) = Σ_d p_d E_{window ~ D_d} NLL(z; window)      F(z) = mean NLL on a sample of the target
 
@@ -83,14 +83,16 @@ def load_texts(config: Any) -> Texts:
     return Texts(domains, target, name)
 
 
-def make_mixture(name: str, num_domains: int) -> bf.outer.DataMixture:
+def make_mixture(name: str, num_domains: int, temperature: float) -> bf.outer.DataMixture:
     """The outer parameters by name: a logit for each domain, or a network on a window's bytes.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: another name, or a temperature that is not positive.
     """
     if name == "domains":
-        return bf.outer.domain_weights(num_domains)
+        if not temperature > 0:
+            raise ConfigError(f"--config.temperature={temperature}: must be above 0")
+        return bf.outer.domain_weights(num_domains, temperature=temperature)
     if name == "network":
         return bf.outer.network_weights(byte_features, 256, num_domains)
     raise ConfigError(
@@ -147,8 +149,8 @@ def make_task(config: Any) -> Task:
 
     Args:
         config: keys `domains`, `default_domains`, `target`, `target_in_mixture`, `size`, `dtype`,
-            `remat`, `length`, `batch_size`, `oversampling`, `mixture`, `use`, `seed`, `data`,
-            `baselines`, `finetune`.
+            `remat`, `length`, `batch_size`, `oversampling`, `mixture`, `temperature`, `use`,
+            `seed`, `data`, `baselines`, `finetune`.
 
     Raises:
         ConfigError: an unknown size, mixture or use, or text that is missing or too short.
@@ -164,7 +166,7 @@ def make_task(config: Any) -> Task:
     oversampling = len(names) if config.oversampling is None else config.oversampling
     if not isinstance(oversampling, int) or oversampling < 1:
         raise ConfigError(f"--config.oversampling={oversampling}: must be 1 or more")
-    mixture = make_mixture(config.mixture, len(names))
+    mixture = make_mixture(config.mixture, len(names), config.temperature)
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
     inner = stream.candidates(texts.domains, count, config.seed)
     sample = texts.target.outer.all()
@@ -180,6 +182,11 @@ def make_task(config: Any) -> Task:
         "domain": np.repeat(np.arange(len(names)), _PROPOSED),
     }
     shares_of = jax.jit(lambda x: mixture.shares(x, proposed))
+
+    several_weights = jax.jit(jax.vmap(mixture.weights, (None, 0)))
+
+    def weights_of(x: Any, candidates: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(several_weights(x, candidates), np.float64)
 
     def init(rng: jax.Array) -> Start:
         z = model.init(rng, jnp.zeros((1, config.length + 1), jnp.int32))["params"]
@@ -205,6 +212,7 @@ def make_task(config: Any) -> Task:
             test=texts.target.test.all(),
             nats=nats,
             shares=learned,
+            weights=weights_of,
             workdir=workdir,
             say=say,
         )

@@ -18,6 +18,7 @@ import bilevel_flax as bf
 from bilevel_flax import config as configs
 from bilevel_flax import data
 from bilevel_flax.config import ConfigError
+from bilevel_flax.data import draws
 from bilevel_flax.loop import Loop
 from bilevel_flax.outer.data_mixture import comb
 from examples.lm_data_mixing import baselines, classifier, report, stream, task
@@ -221,7 +222,7 @@ def test_the_classifier_knows_the_targets_text():
 def test_the_hosts_comb_is_the_devices():
     weights = np.random.default_rng(0).uniform(0, 2, 24)
     mine = baselines._comb(weights, 8, 5, 7)
-    offset = data.draws.uniform(1, 5, baselines._COMB, 7)[0]
+    offset = draws.uniform(1, 5, baselines._COMB, 7)[0]
     assert mine.tolist() == comb(offset, jnp.asarray(weights), 8).index.tolist()
 
 
