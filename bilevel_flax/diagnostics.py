@@ -17,7 +17,8 @@ from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.hypergradient import HypergradientCheck, hypergradient_check
-from bilevel_flax.single_loop import learnable, norm, residual
+from bilevel_flax.single_loop import norm, residual
+from bilevel_flax.turns import learnable
 
 __all__ = [
     "HypergradientCheck",

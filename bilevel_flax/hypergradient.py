@@ -22,7 +22,8 @@ from jax.flatten_util import ravel_pytree
 from bilevel_flax import krylov, oracles, rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
-from bilevel_flax.single_loop import learnable, norm
+from bilevel_flax.single_loop import norm
+from bilevel_flax.turns import learnable
 
 METHODS = ("auto", "dense", "minres")
 _DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take

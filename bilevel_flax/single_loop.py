@@ -25,6 +25,14 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.freezing import frozen_state, muted_unless
 from bilevel_flax.shares import scaled_problem, share_factors
+from bilevel_flax.turns import learnable, muted_turn_if, turn, turn_if
+
+# Each variable and its optimiser's state in a TrainState.
+_FIELDS = (
+    ("inner_params", "inner_opt_state"),
+    ("adjoint", "adjoint_opt_state"),
+    ("outer_params", "outer_opt_state"),
+)
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -49,17 +57,6 @@ def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
                 f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
                 "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
             )
-
-
-def learnable(tree: PyTree) -> PyTree:
-    """The tree with None for leaves that are not differentiated: what an optimiser sees."""
-
-    def keep(node):
-        if rows.is_rows(node) or oracles.is_inexact(node):
-            return node
-        return None
-
-    return jax.tree.map(keep, tree, is_leaf=rows.is_rows)
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -224,7 +221,7 @@ def single_loop(
         finite = Variables(*(jnp.isfinite(value) for value in norms))
         alive = finite.inner & finite.adjoint & finite.outer
 
-        d_z, d_v, d_x = directions
+        d_z, _, d_x = directions
         d_x = muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
         misfit = residual(found.oracles) if found.residual is None else found.residual
         curvature = {"outer_params": state.outer_params}  # x shapes G's curvature in z and v
@@ -235,34 +232,29 @@ def single_loop(
             "adjoint_residual": misfit,
             **curvature,
         }
-        points = zip(
+        fresh = state.replace(
+            step=state.step + 1,
+            estimator_state=estimator_state,
+            model_state=found.model_state if problem.stateful else state.model_state,
+        )
+        parts = zip(
+            _FIELDS,
+            (None, *(estimator.moves(state.estimator_state) if estimator.moves else (None, None))),
             transforms,
-            (d_z, d_v, d_x),
-            (state.inner_opt_state, state.adjoint_opt_state, state.outer_opt_state),
-            variables,
+            directions._replace(outer=d_x),
             (curvature, extra, {}),
             strict=True,
         )
-        stepped = [
-            transform.update(learnable(direction), opt_state, learnable(point), **more)
-            for transform, direction, opt_state, point, more in points
-        ]
-        params = [
-            rows.apply_updates(point, step)
-            for point, (step, _) in zip(variables, stepped, strict=True)
-        ]
-        stepped_state = TrainState(
-            step=state.step + 1,
-            inner_params=params[0],
-            adjoint=params[1],
-            outer_params=params[2],
-            inner_opt_state=stepped[0][1],
-            adjoint_opt_state=stepped[1][1],
-            outer_opt_state=stepped[2][1],
-            estimator_state=estimator_state,
-            model_state=found.model_state if problem.stateful else state.model_state,
-            rng=state.rng,
-        )
+        settled = {}
+        for fields, now, transform, direction, more in parts:
+            point, opt_state = (getattr(state, field) for field in fields)
+            args = (transform, direction, opt_state, point, more)
+            if now is None:
+                fresh = fresh.replace(**dict(zip(fields, turn(*args), strict=True)))
+            elif direction is d_x and sparse_outer:
+                fresh = fresh.replace(**dict(zip(fields, muted_turn_if(now, *args), strict=True)))
+            else:
+                settled |= zip(fields, turn_if(now & alive, *args), strict=True)
         info = Info(
             inner_loss=found.inner_loss,
             outer_loss=found.outer_loss,
@@ -272,7 +264,7 @@ def single_loop(
             oracle_units=jnp.float32(estimator.units),
             metrics=found.metrics,
         )
-        return frozen_state(alive, stepped_state, state, d_x), info
+        return frozen_state(alive, fresh, state, d_x).replace(**settled), info
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
         require_ids(batch, name, needed)

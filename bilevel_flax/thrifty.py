@@ -23,19 +23,19 @@ the same minibatch, and a block drawn anew adds noise that it cannot remove.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import oracles, rows
-from bilevel_flax.base import Estimator
-from bilevel_flax.freezing import frozen_unless, muted_unless
-from bilevel_flax.single_loop import RowTransformation, residual
+from bilevel_flax import oracles
+from bilevel_flax.base import Estimator, Oracles
+from bilevel_flax.single_loop import residual
 from bilevel_flax.solvers.soba import directions
 from bilevel_flax.solvers.soba import estimator as plain
 
+_NO_ORACLES = Oracles(*[None] * len(Oracles._fields))
 _STREAM = 7  # keeps the blocks apart from a run's other draws
 
 
@@ -45,13 +45,6 @@ class ThriftyState(NamedTuple):
     count: jax.Array  # int32, steps taken
     outer_loss: jax.Array  # float32, F when it was last evaluated
     residual: jax.Array  # float32, the adjoint's when it was last evaluated
-
-
-class GatedState(NamedTuple):
-    """State of `gated`."""
-
-    count: jax.Array  # int32, steps seen
-    inner: Any
 
 
 def parts_of(fraction: float) -> int:
@@ -113,20 +106,25 @@ def estimator(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> 
         key = jax.random.fold_in(jax.random.PRNGKey(_STREAM), state.count)
         block = jax.random.randint(key, (), 0, parts)
 
+        def kept(found, outer_loss, misfit):
+            # The directions are enough: what a branch does not return, no other has to fill.
+            return found._replace(oracles=_NO_ORACLES, outer_loss=outer_loss, residual=misfit)
+
         def everything():
-            if parts == 1:
-                found = oracle(variables)
-            else:
-                on_block = functools.partial(oracles.evaluate_block, block=block, parts=parts)
-                found = oracle(variables, on_block)
-            now = residual(found.oracles).astype(jnp.float32)
+            evaluate = oracles.evaluate_all
+            if parts > 1:
+                evaluate = functools.partial(oracles.evaluate_block, block=block, parts=parts)
+            found = oracle(variables, evaluate, combine=directions)
+            now = residual(found.oracles) if found.residual is None else found.residual
+            now = now.astype(jnp.float32)
             # A block of padding alone has no ∇₁F to compare with.
             now = jnp.where(jnp.isfinite(now), now, state.residual)
-            return found._replace(outer_loss=found.outer_loss.astype(jnp.float32), residual=now)
+            return kept(found, found.outer_loss.astype(jnp.float32), now)
 
         def less(evaluate):
-            found = oracle(variables, functools.partial(evaluate, like=jax.eval_shape(everything)))
-            return found._replace(outer_loss=state.outer_loss, residual=state.residual)
+            like = jax.eval_shape(lambda: oracle(variables))
+            found = oracle(variables, functools.partial(evaluate, like=like), combine=directions)
+            return kept(found, state.outer_loss, state.residual)
 
         def chosen(period, often, seldom):
             if period == 1:
@@ -141,9 +139,13 @@ def estimator(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> 
         )
         found = chosen(every, functools.partial(less, oracles.evaluate_inner), moving)
         memory = ThriftyState(state.count + 1, found.outer_loss, found.residual)
-        return directions(found.oracles), memory, found
+        return found.directions, memory, found
 
-    return Estimator(init=init, update=update, units=cost)
+    def moves(state):
+        return state.count % (every * adjoint_every) == 0, state.count % every == 0
+
+    rests = every * adjoint_every > 1
+    return Estimator(init=init, update=update, moves=moves if rests else None, units=cost)
 
 
 def clocked(
@@ -166,51 +168,3 @@ def clocked(
         return step.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(step.init, update)
-
-
-def gated(transform: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
-    """Updates in every k-th step; in the others nothing moves, its state included.
-
-    Args:
-        transform: of v or x.
-        every: k >= 1; 1 gives back the transformation itself.
-    """
-    if _checked(every) == 1:
-        return transform
-    step = optax.with_extra_args_support(transform)
-
-    def init(params):
-        return GatedState(jnp.int32(0), step.init(params))
-
-    def muted(now, updates, state, params, extra_args):
-        """For `Rows`: pointing them at no row costs nothing, a branch would copy whole tables."""
-        moved, after = step.update(muted_unless(now, updates), state, params, **extra_args)
-        moved = jax.tree.map(
-            lambda node: node if rows.is_rows(node) else jnp.where(now, node, jnp.zeros_like(node)),
-            muted_unless(now, moved),
-            is_leaf=rows.is_rows,
-        )
-        return moved, frozen_unless(now, after, state)
-
-    def branched(now, updates, state, params, extra_args):
-        def move():
-            return step.update(updates, state, params, **extra_args)
-
-        def rest():
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(move)[0]
-            )
-            return zeros, state
-
-        return jax.lax.cond(now, move, rest)
-
-    by_rows = isinstance(transform, RowTransformation)
-    chosen = muted if by_rows else branched
-
-    def update(updates, state, params=None, **extra_args):
-        now = state.count % every == 0
-        moved, after = chosen(now, updates, state.inner, params, extra_args)
-        return moved, GatedState(state.count + 1, after)
-
-    kind = RowTransformation if by_rows else optax.GradientTransformationExtraArgs
-    return kind(init, update)

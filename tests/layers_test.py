@@ -16,7 +16,7 @@ PACKAGE = ROOT / "bilevel_flax"
 LAYERS = (
     {"base"},
     {"rows", "losses", "linear", "oracles", "shares", "freezing"},
-    {"checks", "single_loop"},
+    {"checks", "single_loop", "turns"},
     {"outer", "adjoint", "solvers"},
 )
 # What the layers above must not need: a loop of one's own does without.

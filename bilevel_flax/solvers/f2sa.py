@@ -26,7 +26,7 @@ import optax
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.shares import scaled
-from bilevel_flax.single_loop import learnable, norm
+from bilevel_flax.single_loop import norm
 from bilevel_flax.solvers.nested import nested, trace
 from bilevel_flax.solvers.pieces import (
     Pieces,
@@ -38,6 +38,7 @@ from bilevel_flax.solvers.pieces import (
     only,
     split,
 )
+from bilevel_flax.turns import learnable
 
 
 class Penalised(NamedTuple):

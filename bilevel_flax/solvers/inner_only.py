@@ -17,7 +17,8 @@ from bilevel_flax import oracles, rows
 from bilevel_flax.base import Batch, BilevelSolver, Info, Problem, TrainState, Variables
 from bilevel_flax.freezing import frozen_unless
 from bilevel_flax.shares import scaled, share_factors
-from bilevel_flax.single_loop import init_state, learnable, norm, require_ids
+from bilevel_flax.single_loop import init_state, norm, require_ids
+from bilevel_flax.turns import learnable
 
 
 def inner_only(

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from bilevel_flax import oracles, rows
 from bilevel_flax.base import Aux, Problem, PyTree, Variables
 from bilevel_flax.shares import scaled
-from bilevel_flax.single_loop import learnable, norm
+from bilevel_flax.single_loop import norm
+from bilevel_flax.turns import learnable
 
 
 class Sample(NamedTuple):
