@@ -94,14 +94,15 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "steps": steps,
         "name": "momentum",
     }
-    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner}
-    if solver == "auto":
-        config.solver.steps = steps
-    else:
-        config.solver.outer = {
-            "call": "optax:adamw",
-            "learning_rate": 3e-4,
-            "b1": 0.5,
-            "weight_decay": 1e-3,
+    moves_x = {"steps": steps}
+    if solver != "auto":
+        moves_x = {
+            "outer": {
+                "call": "optax:adamw",
+                "learning_rate": 3e-4,
+                "b1": 0.5,
+                "weight_decay": 1e-3,
+            }
         }
+    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner, **moves_x}
     return config

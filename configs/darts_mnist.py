@@ -62,8 +62,8 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "cells": 3,
         "reductions": (1,),
         "stem_stride": 4,
-        "epochs": 3.0,
-        "batch_size": 128,
+        "epochs": 4.0,
+        "batch_size": 64,
         "learning_rate": 4e-3,
         "optimizer": "adamw",
         "weight_decay": 3e-4,
@@ -88,9 +88,14 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "steps": steps,
         "name": "adamw",
     }
-    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner}
-    if solver == "auto":
-        config.solver.steps = steps
-    else:
-        config.solver.outer = {"call": "optax:adam", "learning_rate": 0.01, "b1": 0.5}
+    moves_x = {"steps": steps}
+    if solver != "auto":
+        moves_x = {
+            "outer": {
+                "call": "optax:adam",
+                "learning_rate": 0.01,
+                "b1": 0.5,
+            }
+        }
+    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner, **moves_x}
     return config
