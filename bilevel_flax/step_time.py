@@ -11,7 +11,7 @@ from bilevel_flax import oracles, rows
 from bilevel_flax.base import Problem, PyTree, TrainState
 from bilevel_flax.feed import minibatch
 from bilevel_flax.loop import Loop, clocked
-from bilevel_flax.single_loop import learnable
+from bilevel_flax.turns import learnable
 
 _FEWEST_STEPS = 8  # of one turn: `auto`'s cheap setting does its work in every eighth
 _MOST_STEPS = 200
