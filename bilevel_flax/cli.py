@@ -59,14 +59,15 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="compare methods on a task: one budget, one protocol; the same command resumes",
         description="Compare methods on a task (quadratics, breast_cancer, ijcnn1, covtype, "
-        "mnist_hypercleaning) and write results.csv and bench.html. The same command resumes.",
+        "mnist_hypercleaning, darts_micro) and write results.csv and bench.html. The same command "
+        "resumes.",
     )
     bench.add_argument("task", metavar="TASK")
     bench.add_argument(
         "--solvers", default="soba,saba,srba,amigo", metavar="A,B,...", help="default: %(default)s"
     )
     bench.add_argument("--seconds", type=float, metavar="S", help="of a run; default: the task's")
-    bench.add_argument("--seeds", type=int, default=1, metavar="K", help="default: %(default)s")
+    bench.add_argument("--seeds", type=int, metavar="K", help="default: 1; darts_micro: 10")
     bench.add_argument(
         "--grid",
         type=int,
@@ -74,7 +75,7 @@ def _add_bench(commands: Any) -> None:
         metavar="N",
         help="each method chooses from N pairs of steps (up to 63); 0, the default: recorded ones",
     )
-    bench.add_argument("--out", required=True, type=Path, metavar="DIR")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="default: runs/bench/TASK")
     bench.add_argument("--manual-dir", metavar="DIR", help="folder of original data files")
     bench.add_argument(
         "--clock", default="wall", metavar="wall|cpu", help="what S is counted in; default: wall"
@@ -138,7 +139,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             bench.Options(
                 task=arguments.task,
                 solvers=tuple(filter(None, arguments.solvers.split(","))),
-                out=arguments.out.expanduser(),
+                out=(arguments.out or Path("runs", "bench", arguments.task)).expanduser(),
                 seconds=arguments.seconds,
                 seeds=arguments.seeds,
                 grid=arguments.grid,

@@ -25,7 +25,7 @@ class Options:
         solvers: names of the methods.
         out: the folder for results.
         seconds: budget of a run; None: the task's own.
-        seeds: runs with the chosen steps, seeds 0, 1, ...
+        seeds: runs with the chosen steps, seeds 0, 1, ...; None: the task's own number.
         grid: pairs (ρ, ρ/γ) that each method chooses from; 0 takes the recorded pair.
         manual_dir: folder of original data files.
         clock: "wall" or "cpu", what the budget is counted in.
@@ -35,23 +35,33 @@ class Options:
     solvers: tuple[str, ...]
     out: Path
     seconds: float | None = None
-    seeds: int = 1
+    seeds: int | None = None
     grid: int = 0
     manual_dir: str | None = None
     clock: str = "wall"
 
-    def check(self) -> None:
-        """Raises on a mistake.
+    def check_shared(self) -> None:
+        """Raises on a mistake in what every protocol reads: task, seeds, out.
 
         Raises:
             ConfigError: names the option, its value and the fix.
         """
         tasks.check_name(self.task)
+        if self.seeds is not None and self.seeds < 1:
+            raise ConfigError(f"--seeds={self.seeds}: give 1 or more")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out={self.out}: a file is in the way, choose a folder")
+
+    def check(self) -> None:
+        """Raises on a mistake in anything.
+
+        Raises:
+            ConfigError: names the option, its value and the fix.
+        """
+        self.check_shared()
         methods.check_names(list(self.solvers))
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise ConfigError(f"--seconds={self.seconds}: give a positive number of seconds")
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds={self.seeds}: give 1 or more")
         if not 0 <= self.grid <= len(RHOS) * len(RATIOS):
             raise ConfigError(
                 f"--grid={self.grid}: there are {len(RHOS) * len(RATIOS)} pairs of steps; give a "
@@ -61,8 +71,6 @@ class Options:
             raise ConfigError(f"--clock={self.clock}: choose one of {', '.join(CLOCKS)}")
         if self.manual_dir is not None and not Path(self.manual_dir).expanduser().is_dir():
             raise ConfigError(f"--manual-dir={self.manual_dir}: no such folder")
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"--out={self.out}: a file is in the way, choose a folder")
 
 
 def grid(count: int) -> list[tuple[float, float]]:

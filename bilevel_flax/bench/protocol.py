@@ -8,36 +8,47 @@ the task's own validation metric at the end of a run with seed 0.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from bilevel_flax.bench import methods, report, results, searches, tasks
+from bilevel_flax.bench import folder, methods, report, results, searches, tasks
 from bilevel_flax.bench.options import CLOCKS, Options, grid
 from bilevel_flax.bench.results import DIVERGED, SCREENED, Key, Row, Runs, params_text
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import BenchTask, Context
-from bilevel_flax.config import ConfigError
+from bilevel_flax.config import imported
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> Runs:
+def run(options: Options, say: Callable[[str], None] = print) -> Any:
     """Runs what is missing in `options.out`, then writes the table and `bench.html`.
+
+    A task that is judged by something else than a value along a run has a protocol of its own
+    (`tasks.PROTOCOLS`), which is handed everything.
 
     Args:
         options: what to compare.
         say: prints a line.
 
     Returns:
-        The chosen runs of every method, as they stand in `results.csv`.
+        The chosen runs of every method, as they stand in `results.csv` (`Runs`).
 
     Raises:
         ConfigError: a mistake in the options, a folder that holds another bench, a budget in which
             a method cannot take one step.
     """
+    options.check_shared()
+    if options.task in tasks.PROTOCOLS:
+        tasks.find_examples()
+        return imported(tasks.PROTOCOLS[options.task])(options, say)
+    return _compare(options, say)
+
+
+def _compare(options: Options, say: Callable[[str], None]) -> Runs:
     options.check()
+    seeds = 1 if options.seeds is None else options.seeds
     maker = _TaskMaker(options, say)
     seconds = options.seconds if options.seconds is not None else maker(0).seconds
     _claim(options, seconds)
@@ -67,7 +78,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Runs:
         searches.check(solver, maker(0))
     chosen: Runs = {}
     searched = grid(options.grid)
-    per_solver = len(searched) + options.seeds
+    per_solver = len(searched) + seeds
     for number, solver in enumerate(options.solvers):
         before, total = number * per_solver, len(options.solvers) * per_solver
         pairs = searched or [maker(0).tuned.get(solver, maker(0).default)]
@@ -75,7 +86,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Runs:
         for count, pair in enumerate(searched, start=before + 1):
             scores.append(results.score(ensure(solver, 0, pair, f"{count}/{total}", True)))
         best = pairs[int(np.argmin(scores))] if scores else pairs[0]
-        for seed in range(options.seeds):
+        for seed in range(seeds):
             where = f"{before + len(searched) + seed + 1}/{total}"
             key = Key(solver, seed, params_text(*best))
             chosen[key] = ensure(solver, seed, best, where)
@@ -103,40 +114,14 @@ class _TaskMaker:
 
 
 def _claim(options: Options, seconds: float) -> None:
-    """Makes the folder this bench's own: rows of different budgets must not be compared."""
-    path = options.out / "bench.json"
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "results.csv").open("a"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--out={options.out}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    content: dict[str, Any] = {
+    content = {
         "task": options.task,
         "seconds": seconds,
         "clock": options.clock,
         "float": str(jax.dtypes.canonicalize_dtype(float)),
         "full_data": options.manual_dir is not None,
     }
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
-        different = [
-            f"{key} {before.get(key)!r}, not {value!r}"
-            for key, value in content.items()
-            if before.get(key) != value
-        ]
-        if different:
-            raise ConfigError(
-                f"--out={options.out} holds another bench ({'; '.join(different)}): give the same "
-                "options to go on with it, or another --out"
-            )
-    else:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+    folder.claim(options.out, content)
 
 
 def _last_line(rows: Sequence[Row], quantity: str) -> str:

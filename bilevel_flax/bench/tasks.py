@@ -27,6 +27,8 @@ TASKS = {
     "mnist_hypercleaning_p70": "bilevel_flax.bench.hypercleaning:make",
     "mnist_hypercleaning_p90": "bilevel_flax.bench.hypercleaning:make",
 }
+# Tasks with a protocol, and columns, of their own: `run(options, say)`.
+PROTOCOLS = {"darts_micro": "examples.darts.bench:run"}
 
 
 class Context(NamedTuple):
@@ -128,11 +130,19 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: the nearest name is given.
     """
-    if name not in TASKS:
+    known = [*TASKS, *PROTOCOLS]
+    if name not in known:
         raise configs.ConfigError(
-            f"bench task {name!r} is unknown: choose one of {', '.join(TASKS)}"
-            f"{configs.nearest(name, list(TASKS))}"
+            f"bench task {name!r} is unknown: choose one of {', '.join(known)}"
+            f"{configs.nearest(name, known)}"
         )
+
+
+def find_examples() -> None:
+    """Makes `examples` importable: an editable install finds it beside the package."""
+    root = str(Path(bilevel_flax.__file__).resolve().parent.parent)
+    if (Path(root) / "examples").is_dir() and root not in sys.path:
+        sys.path.append(root)
 
 
 def make(name: str, context: Context) -> BenchTask:
@@ -142,9 +152,6 @@ def make(name: str, context: Context) -> BenchTask:
         ConfigError: unknown name; missing data; the examples are not there.
     """
     check_name(name)
-    # An editable install finds the examples beside the package from any folder.
-    root = str(Path(bilevel_flax.__file__).resolve().parent.parent)
-    if (Path(root) / "examples").is_dir() and root not in sys.path:
-        sys.path.append(root)
+    find_examples()
     made = configs.imported(TASKS[name])(name, context)
     return made._replace(tuned=TUNED.get(name, {}))

@@ -71,7 +71,7 @@ def canonical(genotype: Genotype) -> Genotype:
     return _first_by_function()[_function(genotype)]
 
 
-def _function(genotype: Genotype) -> frozenset | tuple:
+def _function(genotype: Genotype) -> tuple[_Path, ...]:
     # Two paths have no order; the same path twice is not the same as once.
     return tuple(sorted(paths(genotype), key=repr))
 
@@ -80,7 +80,7 @@ def _function(genotype: Genotype) -> frozenset | tuple:
 def _first_by_function() -> dict[tuple, Genotype]:
     found: dict[tuple, Genotype] = {}
     for genotype in genotypes():
-        found.setdefault(tuple(_function(genotype)), genotype)
+        found.setdefault(_function(genotype), genotype)
     return found
 
 

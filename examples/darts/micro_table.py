@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,9 @@ def make_trainer(
     @jax.jit
     def fit(key: jax.Array, choices: jax.Array) -> jax.Array:
         start, order = jax.random.split(key)
-        variables = network.init(start, images[:1], choices, train=True)
-        statistics = {"batch_stats": variables["batch_stats"]}
+        variables = dict(network.init(start, images[:1], choices, train=True))
+        params: Any = variables.pop("params")
+        statistics: Any = variables
 
         def step(carry, key):
             params, opt_state = carry
@@ -120,10 +122,10 @@ def make_trainer(
             updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        params = variables["params"]
         carry = (params, optimizer.init(params))
         (params, _), _ = jax.lax.scan(step, carry, jax.random.split(order, steps))
         # The statistics of all training digits under the last parameters.
+        found: Any
         _, found = network.clone(momentum=0.0).apply(
             {"params": params, **statistics}, images, choices, train=True, mutable=["batch_stats"]
         )

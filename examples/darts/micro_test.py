@@ -16,7 +16,7 @@ from bilevel_flax.config import ConfigError, load, plain
 from bilevel_flax.solvers import inner_only
 from bilevel_flax.train import HARMLESS
 from examples.darts import bench as darts_bench
-from examples.darts import micro_data, micro_methods, micro_run, micro_scores, micro_space
+from examples.darts import micro_data, micro_methods, micro_run, micro_scores
 from examples.darts import micro_search as searching
 from examples.darts import micro_table as tables
 from examples.darts.micro_network import MicroNetwork

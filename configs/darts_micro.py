@@ -1,0 +1,55 @@
+"""Architecture search where the truth is known: 625 networks, all of them trained.
+
+    bilevel-flax train --config configs/darts_micro.py --workdir runs/micro
+    bilevel-flax bench darts_micro --solvers soba,darts1,darts2
+
+Four edges with NAS-Bench-201's five operations each, 14x14 digits of the bundled mnist5k, one half
+for z and one for the architecture. SOBA by default; `:auto`, `:saba`, `:srba`, `:darts1`, `:darts2`
+spend the same gradient units, twice those of plain training. `--config.selection=perturbation`
+chooses each edge's operation by what its removal costs.
+
+Hardware: any CPU, less than two minutes with compilation. Expected (`summary.json`): regret, in
+test accuracy against the best of the 625, below 0.01, and a rank_percentile below 0.05
+(benchmarks/README.md, "Architecture search: micro-space").
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from examples.darts import micro_methods
+from examples.darts.micro_space import OPERATIONS
+
+
+def get_config(method: str = "soba") -> ml_collections.ConfigDict:
+    """The config; the argument names the search method."""
+    micro_methods.check_method(method, f"--config=configs/darts_micro.py:{method}")
+    config = ml_collections.ConfigDict()
+    config.name = "darts_micro"
+    config.seed = 0
+    config.method = method
+    config.steps = micro_methods.steps_of(method)
+    config.batch_size = 64
+    config.channels = 8
+    config.space = {"name": "micro", "operations": OPERATIONS}
+    config.selection = "strongest"
+    config.log_every = 10
+    config.eval_every = 25
+    config.checkpoint = {"every": 50, "keep": 2}
+    config.health = {"share": 0.0, "every": config_dict.placeholder(int), "summary": False}
+    config.on_device = config_dict.placeholder(bool)
+    config.mesh = config_dict.placeholder(str)
+    config.collectives = config_dict.placeholder(str)
+    config.rules = config_dict.placeholder(tuple)
+    config.task = {"call": "examples.darts.micro_task:make_task"}
+    config.problem = {
+        "remat": False,
+        "microbatches": 1,
+        "compute_dtype": config_dict.placeholder(str),
+    }
+    config.report = "examples.darts.micro_task:sections"
+    config.solver = {
+        "call": "examples.darts.micro_methods:make_solver",
+        "method": config.get_oneway_ref("method"),
+        "steps": config.get_oneway_ref("steps"),
+    }
+    return config

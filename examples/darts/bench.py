@@ -1,0 +1,253 @@
+"""`bilevel-flax bench darts_micro`: search methods, judged by the exhaustive table.
+
+Every method gets the same oracle units, so that the cheap ones take more steps. A run's genotype
+is chosen by the search alone; the table's test accuracies say afterwards what it is worth.
+`results.csv` has one row a run; the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bilevel_flax import report
+from bilevel_flax.bench import folder
+from bilevel_flax.bench.options import Options
+from bilevel_flax.config import ConfigError
+from bilevel_flax.curves import COLOURS, new_figure
+from bilevel_flax.report_sections import Section, figure_section, table_section
+from examples.darts import micro_methods, micro_scores, micro_table
+from examples.darts.micro_run import Searcher
+from examples.darts.micro_search import make_search
+
+SEEDS = 10
+
+
+class Row(NamedTuple):
+    """A run; regret and rank_percentile are fractions with 0 the best."""
+
+    solver: str
+    seed: int
+    regret: float
+    rank_percentile: float
+    collapsed: bool
+    oracle_units: float
+    seconds: float
+
+
+COLUMNS = Row._fields
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
+    """Runs what is missing in `options.out`, then writes the table and `bench.html`.
+
+    Args:
+        options: `solvers`, `seeds` (None: 10) and `out`.
+        say: prints a line.
+
+    Returns:
+        The rows asked for.
+
+    Raises:
+        ConfigError: an option that has no meaning here, an unknown method, another bench's folder.
+        ValueError: the table of the micro-space is not complete.
+    """
+    check(options)
+    seeds = SEEDS if options.seeds is None else options.seeds
+    table = micro_table.read()
+    micro_scores.check_complete(table)
+    folder.claim(options.out, {"task": options.task, "units": micro_methods.BUDGET})
+    path = options.out / "results.csv"
+    done = {(row.solver, row.seed): row for row in read(path)}
+    wanted = [(solver, seed) for solver in options.solvers for seed in range(seeds)]
+    searchers = {solver: Searcher(solver) for solver in options.solvers}
+    for count, (solver, seed) in enumerate(wanted, 1):
+        if (solver, seed) in done:
+            continue
+        say(f"[{count}/{len(wanted)}] {solver}, seed {seed}")
+        found = searchers[solver](make_search(seed), seed)
+        score = micro_scores.score(found.genotype, table)
+        done[solver, seed] = Row(solver, seed, *score[1:], found.oracle_units, found.seconds)
+        write(path, done.values())
+        say(
+            f"    {' '.join(found.genotype)}: regret {100 * score.regret:.2f} points, "
+            f"{100 * score.rank_percentile:.1f} % are better, {found.seconds:.0f} s"
+        )
+    rows = [done[key] for key in wanted]
+    write(path, done.values())
+    write_report(options.out, rows, table)
+    say(table_text(rows))
+    say(f"{path}, {options.out / 'bench.html'}")
+    return rows
+
+
+def check(options: Options) -> None:
+    """Raises on options that this bench has no use for.
+
+    Raises:
+        ConfigError: names the option and the fix.
+    """
+    if not options.solvers:
+        raise ConfigError(f"--solvers is empty: choose some of {', '.join(micro_methods.METHODS)}")
+    for name in options.solvers:
+        micro_methods.check_method(name, "--solvers")
+        if options.solvers.count(name) > 1:
+            raise ConfigError(f"--solvers names {name} twice: give each once")
+    for name, given in (
+        ("--seconds", options.seconds is not None),
+        ("--grid", options.grid != 0),
+        ("--clock", options.clock != "wall"),
+        ("--manual-dir", options.manual_dir is not None),
+    ):
+        if given:
+            raise ConfigError(
+                f"{name}: darts_micro compares methods at {micro_methods.BUDGET} oracle units, on "
+                "bundled digits; leave it out"
+            )
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a `results.csv` that `write` made.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    if not lines:
+        return []
+    try:
+        if tuple(lines[0]) != COLUMNS:
+            raise ValueError(f"it has the columns {', '.join(lines[0])}")
+        return [_parsed(line) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
+
+
+def _parsed(line: Sequence[str]) -> Row:
+    solver, seed, regret, rank, collapsed, units, seconds = line
+    flag = {"True": True, "False": False}[collapsed]
+    return Row(solver, int(seed), float(regret), float(rank), flag, float(units), float(seconds))
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Replaces the file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(
+            [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows
+        )
+    os.replace(partial, path)
+
+
+HEADER = (
+    "solver",
+    "median regret",
+    "worst",
+    "median rank",
+    "worst",
+    "collapsed",
+    "units",
+    "seconds",
+)
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each method, in the order of the runs; percent signs are points of accuracy."""
+    lines = []
+    for solver in dict.fromkeys(row.solver for row in rows):
+        group = [row for row in rows if row.solver == solver]
+        regrets = [row.regret for row in group]
+        ranks = [row.rank_percentile for row in group]
+        lines.append(
+            [
+                solver,
+                *(f"{100 * of(values):.2f} %" for values in (regrets, ranks) for of in _OF),
+                f"{sum(row.collapsed for row in group)} of {len(group)}",
+                f"{np.median([row.oracle_units for row in group]):,.0f}",
+                f"{np.median([row.seconds for row in group]):.0f}",
+            ]
+        )
+    return lines
+
+
+_OF = (np.median, np.max)
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The table for a terminal."""
+    lines = [list(HEADER), *summary(rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def write_report(out: Path, rows: Sequence[Row], table: np.ndarray) -> Path:
+    """Writes `bench.html`."""
+    ceiling = micro_scores.rank_ceiling(table)
+    best = 100 * table.mean(1).max()
+    sections = [
+        table_section("Methods", list(HEADER), summary(rows), _NOTE),
+        figure_section("Every run among the 625 networks", _figure(rows, table), _FIGURE_NOTE),
+    ]
+    facts = (
+        f"{micro_methods.BUDGET} oracle units a search · best network of the table {best:.2f} % · "
+        f"Spearman correlation between its seeds {ceiling:.3f}"
+    )
+    body = (
+        '<header><p class="kicker">bilevel_flax bench</p><h1>DARTS micro-space</h1>'
+        f'<p class="lead">{html.escape(facts)}</p></header>'
+    ) + "".join(map(_html, sections))
+    path = out / "bench.html"
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(report.page("darts_micro · bilevel_flax bench", body), encoding="utf-8")
+    return fresh.replace(path)
+
+
+def _html(section: Section) -> str:
+    return f"<section><h2>{html.escape(section.title)}</h2>{section.html}</section>"
+
+
+_NOTE = (
+    "Regret: the best mean test accuracy of the 625 minus that of the network found. Rank: the "
+    "share of the 625 that are better. Collapsed: at most one of the four edges carries a "
+    "convolution that has an effect. A unit is a gradient, Hessian-vector or cross product on a "
+    "minibatch. Seconds: a run, without compilation."
+)
+_FIGURE_NOTE = (
+    "Grey: all 625 networks by their rank, mean test accuracy of three trainings. Marks: the "
+    "networks that the searches ended with, a seed each."
+)
+
+
+def _figure(rows: Sequence[Row], table: np.ndarray) -> Figure:
+    figure, axes = new_figure(7.2, 3.6)
+    means = np.sort(table.mean(1))[::-1]
+    axes.plot(100 * np.arange(len(means)) / (len(means) - 1), 100 * means, color="#8a94a3")
+    for number, solver in enumerate(dict.fromkeys(row.solver for row in rows)):
+        group = [row for row in rows if row.solver == solver]
+        axes.scatter(
+            [100 * row.rank_percentile for row in group],
+            [100 * (means[0] - row.regret) for row in group],
+            color=COLOURS[number % len(COLOURS)],
+            marker=("o", "s", "^", "D", "v", "P")[number % 6],
+            s=34,
+            alpha=0.6,
+            label=solver,
+            zorder=3,
+        )
+    axes.set_xlabel("rank, % of the networks that are better")
+    axes.set_ylabel("test accuracy, %")
+    figure.legend(loc="outside upper left", ncols=6, frameon=False)
+    return figure
