@@ -2,7 +2,8 @@
 
 Every method gets the same oracle units, so that the cheap ones take more steps. A run's genotype
 is chosen by the search alone; the table's test accuracies say afterwards what it is worth.
-`results.csv` has one row a run; the same command goes on where it was.
+`genotypes.csv` holds what each search found and `results.csv` what that is worth, one row a run;
+the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bilevel_flax.report_sections import Section, figure_section, table_section
 from examples.darts import micro_methods, micro_scores, micro_table
 from examples.darts.micro_run import Searcher
 from examples.darts.micro_search import make_search
+from examples.darts.micro_space import check as check_genotype
 
 SEEDS = 10
 
@@ -45,6 +47,22 @@ class Row(NamedTuple):
 COLUMNS = Row._fields
 
 
+class Searched(NamedTuple):
+    """What a run found: its genotype's operations in the order of the edges."""
+
+    solver: str
+    seed: int
+    genotype: str
+    oracle_units: float
+    seconds: float
+
+
+def scored(one: Searched, table: np.ndarray) -> Row:
+    """What it is worth, by the table."""
+    score = micro_scores.score(tuple(one.genotype.split()), table)
+    return Row(one.solver, one.seed, *score[1:], one.oracle_units, one.seconds)
+
+
 def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
     """Runs what is missing in `options.out`, then writes the table and `bench.html`.
 
@@ -61,11 +79,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
     """
     check(options)
     seeds = SEEDS if options.seeds is None else options.seeds
-    table = micro_table.read()
-    micro_scores.check_complete(table)
     folder.claim(options.out, {"task": options.task, "units": micro_methods.BUDGET})
-    path = options.out / "results.csv"
-    done = {(row.solver, row.seed): row for row in read(path)}
+    path = options.out / "genotypes.csv"
+    done = {(one.solver, one.seed): one for one in read_searches(path)}
     wanted = [(solver, seed) for solver in options.solvers for seed in range(seeds)]
     searchers = {solver: Searcher(solver) for solver in options.solvers}
     for count, (solver, seed) in enumerate(wanted, 1):
@@ -73,19 +89,21 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
             continue
         say(f"[{count}/{len(wanted)}] {solver}, seed {seed}")
         found = searchers[solver](make_search(seed), seed)
-        score = micro_scores.score(found.genotype, table)
-        done[solver, seed] = Row(solver, seed, *score[1:], found.oracle_units, found.seconds)
-        write(path, done.values())
-        say(
-            f"    {' '.join(found.genotype)}: regret {100 * score.regret:.2f} points, "
-            f"{100 * score.rank_percentile:.1f} % are better, {found.seconds:.0f} s"
+        done[solver, seed] = Searched(
+            solver, seed, " ".join(found.genotype), found.oracle_units, found.seconds
         )
-    rows = [done[key] for key in wanted]
-    write(path, done.values())
-    write_report(options.out, rows, table)
-    say(table_text(rows))
-    say(f"{path}, {options.out / 'bench.html'}")
-    return rows
+        write(path, Searched._fields, done.values())
+        say(f"    {done[solver, seed].genotype} after {found.seconds:.0f} s")
+
+    # Only now: no search has seen a test accuracy.
+    table = micro_table.read()
+    rows = {key: scored(one, table) for key, one in done.items()}
+    write(options.out / "results.csv", COLUMNS, rows.values())
+    asked = [rows[key] for key in wanted]
+    write_report(options.out, asked, table)
+    say(table_text(asked))
+    say(f"{options.out / 'results.csv'}, {options.out / 'bench.html'}")
+    return asked
 
 
 def check(options: Options) -> None:
@@ -113,36 +131,35 @@ def check(options: Options) -> None:
             )
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a `results.csv` that `write` made.
+def read_searches(path: Path) -> list[Searched]:
+    """The rows of a `genotypes.csv`; none where there is no file.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is damaged.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    if not lines:
+    if not path.exists():
         return []
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
     try:
-        if tuple(lines[0]) != COLUMNS:
-            raise ValueError(f"it has the columns {', '.join(lines[0])}")
-        return [_parsed(line) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError) as error:
+        if tuple(header) != Searched._fields:
+            raise ValueError(f"it has the columns {', '.join(header)}")
+        return [_parsed(*line) for line in lines]
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
 
 
-def _parsed(line: Sequence[str]) -> Row:
-    solver, seed, regret, rank, collapsed, units, seconds = line
-    flag = {"True": True, "False": False}[collapsed]
-    return Row(solver, int(seed), float(regret), float(rank), flag, float(units), float(seconds))
+def _parsed(solver: str, seed: str, genotype: str, units: str, seconds: str) -> Searched:
+    names = check_genotype(genotype.split(), genotype)
+    return Searched(solver, int(seed), " ".join(names), float(units), float(seconds))
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Replaces the file in one step."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(header)
         writer.writerows(
             [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ def small(images: np.ndarray) -> np.ndarray:
     return images.reshape(-1, SIDE, 2, SIDE, 2).mean((2, 4), dtype=np.float32)[..., None]
 
 
+@functools.cache
 def all_digits() -> Digits:
     """The 5,000 digits of mnist5k (from MNIST's training part), before standardising."""
     found = data.load("mnist5k", splits=(5000, 0, 0))

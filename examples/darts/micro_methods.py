@@ -26,7 +26,7 @@ UNITS = {
 METHODS = tuple(UNITS)
 INNER_RATE = 0.01
 # x's learning rate a unit, so that x can travel equally far in the budget, whatever the steps cost.
-OUTER_RATE = 0.02 / 4
+OUTER_RATE = 0.05 / 4
 
 
 def check_method(name: str, where: str) -> str:

@@ -147,5 +147,10 @@ class Searcher:
 
 
 def derive(weights: np.ndarray, names: tuple[str, ...] = OPERATIONS) -> Genotype:
-    """The strongest operation of each edge; `none` only where it is learned to be the strongest."""
-    return check(architecture.strongest(weights, names), "the derived genotype")
+    """The strongest operation of each edge, `none` left out: DARTS's rule.
+
+    Normalisation undoes the scale of an edge, so that the weight of `none` says little about it,
+    and one `none` in the row of edges disconnects them all.
+    """
+    chosen = architecture.strongest(weights, names, leave_out=("none",))
+    return check(chosen, "the derived genotype")

@@ -25,6 +25,7 @@ from bilevel_flax.workdirs import read_json, write_json
 from bilevel_flax.writers import read_metrics
 from examples.darts import micro_methods, micro_scores, micro_table
 from examples.darts.micro_network import MicroNetwork
+from examples.darts.micro_run import derive
 from examples.darts.micro_search import CELL, make_search, mixture, one_hot
 from examples.darts.micro_space import EDGES, OPERATIONS, check
 
@@ -95,10 +96,10 @@ def make_task(config: Any) -> Task:
         found, z = shares(state), state.inner_params
         if config.selection == "perturbation":
             accuracy = lambda weights: search.accuracy(z, weights)
-            chosen = architecture.select_by_perturbation(accuracy, found, names)
+            chosen = architecture.select_by_perturbation(accuracy, found, names, ("none",))
+            genotype = check(chosen, "the derived genotype")
         else:
-            chosen = architecture.strongest(found, names)
-        genotype = check(chosen, "the derived genotype")
+            genotype = derive(found, names)
         write_json(workdir / "genotype.json", {"space": "micro", "operations": list(genotype)})
         results = {
             "genotype": list(genotype),
