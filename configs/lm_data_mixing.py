@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8
     # What is learned.
     config.mixture = "domains"  # or "network"
-    config.temperature = 0.3  # of the domains' logits: how far the same steps of x go
+    config.temperature = 1.0  # of the logits of domains: with less the same steps of x go further
     config.use = "sampling"  # or "weighting"
     config.oversampling = config_dict.placeholder(int)  # None: the number of domains
     # What it is compared with.
