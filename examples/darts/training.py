@@ -229,10 +229,10 @@ def train_seeds(
         ConfigError: the file is of another genotype or other settings.
     """
     settings = {**config.retrain.to_dict(), "data": config.data.name}
-    wanted = {"genotype": as_json(genotype), "settings": settings}
+    wanted = _plain({"genotype": as_json(genotype), "settings": settings})
     record = read_json(path) if path.exists() else {**wanted, "runs": []}
     for key, value in wanted.items():
-        if record.get(key) != _plain(value):
+        if record.get(key) != value:
             raise ConfigError(
                 f"{path} holds results of another {key}: give another --workdir, or delete it"
             )
