@@ -92,3 +92,15 @@ def test_it_goes_to_the_device_in_one_piece_on_request():
     rows, ids = chunked.positions(0, 4)
     np.testing.assert_array_equal(chunked.batches["x"][rows], whole.batches["x"][ids])
     chunked.close()
+
+
+def test_a_mesh_gets_the_same_minibatches():
+    from bilevel_flax.sharding import Layout, make_mesh
+
+    side = side_of(Counted(16), batch=4)
+    layout = Layout(make_mesh("data=2", devices=jax.devices()[:2]))
+    ids = np.array([3, 0])
+    placed = layout.place_batches(side.batches, ids)
+    assert len(placed["x"].addressable_shards) == 2
+    for name in ("x", "y"):
+        np.testing.assert_array_equal(placed[name], data.gather(side, ids)[name])

@@ -54,9 +54,11 @@ def load_texts(config: Any) -> Texts:
         name: stream.windows(found, config.length, f"--config.domains.{name}")
         for name, found in tokens.items()
     }
+    if not domains:
+        raise ConfigError("--config.domains: there are none: add some, --config.domains.NAME=path")
     chosen = config.target
     if chosen is None:
-        chosen = "shakespeare" if "shakespeare" in domains else next(iter(domains), "")
+        chosen = "shakespeare" if "shakespeare" in domains else next(iter(domains))
     key, name = f"--config.target={chosen}", chosen
     if chosen in domains:
         whole = domains[chosen]
@@ -66,7 +68,7 @@ def load_texts(config: Any) -> Texts:
         whole = stream.windows(text.read(path, "--config.target"), config.length, key)
     else:
         raise ConfigError(
-            f"{key}: neither a file nor a domain ({', '.join(domains) or 'there are none'})"
+            f"{key}: neither a file nor a domain ({', '.join(domains)})"
             f"{nearest(chosen, list(domains))}"
         )
     shares = {part: config.data[f"{part}_share"] for part in ("outer", "validation", "test")}
@@ -230,7 +232,11 @@ def make_task(config: Any) -> Task:
         outer=outer,
         evaluate=evaluate,
         finish=finish,
-        headline=("nats_per_byte.soba.before", "nats_per_byte.soba.after"),
+        headline=[
+            f"nats_per_byte.{name}.{when}"
+            for name in (baselines.METHODS if config.baselines else ("soba",))
+            for when in ("before", "after")
+        ],
         rules=RULES,
     )
 

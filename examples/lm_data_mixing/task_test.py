@@ -83,11 +83,12 @@ def test_a_target_of_ones_own_is_no_domain(files: Path):
         (None, ["domains.c={}"], "--config.domains.c={}: No such file"),
         (b"not packed", ["domains.c={}.gz"], "No such file"),
         (None, ["target=c"], "--config.target=c: neither a file nor a domain (a, b)"),
-        (b"x" * 2000, ["target={}"], "fewer than one batch of 16: give more text"),
+        (b"x" * 2000, ["target={}"], "fewer than one batch of 8: give more text"),
         (b"", ["target={}"], "--config.target={}: the file is empty"),
         (None, ["data.outer_share=0"], "--config.data.outer_share=0.0: must lie in (0, 1)"),
         (None, ["data.test_share=0.95"], "are more than all of the target's text"),
         (None, ["domains.b=none"], "a mixture needs two"),
+        (None, ["domains.a=none", "domains.b=none", "default_domains=false"], "there are none"),
     ],
 )
 def test_a_bad_input_is_a_line(files: Path, make, overrides, says):
