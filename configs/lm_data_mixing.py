@@ -1,6 +1,18 @@
-"""Which text a language model should read for a target, learned while it trains.
+r"""Which text a language model should read for a target, learned while it trains.
 
-bilevel-flax train --config configs/lm_data_mixing.py --workdir runs/mix
+    bilevel-flax train --config configs/lm_data_mixing.py --workdir runs/mix
+    bilevel-flax train --config configs/lm_data_mixing.py --workdir runs/mix --config.target=python
+    bilevel-flax train --config configs/lm_data_mixing.py --workdir runs/mine \
+        --config.domains.mail=mail.txt --config.domains.man=man.txt.gz --config.target=notes.txt
+
+Domains: those given, and those of BILEVEL_FLAX_DATA/text (`--config.default_domains=false`: only
+those given); without either the package's own source and docstrings. What is what:
+examples/lm_data_mixing/README.md.
+
+Hardware: any CPU. With all comparisons some two CPU minutes, a third of it compilation. Expected on
+the Shakespeare of shared/data, seed 0, nats per byte before and after fine-tuning: learned mixture
+2.23 and 2.19, uniform 2.36 and 2.23, sample mixed in 2.27 and 2.20, gradient alignment 2.31 and
+2.22, classifier 2.07 and 2.06; the share of Shakespeare rises from 0.25 to 0.66.
 """
 
 import ml_collections
