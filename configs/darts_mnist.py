@@ -62,7 +62,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "cells": 3,
         "reductions": (1,),
         "stem_stride": 4,
-        "epochs": 4.0,
+        "epochs": 5.0,
         "batch_size": 64,
         "learning_rate": 4e-3,
         "optimizer": "adamw",

@@ -12,7 +12,9 @@ import pytest
 from jax import lax
 
 import bilevel_flax as bf
+from bilevel_flax import data
 from bilevel_flax.config import ConfigError, load
+from bilevel_flax.loop import Loop
 from examples.darts import augment, training
 from examples.darts.cells import CONVOLUTIONS, SEPARABLE, mixed, normalized, quarters
 from examples.darts.depthwise import depthwise
@@ -83,7 +85,15 @@ def one_operation(name: str, edge: int, images, stride: int):
     return found
 
 
-@pytest.mark.parametrize(("stride", "as_matrix"), [(2, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("stride", "as_matrix"),
+    [
+        (2, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_mixed_operation_is_the_weighted_sum_of_the_operations(stride, as_matrix):
     weights = jax.nn.softmax(random(EDGES, len(OPERATIONS)))
     found = jax.jit(lambda x, w, k: mixed(x, w, k, stride, as_matrix))(IMAGES, weights, KERNELS)
@@ -103,6 +113,7 @@ def test_a_mixed_operation_is_the_weighted_sum_of_the_operations(stride, as_matr
     np.testing.assert_allclose(found, wanted(IMAGES), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_both_depthwise_convolutions_agree_on_images_of_their_own():
     images = random(EDGES, 2, 3, 5, 6, CHANNELS)
     kernels = [random(EDGES, size, size, CHANNELS) for size in (3, 5)]
@@ -162,6 +173,7 @@ def test_parameters_of_a_derived_network_as_counted_by_hand():
     assert found == stem + first + second + third + classifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [28, 25])
 def test_shapes_of_derived_and_search_networks(size):
     stack = make_stack(size, width=4, cells=4, stem_stride=4)
@@ -204,6 +216,7 @@ def test_drop_path_leaves_out_examples_as_a_whole_and_keeps_the_mean():
     np.testing.assert_allclose(per_example[per_example > 0], 1 / 0.7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cutout_is_one_square_and_reaches_over_the_edge():
     side, count, size = 4, 500, 10
     found = np.asarray(augment.cut_out(jax.random.key(0), jnp.ones((count, size, size, 2)), side))
@@ -218,6 +231,7 @@ def test_cutout_is_one_square_and_reaches_over_the_edge():
     assert abs(rows.mean() - expected) < 0.15
 
 
+@pytest.mark.slow
 def test_shifts_and_mirrors_move_images_and_nothing_else():
     image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
     images = jnp.tile(image, (200, 1, 1, 1))
@@ -232,33 +246,51 @@ def test_shifts_and_mirrors_move_images_and_nothing_else():
     assert 70 < flipped.sum() < 130
 
 
-def search_step():
-    """The step of a tiny space: one cell, so one block of logits."""
+def tiny_search(count=lambda: None):
+    """(problem, solver, state) of a tiny space: one cell, so one block of logits."""
     stack = make_stack(4, width=2, cells=1, reductions=())
     network = SearchNetwork(stack, num_classes=3)
 
     def loss(z, x, batch):
+        count()
         logits = network.apply({"params": z}, batch["image"], {"normal": jax.nn.softmax(x)})
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     problem = bf.Problem(loss, loss)
     solver = bf.auto(problem, inner=make_optimizer(0.1, 100), steps=100)
     z = search_parameters(network, jax.random.key(0), (4, 4, 1))
-    state = solver.init(z, jnp.zeros((14, 8)))
-    side = lambda seed: {
-        "image": jax.random.normal(jax.random.key(seed), (4, 4, 4, 1)),
-        "label": jnp.arange(4) % 3,
-    }
-    return problem, solver, state, bf.Batch(side(2), side(3), jnp.int32(0), jnp.int32(0))
+    return problem, solver, solver.init(z, jnp.zeros((14, 8)))
+
+
+def examples(seed: int, count: int) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(seed).normal(size=(count, 4, 4, 1)).astype(np.float32)
+    return {"image": images, "label": np.arange(count, dtype=np.int32) % 3}
 
 
 def test_a_search_step_costs_four_gradients():
-    problem, solver, state, batch = search_step()
+    problem, solver, state = tiny_search()
+    batch = bf.Batch(examples(1, 4), examples(2, 4), jnp.int32(0), jnp.int32(0))
     gradient = jax.jit(jax.grad(problem.inner_loss)).lower(*state.variables[::2], batch.inner)
     step = jax.jit(solver.update).lower(state, batch)
     flops = [lowered.cost_analysis()["flops"] for lowered in (gradient, step)]
-    print(flops)
     assert flops[1] <= 4.05 * flops[0]
+
+
+@pytest.mark.slow
+def test_a_search_is_traced_once():
+    calls = []
+    _, solver, state = tiny_search(lambda: calls.append(1))
+    sides = [data.partition(examples(seed, 12), 4) for seed in (1, 2)]
+    loop = Loop(solver, *sides)
+    state, _ = loop.run(state, 0, 1)
+    traced = len(calls)
+    step = int(state.step)
+    while step < 30:
+        state, info = loop.run(state, step, 30)
+        step += len(info.inner_loss)
+    loop.close()
+    assert traced > 0 and len(calls) == traced
+    assert np.abs(np.asarray(state.outer_params)).max() > 0.01  # the logits have moved
 
 
 @pytest.fixture
