@@ -1,6 +1,6 @@
 """Ready-made outer parameters and optimisers for them."""
 
-from bilevel_flax.outer import augmentation, sample_weights
+from bilevel_flax.outer import architecture, augmentation, sample_weights
 from bilevel_flax.outer.augmentation import image_policy, signal_policy
 from bilevel_flax.outer.data_mixture import (
     DataMixture,
@@ -18,6 +18,7 @@ from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 __all__ = [
     "DataMixture",
     "SampleWeights",
+    "architecture",
     "augmentation",
     "image_policy",
     "Selected",
