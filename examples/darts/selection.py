@@ -22,9 +22,10 @@ def before_rise(workdir: Path, weights: Any) -> tuple[int, Any]:
         weights: the last shares, taken where nothing was logged.
     """
     steps, shares = read_shares(workdir)
-    if not steps:
+    rows = read_metrics(workdir / "metrics.jsonl") if steps else []
+    rows = [row for row in rows if "adjoint_residual" in row]
+    if not rows:
         return 0, weights
-    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "adjoint_residual" in row]
     signal = [row["adjoint_residual"] for row in rows]
     stop = rows[architecture.stop_before_rise(signal, window=max(1, len(signal) // 10))]["step"]
     at = max(0, int(np.searchsorted(steps, stop, side="right")) - 1)

@@ -77,7 +77,7 @@ def make_task(config: Any, images: Images | None = None) -> Task:
 
     Args:
         config: keys `network` (`width`, `cells`, `reductions`, `stem_stride`, `as_matrix`), `data`,
-            `batch_size`, `selection`, `stop`, `seed`.
+            `batch_size`, `selection`, `stop`, `health.share`, `seed`.
         images: the data; None: what `config.data` asks for.
 
     Raises:
@@ -90,6 +90,11 @@ def make_task(config: Any, images: Images | None = None) -> Task:
                 f"--config.{key}={config[key]}: choose one of {', '.join(known)}"
                 f"{nearest(config[key], known)}"
             )
+    if config.stop == "residual" and not config.health.share:
+        raise ConfigError(
+            "--config.stop=residual needs the run's measurements of the adjoint: set "
+            "--config.health.share=0.03"
+        )
     images = load_images(config) if images is None else images
     stack = stack_of(config, images.train.image.shape[1])
     network = SearchNetwork(stack, images.num_classes, config.network.as_matrix)

@@ -1,0 +1,53 @@
+"""What is taken from a run's records instead of the last and strongest."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from examples.darts import genotype, selection
+from examples.darts.shares import named_shares, read_shares
+
+
+def shares_at(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {cell: rng.dirichlet(np.ones(8), 14) for cell in genotype.CELLS}
+
+
+def test_shares_are_read_as_they_were_logged(tmp_path):
+    lines = [{"step": step, "loss": 1.0, **named_shares(shares_at(step))} for step in (10, 20)]
+    lines.insert(1, {"step": 15, "loss": 2.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, found = read_shares(tmp_path)
+    assert steps == [10, 20]
+    for cell in genotype.CELLS:
+        np.testing.assert_allclose(found[cell], [shares_at(10)[cell], shares_at(20)[cell]])
+    assert read_shares(tmp_path / "nowhere")[0] == []
+
+
+def test_the_shares_before_the_residual_rises_are_taken(tmp_path):
+    residuals = [1.0, 0.8, 0.6, 0.5, 0.5, 1.5, 2.0, 2.5, 3.0, 3.5]
+    lines = [
+        {"step": 10 * (i + 1), "adjoint_residual": residual, **named_shares(shares_at(i))}
+        for i, residual in enumerate(residuals)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step, found = selection.before_rise(tmp_path, None)
+    assert step == 50  # the last before 1.5
+    np.testing.assert_allclose(found["normal"], shares_at(4)["normal"])
+
+
+def test_perturbation_keeps_what_hurts_most_and_the_edges_strength():
+    weights = shares_at(3)
+    useful = {cell: 1 + np.arange(14) % 7 for cell in genotype.CELLS}  # one operation an edge
+
+    def error(tried):
+        return -sum(tried[cell][np.arange(14), useful[cell]].sum() for cell in tried)
+
+    found = selection.perturbed(error, weights)
+    for cell, rows in found.items():
+        np.testing.assert_allclose(rows.sum(1), 1)
+        np.testing.assert_array_equal(rows[:, 1:].argmax(1) + 1, useful[cell])
+        np.testing.assert_allclose(rows[:, 1:].max(1), weights[cell][:, 1:].max(1))
+    genotype.derive(found)
