@@ -35,7 +35,7 @@ CHEAP = ["solver.every=4", "solver.adjoint_every=2"]
 PARTS = {
     "rotate": (["planted=rotate", "model=mlp"], 3, "scan"),
     "shift": (["planted=shift", "model=mlp"], 3, "scan"),
-    "mnist": (["model=cnn", *CHEAP], 5, "compare"),
+    "mnist": (["model=cnn", "steps=2000", *CHEAP], 5, "compare"),
     "signals": (["data.name=signals", "per_class=True"], 3, "compare"),
 }
 SCANNED = {"rotate": ("rotate",), "shift": ("translate_x", "translate_y")}

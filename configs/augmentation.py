@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.steps = 3000
     config.batch_size = 64
     config.model = config_dict.placeholder(str)  # cnn, mlp, linear; signals: spectrum
+    config.regularization = config_dict.placeholder(float)
     config.planted = "none"  # rotate, shift
     config.per_class = False
     config.operations = config_dict.placeholder(tuple)  # None: all
@@ -40,8 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
         for name, each in {**IMAGE_OPERATIONS, **SIGNAL_OPERATIONS}.items()
         if each.graded
     }
-    # Where all operations start: a fraction of the largest magnitude, and a probability.
-    config.magnitude = 0.2
+    # Where all operations start: a fraction of the largest magnitude (None: 0.2, signals 0.5), and
+    # a probability.
+    config.magnitude = config_dict.placeholder(float)
     config.probability = 0.5
     config.temperature = 0.2  # of the relaxed draws
     config.hard = False  # straight-through draws

@@ -99,13 +99,13 @@ def _table(summary: Mapping[str, Any]) -> Section:
 
 
 def _over_time(rows: list[Mapping[str, Any]]) -> list[Section]:
-    rows = [row for row in rows if any(name.startswith("probability/") for name in row)]
+    rows = [row for row in rows if any(name.startswith("_probability/") for name in row)]
     if len(rows) < 2:
         return []
     steps = [row["step"] for row in rows]
-    names = [name.split("/", 1)[1] for name in rows[-1] if name.startswith("probability/")]
+    names = [name.split("/", 1)[1] for name in rows[-1] if name.startswith("_probability/")]
     strengths = {
-        name: [row[f"probability/{name}"] * row.get(f"magnitude/{name}", 1.0) for row in rows]
+        name: [row[f"_probability/{name}"] * row.get(f"_magnitude/{name}", 1.0) for row in rows]
         for name in names
     }
     order = sorted(names, key=lambda name: -strengths[name][-1])

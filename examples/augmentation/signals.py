@@ -1,34 +1,38 @@
 """Two kinds of bursts in noise, as in EEG, each with an invariance of its own.
 
-A burst has a time and a frequency. In training both kinds have one of each; in validation and test
+A burst has a time and a frequency, in training one of each for each class. In validation and test
 
-* bursts of class "early" come at other times, at the same frequency;
-* bursts of class "fast" have other frequencies, at the same time.
+* signals of class "early" are shifted in time;
+* signals of class "fast" are shifted in frequency.
 
-Where the two lines cross in the plane of time and frequency the classes cannot be told apart, and
-the other class's variation would cover all of a class's line: it hurts.
+The variation of one class, given to the other as well, would make the two alike: it hurts. The
+whole signal is shifted, background included; were it the burst alone, a shifted background would
+give the class away in training and be missing in validation.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.config import ConfigError
+from bilevel_flax.outer import augmentation
 from examples.augmentation.examples import Examples, Part
 
 LENGTH, CHANNELS = 128, 2
 CLASSES = ("early", "fast")
 # Centres in training: time as a fraction of the length, frequency in cycles per sample.
-TIME = (0.35, 0.5)
-FREQUENCY = (0.12, 0.15)
+TIME = (0.42, 0.58)
+FREQUENCY = (0.16, 0.19)
 # Half-widths in validation and test, by class.
-TIME_SHIFT = (0.25, 0.0)
-FREQUENCY_SHIFT = (0.0, 0.06)
-SPLITS = (500, 1000, 2000)
+TIME_SHIFT = (0.3, 0.0)
+FREQUENCY_SHIFT = (0.0, 0.08)
+SPLITS = (1000, 2000, 4000)
 _DURATION = 0.08  # deviation of a burst's envelope, as a fraction of the length
-_NOISE = 0.3  # deviation of the background; a burst has height 1
+_NOISE = 0.4  # deviation of the background; a burst has height 1
 _RANGE = 0.5  # octaves, deviation of the bursts' heights
 
 
@@ -71,17 +75,23 @@ def load(config: Any) -> Examples:
 
 def draw(rng: np.random.Generator, count: int, *, moved: bool) -> Part:
     """(signals [count, time, channels], labels [count]); `moved`: with the planted variation."""
-    labels = (np.arange(count) % len(CLASSES)).astype(np.int32)
-    labels = rng.permutation(labels)
-    shift = rng.uniform(-1, 1, (2, count)) * float(moved)
-    centre = np.take(TIME, labels) + shift[0] * np.take(TIME_SHIFT, labels)
-    frequency = np.take(FREQUENCY, labels) + shift[1] * np.take(FREQUENCY_SHIFT, labels)
+    labels = rng.permutation(np.arange(count) % len(CLASSES)).astype(np.int32)
+    centre, frequency = (np.take(values, labels)[:, None, None] for values in (TIME, FREQUENCY))
     time = np.arange(LENGTH)[None, :, None]
     phase = rng.uniform(0, 2 * np.pi, (count, 1, CHANNELS))
     height = 2.0 ** (_RANGE * rng.normal(size=(count, 1, CHANNELS)))
-    envelope = np.exp(-0.5 * ((time / LENGTH - centre[:, None, None]) / _DURATION) ** 2)
-    bursts = height * envelope * np.cos(2 * np.pi * frequency[:, None, None] * time + phase)
-    return (bursts + background(rng, count)).astype(np.float32), labels
+    envelope = np.exp(-0.5 * ((time / LENGTH - centre) / _DURATION) ** 2)
+    bursts = height * envelope * np.cos(2 * np.pi * frequency * time + phase)
+    signals = jnp.asarray(bursts + background(rng, count), jnp.float32)
+    if moved:
+        shift = rng.uniform(-1, 1, (2, count))
+        amounts = {
+            "time_shift": shift[0] * np.take(TIME_SHIFT, labels),
+            "frequency_shift": shift[1] * np.take(FREQUENCY_SHIFT, labels),
+        }
+        amounts = {name: jnp.asarray(each, jnp.float32) for name, each in amounts.items()}
+        signals = augmentation.transform_signals(signals, amounts, jax.random.key(0))
+    return np.asarray(signals), labels
 
 
 def background(rng: np.random.Generator, count: int) -> np.ndarray:

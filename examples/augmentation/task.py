@@ -2,7 +2,8 @@
 
 With T_x the policy (`bilevel_flax.outer.augmentation`),
 
-    G(z, x) = mean_i CE(z; T_x(example_i), label_i)      F(z) = mean CE on clean validation examples
+    G(z, x) = mean_i CE(z; T_x(example_i), label_i) + c‖z‖²
+    F(z) = mean CE on clean validation examples
 
 x are the magnitudes and probabilities, for all classes together or for each class.
 
@@ -40,6 +41,12 @@ from examples.augmentation.examples import Examples, Part
 from examples.augmentation.model import make_model
 
 SIGNALS = "signals"  # the name of the synthetic data set; any other is one of images
+# The coefficient c. The signals' classes can be separated: without it their losses, and all that x
+# has to go by, fall to nothing.
+REGULARIZATION = {"images": 0.0, "signals": 1e-2}
+# Where magnitudes start, as a fraction of the limits: a burst that moves by less than its own
+# duration tells nothing.
+MAGNITUDE = {"images": 0.2, "signals": 0.5}
 _AT_ONCE = 1000
 HEADLINE = ("learned", "none", "random", "uniform", "search")
 
@@ -73,7 +80,7 @@ def make_policy(config: Any, kind: str, num_classes: int) -> Policy:
             tuple(known) if config.operations is None else tuple(config.operations),
             limits=dict(config.limits),
             num_classes=num_classes if config.per_class else None,
-            magnitude=config.magnitude,
+            magnitude=MAGNITUDE[kind] if config.magnitude is None else config.magnitude,
             probability=config.probability,
             temperature=config.temperature,
             hard=config.hard,
@@ -82,8 +89,14 @@ def make_policy(config: Any, kind: str, num_classes: int) -> Policy:
         raise ConfigError(f"--config.{error}") from error
 
 
-def make_problem(model: nn.Module, policy: Policy, mean: float, deviation: float) -> bf.Problem:
+def make_problem(
+    model: nn.Module, policy: Policy, mean: float, deviation: float, regularization: float
+) -> bf.Problem:
     """The two losses; stateful, for the policy draws from the step's key."""
+
+    def decay(params):
+        matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        return jnp.asarray(regularization * sum(jnp.sum(leaf**2) for leaf in matrices))
 
     def cross_entropy(logits, batch):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -99,7 +112,8 @@ def make_problem(model: nn.Module, policy: Policy, mean: float, deviation: float
             mutable=list(model_state),
             rngs={"dropout": dropout_key},
         )
-        return cross_entropy(logits, batch), bf.Aux(model_state=dict(new_state))
+        loss = cross_entropy(logits, batch) + decay(params)
+        return loss, bf.Aux(model_state=dict(new_state))
 
     def outer_loss(params, outer_params, batch, model_state, rng):
         del outer_params, rng
@@ -137,8 +151,9 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
     """The task that `configs/augmentation.py` describes.
 
     Args:
-        config: keys `model`, `planted`, `per_class`, `batch_size`, `steps`, `seed`, `baselines`,
-            `uniform_magnitudes`, `solver.inner`, `data`, and those of `make_policy`.
+        config: keys `model`, `regularization`, `planted`, `per_class`, `batch_size`, `steps`,
+            `seed`, `baselines`, `uniform_magnitudes`, `solver.inner`, `data`, and those of
+            `make_policy`.
         examples: the data; None: what `config` asks for.
 
     Raises:
@@ -155,7 +170,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
             f"--config.batch_size={config.batch_size}: must be 1 .. {len(examples.train[1])}, "
             "the training examples"
         )
-    problem = make_problem(model, policy, examples.mean, examples.deviation)
+    regularization = REGULARIZATION[kind]
+    if config.regularization is not None:
+        regularization = config.regularization
+    problem = make_problem(model, policy, examples.mean, examples.deviation, regularization)
     measure = make_measure(model, examples.mean, examples.deviation)
 
     def parted(part: Part) -> data.FiniteSum:
@@ -177,7 +195,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 for label, number in enumerate(np.atleast_1d(value)):
                     where = name if np.ndim(value) == 0 else f"{name} {examples.class_names[label]}"
                     most = policy.limit(name) if leaf == "magnitude" else 1.0
-                    curves[f"{leaf}/{where}"] = float(number) / most
+                    curves[f"_{leaf}/{where}"] = float(number) / most
         return curves
 
     def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:

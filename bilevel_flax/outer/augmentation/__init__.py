@@ -9,6 +9,7 @@ from bilevel_flax.outer.augmentation.policy import (
     signal_policy,
     transform_images,
 )
+from bilevel_flax.outer.augmentation.signals import transform as transform_signals
 
 __all__ = [
     "IMAGE_OPERATIONS",
@@ -18,4 +19,5 @@ __all__ = [
     "image_policy",
     "signal_policy",
     "transform_images",
+    "transform_signals",
 ]

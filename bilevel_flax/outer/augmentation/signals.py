@@ -17,7 +17,7 @@ OPERATIONS = {
     operation.name: operation
     for operation in (
         Operation("time_shift", "fraction of the length, around the end", 0.4, 0.5),
-        Operation("frequency_shift", "cycles per sample", 0.1, 0.25),
+        Operation("frequency_shift", "cycles per sample", 0.15, 0.25),
         Operation("amplitude", "octaves, up or down", 2.0, 6.0),
         Operation("sign_flip", "sign changed or not", 1.0, 1.0, signed=False, graded=False),
         Operation(
@@ -76,7 +76,8 @@ def _covered(size: int, width: jax.Array, key: jax.Array) -> jax.Array:
     """[batch, size], 1 in a band of each one's width around a random place, with soft edges."""
     places = ((jnp.arange(size) + 0.5) / size).astype(width.dtype)[None, :]
     centre = jax.random.uniform(key, width.shape, width.dtype)[:, None]
-    return jnp.clip((width[:, None] / 2 - jnp.abs(places - centre)) / _EDGE, 0, 1)
+    edge = max(_EDGE, 1 / size)  # narrower than a sample, most widths would have no derivative
+    return jnp.clip((width[:, None] / 2 - jnp.abs(places - centre)) / edge, 0, 1)
 
 
 def frequency_mask(signals: jax.Array, amount: jax.Array, key: jax.Array) -> jax.Array:
