@@ -5,7 +5,7 @@ Everything is drawn from `summary.json`, `metrics.jsonl` and `samples.npz` in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _table(summary: Mapping[str, Any]) -> Section:
     return table_section("Learned policy", header, rows, caption)
 
 
-def _over_time(rows: list[Mapping[str, Any]]) -> list[Section]:
+def _over_time(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
     rows = [row for row in rows if any(name.startswith("_probability/") for name in row)]
     if len(rows) < 2:
         return []

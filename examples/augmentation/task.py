@@ -130,7 +130,7 @@ def make_measure(model: nn.Module, mean: float, deviation: float):
     @jax.jit
     def batch_of(params, model_state, examples, labels):
         variables = {"params": params, **model_state}
-        logits = model.apply(variables, (examples - mean) / deviation, train=False)
+        logits = jnp.asarray(model.apply(variables, (examples - mean) / deviation, train=False))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.stack([jnp.sum(logits.argmax(-1) != labels), jnp.sum(losses)])
 

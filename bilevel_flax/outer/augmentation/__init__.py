@@ -1,14 +1,14 @@
 """Augmentations whose magnitudes and probabilities are learned on validation data."""
 
-from bilevel_flax.outer.augmentation.operation import Operation
-from bilevel_flax.outer.augmentation.policy import (
+from bilevel_flax.outer.augmentation.kinds import (
     IMAGE_OPERATIONS,
     SIGNAL_OPERATIONS,
-    Policy,
     image_policy,
     signal_policy,
     transform_images,
 )
+from bilevel_flax.outer.augmentation.operation import Operation
+from bilevel_flax.outer.augmentation.policy import Policy
 from bilevel_flax.outer.augmentation.signals import transform as transform_signals
 
 __all__ = [
