@@ -190,11 +190,14 @@ def small_search(batch_size=16):
 
 
 def flops(solver, search):
-    """Of the compiled step."""
-    state = solver.init(*search.init(jax.random.key(0)))
+    """Of the step's HLO as it is handed to the compiler.
+
+    XLA's CPU backend gives products of matrices to a library, and counts them as nothing then.
+    """
+    state = jax.eval_shape(lambda key: solver.init(*search.init(key)), jax.random.key(0))
     pick = lambda side: jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), side.batches)
     lowered = jax.jit(solver.update).lower(state, bf.Batch(pick(search.inner), pick(search.outer)))
-    costs: Any = lowered.compile(compiler_options=OPTIONS).cost_analysis()
+    costs: Any = lowered.cost_analysis()
     return costs["flops"]
 
 
@@ -210,15 +213,8 @@ def steps_over_plain(names, channels, *solvers):
 
 
 def test_a_search_step_costs_at_most_four_gradients():
-    (soba,) = steps_over_plain((SKIP, CONV3), 4, bf.soba)
-    assert 2 < soba <= 4.05
-
-
-@pytest.mark.slow
-def test_steps_of_all_methods_on_the_whole_space():
     soba, first, second = steps_over_plain(OPERATIONS, 8, bf.soba, bf.darts1, bf.darts2)
     assert 2 < soba <= 4.05 and first <= 2.05 and second <= 4.05
-    print(soba, first, second)
 
 
 def check_searches(method, budget, units):
