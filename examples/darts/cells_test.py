@@ -253,7 +253,9 @@ def tiny_search(count=lambda: None):
 
     def loss(z, x, batch):
         count()
-        logits = network.apply({"params": z}, batch["image"], {"normal": jax.nn.softmax(x)})
+        logits = jnp.asarray(
+            network.apply({"params": z}, batch["image"], {"normal": jax.nn.softmax(x)})
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     problem = bf.Problem(loss, loss)
@@ -272,7 +274,9 @@ def test_a_search_step_costs_four_gradients():
     batch = bf.Batch(examples(1, 4), examples(2, 4), jnp.int32(0), jnp.int32(0))
     gradient = jax.jit(jax.grad(problem.inner_loss)).lower(*state.variables[::2], batch.inner)
     step = jax.jit(solver.update).lower(state, batch)
-    flops = [lowered.cost_analysis()["flops"] for lowered in (gradient, step)]
+    # Before optimisation: the CPU's compiled count leaves library products out.
+    costs = [lowered.cost_analysis() for lowered in (gradient, step)]
+    flops = [cost["flops"] for cost in costs if cost is not None]
     assert flops[1] <= 4.05 * flops[0]
 
 

@@ -142,13 +142,13 @@ def test_every_edge_of_the_picture_starts_at_its_state():
     found = genotype.random_genotype(3)
     root = ElementTree.fromstring(draw.cell_svg(found.normal))
     at = {
-        name: (circle.get("cx"), circle.get("cy"))
+        name: (circle.get("cx", ""), circle.get("cy", ""))
         for circle, name in zip(
             root.iter(f"{SVG}circle"), ["c k-2", "c k-1", "0", "1", "2", "3", "c k"], strict=True
         )
     }
     states = list(at)
-    starts = [path.get("d").split(" ")[0][1:] for path in root.iter(f"{SVG}path")]
+    starts = [path.get("d", "").split(" ")[0][1:] for path in root.iter(f"{SVG}path")]
     into_boxes = [starts[i] for i in range(0, len(starts)) if i % 5 in (0, 2)]
     wanted = [",".join(at[states[start]]) for node in found.normal for _, start in node]
     assert into_boxes == wanted
