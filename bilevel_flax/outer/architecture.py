@@ -115,6 +115,18 @@ def entropy(weights: Any) -> Any:
     return -jnp.mean(jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1))
 
 
+def entropy_slope(logits: jax.Array) -> jax.Array:
+    """∇ of `entropy(softmax(logits))`: -p_o (log p_o + H) of each edge, over the number of edges.
+
+    Args:
+        logits: [edges, operations].
+    """
+    logs = jax.nn.log_softmax(logits, axis=-1)
+    shares = jnp.exp(logs)
+    each = -jnp.sum(shares * logs, axis=-1, keepdims=True)
+    return -shares * (logs + each) / each.size
+
+
 class CountState(NamedTuple):
     """A wrapped optimiser's state, and the steps taken."""
 
@@ -182,9 +194,10 @@ def with_entropy(
 
     def change(count, move, updates, params):
         c = coefficient(count) if callable(coefficient) else coefficient
-        slope = lambda logits: jax.grad(lambda x: entropy(jax.nn.softmax(x, axis=-1)))(logits)
         return move(
-            jax.tree.map(lambda d, x: d + jnp.asarray(c, d.dtype) * slope(x), updates, params)
+            jax.tree.map(
+                lambda d, x: d + jnp.asarray(c, d.dtype) * entropy_slope(x), updates, params
+            )
         )
 
     return _counting(transform, change)
