@@ -33,7 +33,7 @@ def is_rate(name: str) -> bool:
     (True, True, False)
     """
     words = _words(name)
-    return bool(words & {"error", "accuracy", "regret", "fraction"}) and "relative" not in words
+    return bool(words & {"error", "accuracy", "regret", "fraction", "percentile"}) and "relative" not in words
 
 
 def readable(name: str) -> str:
@@ -96,7 +96,8 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]
         if group:
             figures.append((title, _draw(group, title)))
     for title, members in _families(series):
-        figures.append((title, _draw({name: series.pop(name) for name in members}, title)))
+        lines = {name.rsplit("/", 1)[1]: series.pop(name) for name in members}
+        figures.append((title, _draw(lines, title)))
     for name, values in series.items():
         if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
             figures.append((as_title(name), _draw({name: values}, as_title(name))))

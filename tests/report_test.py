@@ -238,6 +238,7 @@ def test_names_with_a_common_part_before_a_slash_share_a_panel():
     figures = dict(curve_figures(rows))
     assert list(figures) == ["Mixture", "A b"]
     assert len(figures["Mixture"].axes[0].lines) == 2
+    assert [t.get_text() for t in figures["Mixture"].legends[0].texts] == ["code", "prose"]
 
 
 def test_the_tasks_headline_names_the_cards(tmp_path):
