@@ -33,7 +33,8 @@ def is_rate(name: str) -> bool:
     (True, True, False)
     """
     words = _words(name)
-    return bool(words & {"error", "accuracy", "regret", "fraction", "percentile"}) and "relative" not in words
+    rates = {"error", "accuracy", "regret", "fraction", "percentile"}
+    return bool(words & rates) and "relative" not in words
 
 
 def readable(name: str) -> str:
