@@ -3,7 +3,7 @@
     python benchmarks/grid.py --data DATA/mnist --model linear --inner sgd --out runs/grid.csv
 
 One line of the CSV for each run: 4 inner rates (0.3 to 10 times the usual one) times 6 outer rates
-of Adam, all 24 in one program, and `bf.auto` with the usual inner rate. Every run keeps the network
+of Adam, all 24 in one program, and `bf.auto` with the 4 inner rates. Every run keeps the network
 where its validation error was lowest, and the pair is chosen by that error too: test errors are
 compared, never chosen by. Cases that the CSV holds are not run again.
 """
@@ -31,7 +31,8 @@ from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
 
 RATE = {"sgd": 0.01, "momentum": 0.01, "adamw": 1e-3}
-PAIRS = tuple(itertools.product((0.3, 1.0, 3.0, 10.0), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)))
+INNER_FACTORS = (0.3, 1.0, 3.0, 10.0)
+PAIRS = tuple(itertools.product(INNER_FACTORS, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)))
 STEPS = {"linear": 8000, "mlp": 2500, "cnn": 3000}
 CASE = ("model", "inner", "size", "p", "seed", "steps")
 FOUND = (
@@ -101,9 +102,10 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
             **ragged,
         )
 
-    def auto(_):
-        rate = optax.linear_schedule(usual, 0.0, steps)
-        return bf.auto(problem, inner=INNER[options.inner](rate), steps=steps, **ragged)
+    def auto(pair):
+        rate = optax.linear_schedule(1.0, 0.0, steps)
+        inner = INNER[options.inner](lambda count: usual * pair[0] * rate(count))
+        return bf.auto(problem, inner=inner, steps=steps, **ragged)
 
     def error(network, examples):
         params, state = network
@@ -148,13 +150,21 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
         return zip(lowest.tolist(), tested.tolist(), aucs, seconds, strict=True)
 
     case = (options.model, options.inner, options.size, p, seed, steps)
-    pairs = jnp.array(PAIRS)
     found = [
         (*case, "soba", usual * rho, rate, *values)
-        for (rho, rate), values in zip(PAIRS, train(soba, pairs), strict=True)
+        for (rho, rate), values in zip(PAIRS, train(soba, jnp.array(PAIRS)), strict=True)
     ]
-    found += [(*case, "auto", usual, "", *values) for values in train(auto, pairs[:1])]
+    alone = jnp.array(INNER_FACTORS)[:, None]
+    found += [
+        (*case, "auto", usual * rho, "", *values)
+        for rho, values in zip(INNER_FACTORS, train(auto, alone), strict=True)
+    ]
     return [dict(zip(CASE + FOUND, row, strict=True)) for row in found]
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the lowest validation error."""
+    return min(rows, key=lambda row: float(row["validation_error"]))
 
 
 def main() -> None:
@@ -182,8 +192,11 @@ def main() -> None:
                 if fresh:
                     writer.writeheader()
                 writer.writerows(mine)
-        best = min(mine[:-1], key=lambda row: float(row["validation_error"]))
-        for row in (best, mine[-1]):
+
+        autos = [row for row in mine if row["method"] == "auto"]
+        usual = [row for row in autos if float(row["inner_rate"]) == RATE[options.inner]]
+        grid = [row for row in mine if row["method"] == "soba"]
+        for row in (best(grid), *usual, best(autos)):
             print(*(f"{name}={row[name]}" for name in CASE + FOUND), flush=True)
 
 
