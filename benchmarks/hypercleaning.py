@@ -25,6 +25,7 @@ COLUMNS = (
     "test_error",
     "wrong_label_auc",
     "test_error_retrained",
+    "test_error_refit",
     "test_error_no_weights",
     "test_error_validation_only",
     "test_error_clean",

@@ -52,7 +52,8 @@ def main() -> None:
     ):
         share = np.clip(np.asarray(values, np.float32), _NEAR, 1 - _NEAR)
         x = np.log(share / (1 - share)).astype(np.float32)
-        state, step = train(problem, x, examples.train_images, labels, held)
+        parts = {"image": examples.train_images, "label": labels}
+        state, step = train(problem, x, parts, held)
         tested = error(model, state, examples.test_images, examples.test_labels)
         print(f"{name}: validation {error(model, state, *held):.4f}, test {tested:.4f}, {step=}")
 

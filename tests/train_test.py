@@ -33,6 +33,7 @@ SMALL = (
 SUMMARY = {
     "test_error",
     "test_error_retrained",
+    "test_error_refit",
     "test_error_no_weights",
     "test_error_validation_only",
     "test_error_clean",
@@ -200,8 +201,8 @@ def test_baselines_that_are_done_are_not_done_again(
     workdirs.write_json(workdir / "baselines.json", kept)
     summary = train.train_and_evaluate(load(), workdir)
     said = capsys.readouterr()
-    assert "baseline 4/4: retrained" in said.out
-    assert "baseline 1/4" not in said.out
+    assert "baseline 4/5: retrained" in said.out
+    assert "baseline 1/5" not in said.out
     assert "compiling" not in said.err
     assert summary["test_error_retrained"] == finished[1]["test_error_retrained"]
 

@@ -5,6 +5,8 @@ Each baseline is stopped where its error on held validation data was lowest:
 * no_weights: all given labels, weights 1.
 * clean: all true labels, weights 1; what could be had at best.
 * retrained: the given labels, from scratch, with the learned weights frozen.
+* refit: the same together with the validation data at weight 1: what one would hand over, once
+  there is nothing left to choose. It is not stopped early.
 * validation_only: the validation data as training data. A fifth of it chooses the number of
   steps, then all of it is trained on for as long.
 """
@@ -38,18 +40,15 @@ class Trainer:
     model: nn.Module
     init: Callable[[jax.Array], Any]
 
-    def __call__(self, problem, outer_params, images, labels, held, steps=None):
-        """Trains on (images, labels); returns (state, steps at the lowest error on `held`).
+    def __call__(self, problem, outer_params, examples, held, steps=None):
+        """Trains on the examples; returns (state, steps at the lowest error on `held`).
 
         With `steps`, that many are taken, and the last state is returned.
         """
         config = self.config
         total = config.steps if steps is None else steps
-        parts = data.partition(
-            {"image": images, "label": labels},
-            min(config.batch_size, len(labels)),
-            seed=config.seed,
-        )
+        batch_size = min(config.batch_size, len(examples["label"]))
+        parts = data.partition(examples, batch_size, seed=config.seed)
         solver = inner_only(
             problem,
             inner=resolve(config.solver.inner),
@@ -89,9 +88,10 @@ def run(
     config: Any,
     model: nn.Module,
     problem: bf.Problem,
-    unweighted: bf.Problem,
+    fixed: bf.Problem,
     examples: Any,
     outer_params: Any,
+    weights: np.ndarray,
     init: Callable[[jax.Array], Any],
     workdir: Path,
     say: Callable[[str], None],
@@ -102,31 +102,41 @@ def run(
         config: the run's.
         model: the network.
         problem: the run's losses.
-        unweighted: the same with every weight 1.
+        fixed: the same with the weights that the data bring along, as `weight`.
         examples: the run's data.
         outer_params: the learned ones, frozen for `retrained`.
+        weights: float [n], the learned ones, for `refit`.
         init: where the run started.
         workdir: where `baselines.json` goes; results that are there are not computed again.
         say: prints a line.
     """
     train = Trainer(config, model, init)
-    nothing = jnp.zeros(())
-    images, held = examples.train_images, (examples.validation_images, examples.validation_labels)
+    given, true = examples.given_labels, examples.true_labels
+    held = (examples.validation_images, examples.validation_labels)
 
-    def on_train(labels):
-        return train(unweighted, nothing, images, labels, held)[0]
+    def plainly(images, labels, held, *, shares=None, steps=None):
+        shares = np.ones(len(labels)) if shares is None else shares
+        parts = {"image": images, "label": labels, "weight": shares.astype(np.float32)}
+        return train(fixed, jnp.zeros(()), parts, held, steps)
 
     def validation_only():
         cut = len(held[1]) // 5
-        held_fifth = (held[0][:cut], held[1][:cut])
-        _, steps = train(unweighted, nothing, held[0][cut:], held[1][cut:], held_fifth)
-        return train(unweighted, nothing, *held, held, steps)[0]
+        _, steps = plainly(held[0][cut:], held[1][cut:], (held[0][:cut], held[1][:cut]))
+        return plainly(*held, held, steps=steps)[0]
 
+    def refit():
+        images = np.concatenate([examples.train_images, held[0]])
+        shares = np.concatenate([weights, np.ones(len(held[1]))])
+        labels = np.concatenate([given, held[1]])
+        return plainly(images, labels, held, shares=shares, steps=config.steps)[0]
+
+    learned = {"image": examples.train_images, "label": given}
     jobs = {
-        "no_weights": lambda: on_train(examples.given_labels),
+        "no_weights": lambda: plainly(examples.train_images, given, held)[0],
         "validation_only": validation_only,
-        "clean": lambda: on_train(examples.true_labels),
-        "retrained": lambda: train(problem, outer_params, images, examples.given_labels, held)[0],
+        "clean": lambda: plainly(examples.train_images, true, held)[0],
+        "retrained": lambda: train(problem, outer_params, learned, held)[0],
+        "refit": refit,
     }
     path = workdir / "baselines.json"
     found = read_json(path) if path.exists() else {}

@@ -32,8 +32,10 @@ _ERRORS = (
     ("test_error_validation_only", "validation data only"),
     ("test_error", "learned weights"),
     ("test_error_retrained", "retrained with the learned weights"),
+    ("test_error_refit", "the same and the validation data"),
     ("test_error_clean", "true labels"),
 )
+_LEARNED = ("test_error", "test_error_retrained", "test_error_refit")
 _REQUIRED = (
     "weights",
     "is_wrong",
@@ -142,7 +144,7 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     labels, errors, keys = zip(*bars, strict=True)
     figure, axes = new_figure(7.2, 0.55 * len(bars) + 0.9)
     colours = [
-        _CLEAN if key in ("test_error", "test_error_retrained") else "#8a94a3" for key in keys
+        _CLEAN if key in _LEARNED else "#8a94a3" for key in keys
     ]
     drawn = axes.barh(range(len(bars)), errors, color=colours, height=0.62)
     axes.bar_label(drawn, labels=[f"{100 * error:.2f} %" for error in errors], padding=5)

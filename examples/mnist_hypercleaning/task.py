@@ -44,9 +44,10 @@ PARAMETRISATIONS = {
     "softmax": bf.outer.softmax,
     "meta_weight_net": lambda num_train: bf.outer.meta_weight_net(),
 }
-UNWEIGHTED = bf.outer.SampleWeights(
+# The baselines': nothing is learned, each example brings its weight along.
+FIXED = bf.outer.SampleWeights(
     init=lambda: jnp.zeros(()),
-    apply=lambda outer_params, batch, losses=None: jnp.ones(batch["label"].shape),
+    apply=lambda outer_params, batch, losses=None: batch["weight"],
     weights=lambda outer_params, losses=None: jnp.ones(()),
     per_sample=False,
 )
@@ -55,6 +56,7 @@ HEADLINE = (
     "test_error_validation_only",
     "test_error",
     "test_error_retrained",
+    "test_error_refit",
     "test_error_clean",
     "wrong_label_auc",
 )
@@ -239,9 +241,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 config,
                 model,
                 problem,
-                make_problem(model, UNWEIGHTED, regularization),
+                make_problem(model, FIXED, regularization),
                 examples,
                 state.outer_params,
+                found,
                 init,
                 workdir,
                 say,
