@@ -329,8 +329,10 @@ class Estimator(NamedTuple):
         next_refresh: `next_refresh(state) -> int32`, the step before which a full pass is due.
         refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass that are
             done: first all inner ones in order of their ids, then all outer ones.
-        moves: `moves(state) -> (v, x)`, bool scalars: which of the two the next update moves. The
-            other stands still bit for bit, the state of its optimiser included. None: both, always.
+        stages: where there are several ways to step, these take the place of `update`. A direction
+            that is None is no direction: the variable stands still bit for bit, the state of its
+            optimiser included.
+        stage: `stage(state) -> int32`, which of `stages` comes next.
         units: gradient units of one update; one for each gradient, HVP and cross-JVP.
         refresh_units: (inner, outer) units of one minibatch of a refresh.
         fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
@@ -343,7 +345,8 @@ class Estimator(NamedTuple):
     refresh: Callable[..., PyTree] | None = None
     next_refresh: Callable[[PyTree], jax.Array] | None = None
     refresh_cursor: Callable[[PyTree], jax.Array] | None = None
-    moves: Callable[[PyTree], tuple[jax.Array, jax.Array]] | None = None
+    stages: tuple[Callable[..., tuple[Variables, PyTree, Any]], ...] = ()
+    stage: Callable[[PyTree], jax.Array] | None = None
     units: float = 4.0
     refresh_units: tuple[float, float] = (0.0, 0.0)
     fixed_keys: bool = False

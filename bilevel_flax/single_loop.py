@@ -6,7 +6,7 @@ directions are taken at the same, old point.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from bilevel_flax.base import (
     BilevelSolver,
     Estimator,
     Info,
+    Metrics,
     Problem,
     PyTree,
     TrainState,
@@ -25,7 +26,7 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.freezing import frozen_state, muted_unless
 from bilevel_flax.shares import scaled_problem, share_factors
-from bilevel_flax.turns import learnable, muted_turn_if, turn, turn_if
+from bilevel_flax.turns import learnable, staged, turn, turn_if
 
 # Each variable and its optimiser's state in a TrainState.
 _FIELDS = (
@@ -33,6 +34,19 @@ _FIELDS = (
     ("adjoint", "adjoint_opt_state"),
     ("outer_params", "outer_opt_state"),
 )
+
+
+class _Estimate(NamedTuple):
+    """What an estimator makes of a pair of minibatches."""
+
+    directions: Variables
+    norms: Variables  # of the directions
+    residual: jax.Array  # the adjoint's, relative
+    estimator_state: PyTree
+    inner_loss: Any
+    outer_loss: Any
+    metrics: Metrics
+    model_state: PyTree
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -71,7 +85,7 @@ def norm(tree: PyTree) -> jax.Array:
         if oracles.is_inexact(leaf)
     ]
     squares = [jnp.vdot(leaf, leaf) for leaf in flat]
-    return jnp.sqrt(sum(squares))
+    return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
 
 
 def init_state(
@@ -211,37 +225,55 @@ def single_loop(
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
         require_ids(batch, name, needed)
-        variables = state.variables
-        checks.outer_is_used(problem, variables, batch, state.model_state, keys(state, batch)[0])
+        rng = keys(state, batch)[0]
+        checks.outer_is_used(problem, state.variables, batch, state.model_state, rng)
         exact = problem.distributed is None or reads_residual(transforms.adjoint, state)
-        directions, estimator_state, found = estimator.update(
-            oracle_on(state, batch, exact), variables, batch, state.estimator_state
-        )
-        norms = Variables(*(norm(direction) for direction in directions))
-        finite = Variables(*(jnp.isfinite(value) for value in norms))
+        oracle = oracle_on(state, batch, exact)
+
+        def evaluate(estimate):
+            directions, memory, found = estimate(
+                oracle, state.variables, batch, state.estimator_state
+            )
+            return _Estimate(
+                directions,
+                Variables(*(norm(direction) for direction in directions)),
+                residual(found.oracles) if found.residual is None else found.residual,
+                memory,
+                found.inner_loss,
+                found.outer_loss,
+                found.metrics,
+                found.model_state if problem.stateful else state.model_state,
+            )
+
+        if estimator.stages:
+            assert estimator.stage is not None
+            due = estimator.stage(state.estimator_state)
+            found, (_, *moves) = staged(evaluate, estimator.stages, due)
+        else:
+            found, moves = evaluate(estimator.update), (None, None)
+        finite = Variables(*(jnp.isfinite(value) for value in found.norms))
         alive = finite.inner & finite.adjoint & finite.outer
 
-        d_z, _, d_x = directions
+        d_z, _, d_x = found.directions
         d_x = muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
-        misfit = residual(found.oracles) if found.residual is None else found.residual
         curvature = {"outer_params": state.outer_params}  # x shapes G's curvature in z and v
         extra = {
             "inner_opt_state": state.inner_opt_state,
             "inner_direction": learnable(d_z),
             "inner_params": learnable(state.inner_params),
-            "adjoint_residual": misfit,
+            "adjoint_residual": found.residual,
             **curvature,
         }
         fresh = state.replace(
             step=state.step + 1,
-            estimator_state=estimator_state,
-            model_state=found.model_state if problem.stateful else state.model_state,
+            estimator_state=found.estimator_state,
+            model_state=found.model_state,
         )
         parts = zip(
             _FIELDS,
-            (None, *(estimator.moves(state.estimator_state) if estimator.moves else (None, None))),
+            (None, *moves),
             transforms,
-            directions._replace(outer=d_x),
+            found.directions._replace(outer=d_x),
             (curvature, extra, {}),
             strict=True,
         )
@@ -251,16 +283,14 @@ def single_loop(
             args = (transform, direction, opt_state, point, more)
             if now is None:
                 fresh = fresh.replace(**dict(zip(fields, turn(*args), strict=True)))
-            elif direction is d_x and sparse_outer:
-                fresh = fresh.replace(**dict(zip(fields, muted_turn_if(now, *args), strict=True)))
             else:
                 settled |= zip(fields, turn_if(now & alive, *args), strict=True)
         info = Info(
             inner_loss=found.inner_loss,
             outer_loss=found.outer_loss,
-            norms=norms,
+            norms=found.norms,
             finite=finite,
-            adjoint_residual=misfit,
+            adjoint_residual=found.residual,
             oracle_units=jnp.float32(estimator.units),
             metrics=found.metrics,
         )

@@ -29,13 +29,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import oracles
-from bilevel_flax.base import Estimator, Oracles
+from bilevel_flax import oracles, rows
+from bilevel_flax.base import Estimator, Oracles, Variables
 from bilevel_flax.single_loop import residual
 from bilevel_flax.solvers.soba import directions
 from bilevel_flax.solvers.soba import estimator as plain
 
-_NO_ORACLES = Oracles(*[None] * len(Oracles._fields))
 _STREAM = 7  # keeps the blocks apart from a run's other draws
 
 
@@ -101,51 +100,50 @@ def estimator(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> 
         del variables
         return ThriftyState(jnp.int32(0), jnp.float32(jnp.nan), jnp.float32(1.0))
 
-    def update(oracle, variables, batch, state):
+    def everything(oracle, variables, batch, state):
         del batch
-        key = jax.random.fold_in(jax.random.PRNGKey(_STREAM), state.count)
-        block = jax.random.randint(key, (), 0, parts)
+        evaluate = oracles.evaluate_all
+        if parts > 1:
+            key = jax.random.fold_in(jax.random.PRNGKey(_STREAM), state.count)
+            block = jax.random.randint(key, (), 0, parts)
+            evaluate = functools.partial(oracles.evaluate_block, block=block, parts=parts)
+        found = oracle(variables, evaluate, combine=directions)
+        now = residual(found.oracles) if found.residual is None else found.residual
+        now = now.astype(jnp.float32)
+        # A block of padding alone has no ∇₁F to compare with.
+        now = jnp.where(jnp.isfinite(now), now, state.residual)
+        loss = found.outer_loss.astype(jnp.float32)
+        found = found._replace(outer_loss=loss, residual=now)
+        return found.directions, ThriftyState(state.count + 1, loss, now), found
 
-        def kept(found, outer_loss, misfit):
-            # The directions are enough: what a branch does not return, no other has to fill.
-            return found._replace(oracles=_NO_ORACLES, outer_loss=outer_loss, residual=misfit)
+    def less(evaluate, combine, oracle, variables, batch, state):
+        del batch
+        found = oracle(variables, evaluate, combine=combine)
+        found = found._replace(outer_loss=state.outer_loss, residual=state.residual)
+        return found.directions, state._replace(count=state.count + 1), found
 
-        def everything():
-            evaluate = oracles.evaluate_all
-            if parts > 1:
-                evaluate = functools.partial(oracles.evaluate_block, block=block, parts=parts)
-            found = oracle(variables, evaluate, combine=directions)
-            now = residual(found.oracles) if found.residual is None else found.residual
-            now = now.astype(jnp.float32)
-            # A block of padding alone has no ∇₁F to compare with.
-            now = jnp.where(jnp.isfinite(now), now, state.residual)
-            return kept(found, found.outer_loss.astype(jnp.float32), now)
+    z_alone = functools.partial(less, oracles.evaluate_inner, _z_alone)
+    z_and_x = functools.partial(less, oracles.evaluate_forward, _z_and_x)
+    # The periods of the stages that there are, the longest last.
+    periods = {1: z_alone, every: z_and_x, every * adjoint_every: everything}
+    if len(periods) == 1:
+        return Estimator(init=init, update=everything, units=cost)
 
-        def less(evaluate):
-            like = jax.eval_shape(lambda: oracle(variables))
-            found = oracle(variables, functools.partial(evaluate, like=like), combine=directions)
-            return kept(found, state.outer_loss, state.residual)
+    def stage(state):
+        longer = jnp.array(list(periods)[1:], jnp.int32)
+        return jnp.sum(state.count % longer == 0)
 
-        def chosen(period, often, seldom):
-            if period == 1:
-                return seldom()
-            return jax.lax.cond(state.count % period == 0, seldom, often)
+    return Estimator(
+        init=init, update=everything, stages=tuple(periods.values()), stage=stage, units=cost
+    )
 
-        moving = functools.partial(
-            chosen,
-            every * adjoint_every,
-            functools.partial(less, oracles.evaluate_forward),
-            everything,
-        )
-        found = chosen(every, functools.partial(less, oracles.evaluate_inner), moving)
-        memory = ThriftyState(state.count + 1, found.outer_loss, found.residual)
-        return found.directions, memory, found
 
-    def moves(state):
-        return state.count % (every * adjoint_every) == 0, state.count % every == 0
+def _z_alone(found: Oracles) -> Variables:
+    return Variables(found.inner_grad, None, None)
 
-    rests = every * adjoint_every > 1
-    return Estimator(init=init, update=update, moves=moves if rests else None, units=cost)
+
+def _z_and_x(found: Oracles) -> Variables:
+    return Variables(found.inner_grad, None, rows.add(found.cross_jvp, found.outer_grad_outer))
 
 
 def clocked(

@@ -273,7 +273,7 @@ def test_d_x_without_hv_is_that_of_the_full_evaluation(dense):
         x = {"weights": x, "penalty": jnp.float32(-1.5)}
     args = (problem, bf.Variables(z, v, x), bf.Batch(minibatch(inner, 2), minibatch(outer, 1)))
     whole = oracles.evaluate_all(*args)
-    found = oracles.evaluate_forward(*args, None, (None, None), like=whole)
+    found = oracles.evaluate_forward(*args)
     for name in ("inner_grad", "cross_jvp", "outer_grad_outer"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
@@ -282,10 +282,8 @@ def test_d_x_without_hv_is_that_of_the_full_evaluation(dense):
         )
     if dense:
         assert abs(float(found.oracles.cross_jvp["penalty"])) > 0.01
-    for name in ("hvp", "outer_grad_inner"):
-        assert not jnp.any(getattr(found.oracles, name))
+    assert found.oracles.hvp is None and found.oracles.outer_grad_inner is None
     np.testing.assert_allclose(found.inner_loss, whole.inner_loss, rtol=1e-6)
-    assert jax.tree.structure(found) == jax.tree.structure(whole)
 
 
 def test_d_x_without_hv_costs_two_thirds_of_a_gradient():
@@ -545,9 +543,10 @@ def test_what_rests_is_not_copied():
 
         state = solver.init(jnp.ones((96, 80)), jnp.zeros(64))
         text = chunk.lower(state, batches).compile().as_text()
-        return len(re.findall(r"= f32\[96,80\]\S* copy\(", text))
+        return [len(re.findall(rf"= f32\[{n}\]\S* copy\(", text)) for n in ("96,80", "64")]
 
     inner = optax.adamw(1e-3)
-    exact = copies(bf.soba(problem, inner=inner, outer=bf.outer.lazy_sgd(0.1)))
-    cheap = copies(bf.auto(problem, inner=inner, steps=100, every=4, adjoint_every=2))
-    assert cheap <= exact  # 7 against 4 before v's update became a branch of its own
+    of_z, of_x = copies(bf.soba(problem, inner=inner, outer=bf.outer.lazy_sgd(0.1)))
+    cheap_z, cheap_x = copies(bf.auto(problem, inner=inner, steps=100, every=4, adjoint_every=2))
+    assert cheap_z < of_z  # 3 against 4; 9 where a branch hands v and its moments through
+    assert cheap_x <= of_x

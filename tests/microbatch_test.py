@@ -48,7 +48,7 @@ def pieces_of(problem, at, batch):
     z, v, x = at
     whole = oracles.evaluate_all(problem, at, batch)
     block = oracles.evaluate_block(problem, at, batch, block=jnp.int32(1), parts=2)
-    alone = oracles.evaluate_inner(problem, at, batch, None, (None, None), whole)
+    alone = oracles.evaluate_inner(problem, at, batch)
 
     def unroll(x):
         grad = oracles.inner_grad(problem, z, x, batch.inner)

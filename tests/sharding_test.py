@@ -5,6 +5,9 @@ The whole matrix of models, methods and meshes is in sharding_matrix_test.py (sl
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,11 +196,12 @@ def test_steps_on_a_mesh_are_the_steps_of_one_device():
     assert abs(many.info.adjoint_residual / one.info.adjoint_residual - 1) < 0.6
 
 
-def test_data_parallel_steps_reduce_the_directions_once():
+def compiled_step(method: str, **more):
+    """(HLO of a data-parallel step on 8 devices, bytes of z)."""
     task = setting("plain", weights=False)
     mesh = sharding.make_mesh("data=8")
     problem = sharding.data_parallel(task.problem, mesh)
-    chosen = solver("soba", task, problem)
+    chosen = solver(method, task, problem, **more)
     state = jax.eval_shape(chosen.init, task.inner_params, task.outer_params)
     here = sharding.state_shardings(state, mesh, None, problem)
     batch = task.batch(0)
@@ -210,11 +214,29 @@ def test_data_parallel_steps_reduce_the_directions_once():
         .lower(state, batch)
         .compile()
     )
-    found = collectives(compiled.as_text())
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(task.inner_params))
+    return compiled.as_text(), sum(leaf.nbytes for leaf in jax.tree.leaves(task.inner_params))
+
+
+def test_data_parallel_steps_reduce_the_directions_once():
+    text, size = compiled_step("soba")
+    found = collectives(text)
     assert set(found) == {"all-reduce"}
     assert 2 * size <= found["all-reduce"]["bytes"] <= 2.05 * size
     assert found["all-reduce"]["count"] == 1
+
+
+def test_a_step_that_moves_z_alone_reduces_z_alone():
+    text, size = compiled_step("auto", every=2, damping=0.0)
+    shapes = [
+        re.findall(r"f32\[([\d,]*)\]", line.split("all-reduce(")[0])
+        for line in text.splitlines()
+        if " all-reduce(" in line
+    ]
+    sizes = [
+        sum(4 * math.prod(int(n) for n in shape.split(",") if n) for shape in one) for one in shapes
+    ]
+    assert len(sizes) == 2  # one in each branch
+    assert size <= min(sizes) <= 1.05 * size and 2 * size <= max(sizes) <= 2.05 * size
 
 
 def test_losses_that_do_not_decompose_are_found():

@@ -8,7 +8,6 @@ backprop to x goes only as deep as x enters: for weights of examples, not into t
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from bilevel_flax.base import Batch, Oracles, Problem, Variables
 from bilevel_flax.oracles import losses
@@ -65,12 +64,12 @@ def inner_grad_and_cross(problem: Problem, variables: Variables, batch, model_st
 
 
 def evaluate_forward(
-    problem: Problem, variables: Variables, batch: Batch, model_state, rngs, like: Evaluation
+    problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
 ) -> Evaluation:
-    """∇₁G, ∇²₂₁G v and ∇₂F, in the shape of the evaluation `like`: Hv and ∇₁F are zeros.
+    """∇₁G, ∇²₂₁G v and ∇₂F; Hv and ∇₁F are left out.
 
-    F's loss and metrics are NaN, so that F is not evaluated where x has only per-sample leaves or F
-    does not use it; an `outer_updates_state` is skipped.
+    F is not evaluated where x has only per-sample leaves or F does not use it; an
+    `outer_updates_state` is skipped.
 
     Raises:
         ValueError: as `inner_grad_and_cross`.
@@ -80,13 +79,6 @@ def evaluate_forward(
         problem, variables, batch.inner, model_state, rngs[0]
     )
     _, outer_grad = outer_grads(problem, z, x, batch.outer, model_state, rngs[1])
-    zeros = jax.tree.map(jnp.zeros_like, grad)
-    metrics = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in like.metrics.items()}
-    metrics |= {f"inner_{k}": v for k, v in aux.metrics.items()}
-    return Evaluation(
-        Oracles(grad, zeros, cross, zeros, outer_grad),
-        loss,
-        jnp.full(like.outer_loss.shape, jnp.nan, like.outer_loss.dtype),
-        aux.model_state,
-        metrics,
-    )
+    metrics = {f"inner_{k}": v for k, v in aux.metrics.items()}
+    found = Oracles(grad, None, cross, None, outer_grad)
+    return Evaluation(found, loss, None, aux.model_state, metrics)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax import rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Variables
 from bilevel_flax.oracles.evaluation import Evaluation, merged
 from bilevel_flax.oracles.leaves import is_inexact
@@ -86,29 +85,12 @@ def evaluate_block(
 
 
 def evaluate_inner(
-    problem: Problem, variables: Variables, batch: Batch, model_state, rngs, like: Evaluation
+    problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
 ) -> Evaluation:
-    """∇₁G alone (1 unit), in the shape of the evaluation `like`: zeros for all that is left out.
-
-    F's loss and metrics, which are not evaluated, are NaN; an `outer_updates_state` is skipped.
-    """
+    """∇₁G alone (1 unit); F is not evaluated, an `outer_updates_state` skipped."""
     (loss, aux), grad = inner_value_and_grad(
         problem, variables.inner, variables.outer, batch.inner, model_state, rngs[0]
     )
-
-    def nothing(node):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), node)
-        if rows.is_rows(node):
-            return zeros._replace(index=jnp.full_like(zeros.index, jnp.iinfo(jnp.int32).max))
-        return zeros
-
-    empty = jax.tree.map(nothing, like.oracles, is_leaf=rows.is_rows)
-    metrics = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in like.metrics.items()}
-    metrics |= {f"inner_{k}": v for k, v in aux.metrics.items()}
-    return Evaluation(
-        empty._replace(inner_grad=grad),
-        loss,
-        jnp.full(like.outer_loss.shape, jnp.nan, like.outer_loss.dtype),
-        aux.model_state,
-        metrics,
-    )
+    metrics = {f"inner_{k}": v for k, v in aux.metrics.items()}
+    found = Oracles(grad, None, None, None, None)
+    return Evaluation(found, loss, None, aux.model_state, metrics)

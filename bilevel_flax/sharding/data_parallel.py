@@ -20,7 +20,6 @@ terms without any: see `decomposition` for a check, `BATCH_AXES` for BatchNorm's
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +126,6 @@ def _evaluate(
     )
     by_row = rows.has_rows(problem.per_sample) and batch.inner is not None
     labels, counts = _labels(problem, points[0].outer, gathered[0].outer, batch, by_row)
-    evaluate = _in_shares(evaluate, batch_share(mesh))
     alone = combine is not None and not exact
     shape = {}
 
@@ -153,7 +151,7 @@ def _evaluate(
             for found in [evaluate(problem, point, part, model_state, rngs)]
         ]
         found, sketches = several[0], None
-        if alone:
+        if alone and found.oracles.outer_grad_inner is not None:
             sketches = sketch(found.oracles.outer_grad_inner, seed), None
             if len(points) > 1:
                 d_v = jax.tree.map(jnp.add, found.oracles.hvp, found.oracles.outer_grad_inner)
@@ -182,23 +180,6 @@ def _evaluate(
         return found, None
     length, d_v = sketches
     return found, (norm(found.directions.adjoint if d_v is None else d_v), norm(length))
-
-
-def _in_shares(evaluate: Callable, shares: int) -> Callable:
-    """`evaluate`, the shapes that it was told (`like`) being those of a share."""
-    if not (isinstance(evaluate, functools.partial) and "like" in evaluate.keywords):
-        return evaluate
-
-    def cut(leaf):
-        return jax.ShapeDtypeStruct((leaf.shape[0] // shares, *leaf.shape[1:]), leaf.dtype)
-
-    def share(node):
-        if not rows.is_rows(node):
-            return node
-        return jax.tree.map(cut, node)
-
-    like = jax.tree.map(share, evaluate.keywords["like"], is_leaf=rows.is_rows)
-    return functools.partial(evaluate, like=like)
 
 
 def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:

@@ -143,9 +143,7 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
         return []
     labels, errors, keys = zip(*bars, strict=True)
     figure, axes = new_figure(7.2, 0.55 * len(bars) + 0.9)
-    colours = [
-        _CLEAN if key in _LEARNED else "#8a94a3" for key in keys
-    ]
+    colours = [_CLEAN if key in _LEARNED else "#8a94a3" for key in keys]
     drawn = axes.barh(range(len(bars)), errors, color=colours, height=0.62)
     axes.bar_label(drawn, labels=[f"{100 * error:.2f} %" for error in errors], padding=5)
     axes.set_yticks(range(len(bars)), labels)
