@@ -36,6 +36,13 @@ def test_an_unknown_inner_optimizer_is_named_with_the_nearest():
         inner_optimizer("adam", "cnn", 10)
 
 
+@pytest.mark.parametrize("model, step", [("linear", 0.01), ("mlp", 0.1), ("cnn", 0.1)])
+def test_sgd_takes_longer_steps_for_a_network_than_the_published_ones(model, step):
+    inner = inner_optimizer("sgd", model, 10)
+    moved, _ = inner.update(jnp.ones(()), inner.init(jnp.ones(())))
+    np.testing.assert_allclose(moved, -step, rtol=1e-6)
+
+
 def test_an_unknown_parametrisation_is_named_with_the_nearest():
     config = configs.load(str(CONFIG), [*SMALL, "weights=sigmoids"])
     with pytest.raises(configs.ConfigError, match="--config.weights=sigmoids.*sigmoid"):
