@@ -52,11 +52,11 @@ FIXED = bf.outer.SampleWeights(
     per_sample=False,
 )
 HEADLINE = (
-    "test_error_no_weights",
-    "test_error_validation_only",
     "test_error",
     "test_error_retrained",
     "test_error_refit",
+    "test_error_no_weights",
+    "test_error_validation_only",
     "test_error_clean",
     "wrong_label_auc",
 )
