@@ -154,7 +154,8 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("test error")
-    caption = "Same training budget for all, each stopped early on the validation data."
+    caption = "Same training budget for all, each stopped early on the validation data"
+    caption += ", but for the one trained on it." if "test_error_refit" in keys else "."
     if "test_error_clean" in keys:
         caption += " True labels are what perfect cleaning would give."
     return [figure_section("Test error against the baselines", figure, caption)]
