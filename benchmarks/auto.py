@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> dict:
     order = np.random.default_rng(options.seed).permutation(len(labels))
     train, held = order[: options.train], order[options.train : options.train + options.held]
     given, wrong = data.corrupt_labels(labels[train], options.p, 10, options.seed, "symmetric")
+    if options.fresh:
+        test_images, test_labels = images[order[-10_000:]], labels[order[-10_000:]]
     x_train, x_held, x_test = data.standardize(images[train], images[held], test_images)
 
     model = make_model(options.model, 10)
@@ -107,7 +109,7 @@ def run(options: argparse.Namespace) -> dict:
         "settings": settings,
         "gradient_units_per_step": solver.units,
         "validation_error": error(model, state, x_held, labels[held]),
-        "test_error": error(model, state, x_test, test_labels),
+        "fresh_error" if options.fresh else "test_error": error(model, state, x_test, test_labels),
         "wrong_label_auc": float(roc_auc_score(wrong, -logits)),
         "adjoint_residual": float(jnp.median(residual[-200:])),
         "finite": bool(finite.all()),
@@ -127,6 +129,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--held", type=int, default=5_000)
+    parser.add_argument(
+        "--fresh", action="store_true", help="10,000 unseen training images, not the test set"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     print(json.dumps(run(parser.parse_args())))
 

@@ -29,8 +29,8 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
+from examples.mnist_hypercleaning.rates import INNER, inner_peak
 
-RATE = {"sgd": 0.01, "momentum": 0.01, "adamw": 1e-3}
 INNER_FACTORS = (0.3, 1.0, 3.0, 10.0)
 PAIRS = tuple(itertools.product(INNER_FACTORS, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)))
 STEPS = {"linear": 8000, "mlp": 2500, "cnn": 3000}
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
         "inner_weights": inner.weights if inner.ragged else None,
         "outer_weights": outer.weights if outer.ragged else None,
     }
-    steps, usual = options.steps or STEPS[options.model], RATE[options.inner]
+    steps, usual = options.steps or STEPS[options.model], inner_peak(options.inner, options.model)
     variables = dict(model.init(jax.random.PRNGKey(seed), sets["held"]["image"][:1], train=False))
     params = variables.pop("params")
     kept = variables if model.stateful else None
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", choices=sorted(STEPS), default="linear")
-    parser.add_argument("--inner", choices=sorted(RATE), default="sgd")
+    parser.add_argument("--inner", choices=sorted(INNER), default="sgd")
     parser.add_argument("--size", type=int, choices=(14, 28), default=28)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--p", type=float, nargs="+", default=[0.5, 0.7, 0.9])
@@ -193,8 +193,9 @@ def main() -> None:
                     writer.writeheader()
                 writer.writerows(mine)
 
+        peak = inner_peak(options.inner, options.model)
         autos = [row for row in mine if row["method"] == "auto"]
-        usual = [row for row in autos if float(row["inner_rate"]) == RATE[options.inner]]
+        usual = [row for row in autos if float(row["inner_rate"]) == peak]
         grid = [row for row in mine if row["method"] == "soba"]
         for row in (best(grid), *usual, best(autos)):
             print(*(f"{name}={row[name]}" for name in CASE + FOUND), flush=True)

@@ -329,10 +329,9 @@ class Estimator(NamedTuple):
         next_refresh: `next_refresh(state) -> int32`, the step before which a full pass is due.
         refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass that are
             done: first all inner ones in order of their ids, then all outer ones.
-        stages: where there are several ways to step, these take the place of `update`. A direction
-            that is None is no direction: the variable stands still bit for bit, the state of its
-            optimiser included.
-        stage: `stage(state) -> int32`, which of `stages` comes next.
+        less: updates that leave something out, for some of the steps. A direction that is None is no
+            direction: the variable stands still bit for bit, the state of its optimiser included.
+        stage: `stage(state) -> int32`, which of `(*less, update)` comes next.
         units: gradient units of one update; one for each gradient, HVP and cross-JVP.
         refresh_units: (inner, outer) units of one minibatch of a refresh.
         fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
@@ -345,7 +344,7 @@ class Estimator(NamedTuple):
     refresh: Callable[..., PyTree] | None = None
     next_refresh: Callable[[PyTree], jax.Array] | None = None
     refresh_cursor: Callable[[PyTree], jax.Array] | None = None
-    stages: tuple[Callable[..., tuple[Variables, PyTree, Any]], ...] = ()
+    less: tuple[Callable[..., tuple[Variables, PyTree, Any]], ...] = ()
     stage: Callable[[PyTree], jax.Array] | None = None
     units: float = 4.0
     refresh_units: tuple[float, float] = (0.0, 0.0)

@@ -245,10 +245,10 @@ def single_loop(
                 found.model_state if problem.stateful else state.model_state,
             )
 
-        if estimator.stages:
+        if estimator.less:
             assert estimator.stage is not None
             due = estimator.stage(state.estimator_state)
-            found, (_, *moves) = staged(evaluate, estimator.stages, due)
+            found, (_, *moves) = staged(evaluate, (*estimator.less, estimator.update), due)
         else:
             found, moves = evaluate(estimator.update), (None, None)
         finite = Variables(*(jnp.isfinite(value) for value in found.norms))

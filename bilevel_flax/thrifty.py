@@ -124,18 +124,15 @@ def estimator(fraction: float = 1.0, every: int = 1, adjoint_every: int = 1) -> 
 
     z_alone = functools.partial(less, oracles.evaluate_inner, _z_alone)
     z_and_x = functools.partial(less, oracles.evaluate_forward, _z_and_x)
-    # The periods of the stages that there are, the longest last.
+    # How often each kind of step is due, the longest period last; equal periods leave one kind.
     periods = {1: z_alone, every: z_and_x, every * adjoint_every: everything}
-    if len(periods) == 1:
-        return Estimator(init=init, update=everything, units=cost)
 
     def stage(state):
         longer = jnp.array(list(periods)[1:], jnp.int32)
         return jnp.sum(state.count % longer == 0)
 
-    return Estimator(
-        init=init, update=everything, stages=tuple(periods.values()), stage=stage, units=cost
-    )
+    *less_often, update = periods.values()
+    return Estimator(init=init, update=update, less=tuple(less_often), stage=stage, units=cost)
 
 
 def _z_alone(found: Oracles) -> Variables:

@@ -8,13 +8,13 @@ from bilevel_flax.config import ConfigError, nearest
 
 # Peak steps of z, as one would take them for the same network without weights.
 INNER = {
-    "sgd": (0.01, optax.sgd),
+    "sgd": (0.1, optax.sgd),  # feels the weights, whose mean starts at .12
     "momentum": (0.01, lambda rate: optax.sgd(rate, momentum=0.9)),
     "adamw": (1e-3, lambda rate: optax.adamw(rate, weight_decay=1e-4)),
 }
-OWN_INNER = {"linear": "sgd"}  # the published one; AdamW for the others
-# SGD feels the weights, whose mean starts at .12: a network needs a longer step (validation data).
-NETWORK_SGD = 0.1
+# What was published for the linear model; the others take AdamW, and the peaks above.
+OWN_INNER = {"linear": "sgd"}
+OWN_PEAK = {("linear", "sgd"): 0.01}
 
 # Chosen on validation data (full MNIST, p = .7). A softmax logit scales a weight that may grow to
 # thousands, so it must move more slowly than a sigmoid's: at .01 the inner problem cannot follow.
@@ -51,7 +51,11 @@ def inner_optimizer(
         raise ConfigError(
             f"--config.inner={name}: choose one of {', '.join(INNER)}{nearest(name, list(INNER))}"
         )
-    peak, make = INNER[name]
-    if name == "sgd" and model != "linear":
-        peak = NETWORK_SGD
-    return make(optax.linear_schedule(peak if learning_rate is None else learning_rate, 0.0, steps))
+    _, make = INNER[name]
+    peak = inner_peak(name, model) if learning_rate is None else learning_rate
+    return make(optax.linear_schedule(peak, 0.0, steps))
+
+
+def inner_peak(name: str, model: str) -> float:
+    """The usual first step of z with that optimiser, for that network."""
+    return OWN_PEAK.get((model, name), INNER[name][0])

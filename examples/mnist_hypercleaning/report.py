@@ -32,7 +32,7 @@ _ERRORS = (
     ("test_error_validation_only", "validation data only"),
     ("test_error", "learned weights"),
     ("test_error_retrained", "retrained with the learned weights"),
-    ("test_error_refit", "the same and the validation data"),
+    ("test_error_refit", "refit: that and the validation data"),
     ("test_error_clean", "true labels"),
 )
 _LEARNED = ("test_error", "test_error_retrained", "test_error_refit")
@@ -155,7 +155,7 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("test error")
     caption = "Same training budget for all, each stopped early on the validation data"
-    caption += ", but for the one trained on it." if "test_error_refit" in keys else "."
+    caption += ", but for refit." if "test_error_refit" in keys else "."
     if "test_error_clean" in keys:
         caption += " True labels are what perfect cleaning would give."
     return [figure_section("Test error against the baselines", figure, caption)]
