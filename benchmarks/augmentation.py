@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel_flax as bf
-from bilevel_flax import config as configs
 from bilevel_flax import data
+from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.outer.augmentation import Policy
-from bilevel_flax.run_config import make_solver
-from bilevel_flax.solvers.inner_only import inner_only
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.setup import make_solver
 from examples.augmentation import compared, images, signals, task
 from examples.augmentation.model import make_model
 

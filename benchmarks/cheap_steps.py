@@ -17,8 +17,9 @@ import optax
 
 import bilevel_flax as bf
 from benchmarks.step_cost import Transformer
-from bilevel_flax import data, step_time
-from bilevel_flax.loop import Loop
+from bilevel_flax import data
+from bilevel_flax.train import step_time
+from bilevel_flax.train.step_runner import Loop
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
 

@@ -19,8 +19,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax import distributed
-from bilevel_flax.checkpoint import Checkpointer
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
+from bilevel_flax.train import multihost as distributed
 
 
 def main() -> None:

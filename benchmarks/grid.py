@@ -29,7 +29,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
-from examples.mnist_hypercleaning.rates import INNER, inner_peak
+from examples.mnist_hypercleaning.rates import inner_peak
 
 INNER_FACTORS = (0.3, 1.0, 3.0, 10.0)
 PAIRS = tuple(itertools.product(INNER_FACTORS, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)))

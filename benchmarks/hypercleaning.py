@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bilevel_flax import config as configs
-from bilevel_flax.train import train_and_evaluate
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.experiment import train_and_evaluate
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mnist_hypercleaning.py"
 CORRUPTIONS = (0.5, 0.7, 0.9)

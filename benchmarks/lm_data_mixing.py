@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bilevel_flax.workdirs import read_json
+from bilevel_flax.train.workdir import read_json
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "lm_data_mixing.py"

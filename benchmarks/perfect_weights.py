@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bilevel_flax import config as configs
+from bilevel_flax.train import config as configs
 from examples.mnist_hypercleaning import baselines, task
 from examples.mnist_hypercleaning.model import error, make_model
 

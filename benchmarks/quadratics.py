@@ -20,10 +20,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bilevel_flax.bench import methods, quadratics, steps
+from benchmarks.tasks import quadratics
+from bilevel_flax.bench import methods, steps
 from bilevel_flax.bench.options import grid
 from bilevel_flax.bench.tasks import Context
-from bilevel_flax.loop import Loop
+from bilevel_flax.train.step_runner import Loop
 
 LEVEL = 1e-4
 CHUNK = 2000

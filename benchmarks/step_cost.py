@@ -20,7 +20,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.loop import Loop
+from bilevel_flax.train.step_runner import Loop
 
 
 def images(n: int, batch_size: int) -> data.FiniteSum:

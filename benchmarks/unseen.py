@@ -22,9 +22,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import bilevel_flax as bf
-from bilevel_flax import config as configs
 from bilevel_flax import data
-from bilevel_flax.train import train_and_evaluate
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.experiment import train_and_evaluate
 from examples.mnist_hypercleaning import task
 
 CONFIG = Path(__file__).parent.parent / "configs" / "mnist_hypercleaning.py"

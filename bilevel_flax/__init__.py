@@ -4,8 +4,7 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import adjoint, diagnostics, nnx, oracles, outer, sharding
-from bilevel_flax.auto import auto
+from bilevel_flax import contrib, data, deprecated, diagnostics, nnx, oracles, outer, sharding
 from bilevel_flax.base import (
     Aux,
     Batch,
@@ -20,33 +19,23 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.checks import check_finite
-from bilevel_flax.linear import linear_problem
-from bilevel_flax.losses import masked_mean
-from bilevel_flax.single_loop import single_loop
+from bilevel_flax.linear_models import linear_problem
+from bilevel_flax.minibatches import masked_mean
+from bilevel_flax.solvers import (
+    adjoint_optimisers as adjoint,
+)
 from bilevel_flax.solvers import (
     amigo,
-    bsa,
-    bsg,
-    bsgo,
-    darts1,
-    darts2,
+    auto,
     f2sa,
-    fsla,
-    grid_search,
     implicit,
-    masoba,
-    mrbo,
-    random_search,
     saba,
+    single_loop,
     soba,
-    spaba,
     srba,
     stocbio,
     storm,
-    sustain,
-    ttsa,
     unrolled,
-    vrbo,
 )
 
 __version__ = "0.1.0"
@@ -66,35 +55,26 @@ __all__ = [
     "adjoint",
     "amigo",
     "auto",
-    "bsa",
-    "bsg",
-    "bsgo",
     "check_finite",
-    "darts1",
-    "darts2",
+    "contrib",
+    "data",
     "diagnostics",
     "f2sa",
-    "fsla",
-    "grid_search",
     "implicit",
     "linear_problem",
     "masked_mean",
-    "masoba",
-    "mrbo",
     "nnx",
     "oracles",
     "outer",
-    "random_search",
     "saba",
     "sharding",
     "single_loop",
     "soba",
-    "spaba",
     "srba",
     "stocbio",
     "storm",
-    "sustain",
-    "ttsa",
     "unrolled",
-    "vrbo",
 ]
+
+__getattr__ = deprecated.names(__name__)
+deprecated.find_old_modules()

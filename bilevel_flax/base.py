@@ -329,8 +329,8 @@ class Estimator(NamedTuple):
         next_refresh: `next_refresh(state) -> int32`, the step before which a full pass is due.
         refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass that are
             done: first all inner ones in order of their ids, then all outer ones.
-        less: updates that leave something out, for some of the steps. A direction that is None is no
-            direction: the variable stands still bit for bit, the state of its optimiser included.
+        less: updates that leave something out, for some of the steps. A direction that is None is
+            none: the variable stands still bit for bit, the state of its optimiser included.
         stage: `stage(state) -> int32`, which of `(*less, update)` comes next.
         units: gradient units of one update; one for each gradient, HVP and cross-JVP.
         refresh_units: (inner, outer) units of one minibatch of a refresh.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
 from bilevel_flax.oracles import is_inexact, uses
 from bilevel_flax.oracles.losses import checked_call, outer
@@ -157,6 +157,20 @@ def outer_loss_sees_all(
             raise ValueError(
                 f"outer_loss never uses outer_params{jax.tree_util.keystr(path)}, and a method "
                 "without an adjoint sees nothing else: take one with, e.g. soba"
+            )
+
+
+def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
+    """Raises where `needed[side]` and the side has data but no id.
+
+    Raises:
+        ValueError: names the missing one.
+    """
+    for side, needs in needed.items():
+        if needs and getattr(batch, f"{side}_id") is None and getattr(batch, side) is not None:
+            raise ValueError(
+                f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
+                "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
             )
 
 

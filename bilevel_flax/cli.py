@@ -116,7 +116,7 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     # Imported late: `--help` and a mistyped command must not wait for JAX.
     if arguments.command == "solvers":
-        from bilevel_flax import solver_table
+        from bilevel_flax.solvers import table as solver_table
 
         print(solver_table.render())
         return 0
@@ -148,7 +148,9 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             )
         )
         return 0
-    from bilevel_flax import config, distributed, train
+    from bilevel_flax.train import config
+    from bilevel_flax.train import experiment as train
+    from bilevel_flax.train import multihost as distributed
 
     if arguments.command == "report":
         print(train.make_report(arguments.workdir.expanduser()))
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if parsed.command == "train":
-        from bilevel_flax import distributed
+        from bilevel_flax.train import multihost as distributed
 
         distributed.leave(code)
     return code
@@ -203,10 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verdict(error: BaseException) -> tuple[str | None, int]:
     """(the line that says all, or None where a stack trace is needed; the exit code)."""
-    from bilevel_flax.checkpoint import CheckpointError
-    from bilevel_flax.distributed import PeerFailed
-    from bilevel_flax.train import Diverged, Interrupted
-    from bilevel_flax.workdirs import NoRoom
+    from bilevel_flax.checkpoints.checkpointer import CheckpointError
+    from bilevel_flax.train.experiment import Diverged, Interrupted
+    from bilevel_flax.train.multihost import PeerFailed
+    from bilevel_flax.train.workdir import NoRoom
 
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130

@@ -20,7 +20,7 @@ Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original f
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
 

@@ -15,7 +15,7 @@ Expected: benchmarks/README.md, "Architecture search: DARTS's space".
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
 

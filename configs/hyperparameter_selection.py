@@ -16,7 +16,7 @@ longer (--config.optimum=False leaves it out).
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 # The single-loop methods, with what each wants beside the optimisers.
 SOLVERS = {

@@ -18,7 +18,7 @@ the Shakespeare of shared/data, seed 0, nats per byte before and after fine-tuni
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import OpenMapping
+from bilevel_flax.train.config import OpenMapping
 
 
 def get_config() -> ml_collections.ConfigDict:

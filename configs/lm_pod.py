@@ -18,7 +18,7 @@ the target's own domain rises from the 0.27 that it has of the text.
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 # Per size: the run, and how it computes.
 SIZES = {

@@ -15,7 +15,7 @@ Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Fu
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 # The single-loop methods, with what each wants beside the optimisers.
 SOLVERS = {

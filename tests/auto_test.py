@@ -11,8 +11,10 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import oracles, rows, thrifty
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
 from bilevel_flax.outer import robust_sgd
+from bilevel_flax.solvers import cheap_steps as thrifty
 
 A = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.6]])
 B = np.array([[1.0, 0.3], [-0.4, 0.8], [0.2, -1.0]])
@@ -491,7 +493,7 @@ def test_bad_arguments_are_named(options, message):
 
 @pytest.mark.parametrize("cheap", [{"fraction": 0.5}, {"every": 2}])
 def test_estimators_with_memory_refuse_cheap_steps(cheap):
-    from bilevel_flax.solvers.masoba import estimator
+    from bilevel_flax.contrib.masoba import estimator
 
     with pytest.raises(ValueError, match="memory"):
         bf.auto(

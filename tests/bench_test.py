@@ -9,19 +9,19 @@ import optax
 import pytest
 from sklearn.model_selection import train_test_split
 
+from benchmarks.tasks import quadratics as quadratic_task
+from benchmarks.tasks.tuned import TUNED
 from bilevel_flax import bench, cli
 from bilevel_flax.base import Batch
 from bilevel_flax.bench import methods, protocol, results, searches, steps, tasks
-from bilevel_flax.bench import quadratics as quadratic_task
+from bilevel_flax.bench import plain_training as inner_only
 from bilevel_flax.bench import report as bench_report
 from bilevel_flax.bench.options import grid
 from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
-from bilevel_flax.bench.tuned import TUNED
-from bilevel_flax.config import ConfigError
-from bilevel_flax.data import catalog
-from bilevel_flax.solvers import inner_only
+from bilevel_flax.train.config import ConfigError
+from examples.datasets import catalog
 from examples.mnist_hypercleaning import published
 
 SMALL = {"samples": 128, "outer_samples": 128, "inner_size": 4, "outer_size": 3}
@@ -407,7 +407,7 @@ def test_a_folder_with_another_bench_is_refused(small, tmp_path):
 
 
 def test_every_task_on_the_list_can_be_imported():
-    from bilevel_flax import config
+    from bilevel_flax.train import config
 
     for target in tasks.TASKS.values():
         assert callable(config.imported(target))

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 import savers
 
-from bilevel_flax.checkpoint import Checkpointer, CheckpointError
+from bilevel_flax.checkpoints.checkpointer import Checkpointer, CheckpointError
 
 
 def make_state(step: int) -> dict:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import struct
 
-from bilevel_flax.checkpoint import Checkpointer, CheckpointError, CheckpointMismatch
+from bilevel_flax.checkpoints.checkpointer import Checkpointer, CheckpointError, CheckpointMismatch
 
 
 @struct.dataclass
@@ -325,7 +325,7 @@ _PLAIN = """
     def refuse(*args, **kwargs):
         raise AssertionError("pickle was used")
     import jax, jax.numpy as jnp
-    from bilevel_flax.checkpoint import Checkpointer
+    from bilevel_flax.checkpoints.checkpointer import Checkpointer
     for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
         setattr(pickle, name, refuse)
     state = {"w": jnp.ones(5), "key": jax.random.key(0)}

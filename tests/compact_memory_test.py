@@ -16,8 +16,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
-from bilevel_flax import data, train
-from bilevel_flax.task import Start, Task
+from bilevel_flax import data
+from bilevel_flax.train import experiment as train
+from bilevel_flax.train.task import Start, Task
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

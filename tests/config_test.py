@@ -9,8 +9,8 @@ import ml_collections
 import optax
 import pytest
 
-from bilevel_flax import config as configs
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 HYPERCLEANING = str(ROOT / "configs" / "mnist_hypercleaning.py")

@@ -15,7 +15,7 @@ import pytest
 from problems import quadratics
 
 import bilevel_flax as bf
-from bilevel_flax.checkpoint import Checkpointer
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
 
 NUM_INNER, NUM_OUTER, BATCH = 4, 3, 4
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from bilevel_flax.data import catalog, ijcnn1
+from examples.datasets import catalog, ijcnn1
 
 ROWS = {"train": 7, "test": 5}
 

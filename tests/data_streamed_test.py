@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bilevel_flax import data
-from bilevel_flax.diagnostics import thinned
+from bilevel_flax.data import subsample
 
 
 class Counted:
@@ -44,7 +44,7 @@ def test_it_reads_as_the_arrays_do():
     np.testing.assert_array_equal(data.gather(side, ids)["y"], np.arange(8.0).reshape(4, 2)[ids])
     assert (side.num_batches, side.batch_size, side.num_samples) == (4, 2, 8)
     assert side.streamed and side.weights.sum() == pytest.approx(1)
-    small = thinned(side, 2)
+    small = subsample(side, 2)
     assert not small.streamed
     np.testing.assert_array_equal(small.batches["x"], whole[[0, 3]])
 
@@ -81,7 +81,7 @@ def test_mistakes_are_named(dataset, error, says):
 
 
 def test_it_goes_to_the_device_in_one_piece_on_request():
-    from bilevel_flax.feed import Feed
+    from bilevel_flax.train.device_feed import Feed
 
     side = side_of(Counted(8))
     sampler = data.Sampler(side.num_batches, 0)

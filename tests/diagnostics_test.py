@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems import logistic, quadratics
@@ -96,35 +95,10 @@ def test_a_declared_per_sample_leaf_gives_what_a_dense_one_gives():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *found)
 
 
-def test_the_estimate_is_exact_with_all_minibatches(quadratic: Any):
-    solver = bf.soba(quadratic.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
-    variables = quadratic.random_variables(2)
-    state = solver.init(variables.inner, variables.outer).replace(adjoint=variables.adjoint)
-    sums = finite_sums(quadratic)
-    estimate = diagnostics.residual_estimator(quadratic.problem, *sums)
-    exact = diagnostics.adjoint_residual(quadratic.problem, variables, *sums)
-    assert float(estimate(state)) == pytest.approx(exact, rel=1e-6)
-
-
-def test_the_estimate_is_near_where_one_minibatch_is_all_noise():
-    source = quadratics(num_inner=300, num_outer=200, batch=2)
-    x = source.outer_params
-    exact = bf.Variables(source.z_star(x), source.v_star(x), x)
-    solver = bf.soba(source.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
-    state = solver.init(exact.inner, x)
-    sums = finite_sums(source)
-    estimate = diagnostics.residual_estimator(source.problem, *sums, batches=64)
-    _, info = jax.jit(solver.update)(state.replace(adjoint=exact.adjoint), source.batch(0, 0))
-    assert float(info.adjoint_residual) > 0.5
-    for share, most in ((1.0, 0.3), (0.0, 0.2)):
-        adjoint = jax.tree.map(lambda v, s=share: s * v, exact.adjoint)
-        assert abs(float(estimate(state.replace(adjoint=adjoint))) - (1 - share)) < most
-
-
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_the_held_minibatches_are_spread_and_whole(most: int):
     parts = data.partition({"a": np.arange(7.0)}, 2, shuffle=False)  # 4 minibatches, one padded
-    held = diagnostics.thinned(parts, most)
+    held = data.subsample(parts, most)
     assert held.num_batches == len(held.weights) == min(most, 4)
     assert held.weights.sum() == pytest.approx(1)
     assert held.ragged == parts.ragged

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel_flax import fingerprint
+from bilevel_flax.checkpoints import checksum as fingerprint
 
 
 @settings(max_examples=200, deadline=None)

@@ -17,10 +17,14 @@ from diagnostics_test import finite_sums
 from problems import quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import data, diagnostics, health, health_ranges, health_report, step_time, summary
-from bilevel_flax.loop import Loop
-from bilevel_flax.report import write_report
-from bilevel_flax.task import Start, Task
+from bilevel_flax import data, diagnostics
+from bilevel_flax.train import step_time, summary
+from bilevel_flax.train.health import monitor as health
+from bilevel_flax.train.health import thresholds as health_ranges
+from bilevel_flax.train.report import health as health_report
+from bilevel_flax.train.report.page import write_report
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.task import Start, Task
 
 
 @functools.cache

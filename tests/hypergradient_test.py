@@ -15,7 +15,8 @@ from jax.flatten_util import ravel_pytree
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import diagnostics, krylov
+from bilevel_flax import diagnostics
+from bilevel_flax.diagnostics import minres as krylov
 
 pytestmark = pytest.mark.usefixtures("x64")
 check = diagnostics.hypergradient_check

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Imported before the forks.
 import examples.mnist_hypercleaning.task  # noqa: F401
-from bilevel_flax import cli, train  # noqa: F401
+from bilevel_flax import cli  # noqa: F401
 
 CONFIG = "configs/mnist_hypercleaning.py:soba"
 

@@ -12,7 +12,7 @@ import pytest
 from problems import logistic
 
 import bilevel_flax as bf
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 from bilevel_flax.outer import lazy_adam, lazy_sgd
 
 ROWS = 6

@@ -14,10 +14,12 @@ import pytest
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import data, feed, train
+from bilevel_flax import data
 from bilevel_flax.base import Info
-from bilevel_flax.loop import Loop
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train import device_feed as feed
+from bilevel_flax.train import experiment as train
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.task import Start, Task
 
 STEPS = 25
 

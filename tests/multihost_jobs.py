@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bilevel_flax import distributed
-from bilevel_flax.checkpoint import Checkpointer
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
+from bilevel_flax.train import multihost as distributed
 
 SHAPES = {
     "z": (128, 48),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bilevel_flax import checkpoint_format, distributed
+from bilevel_flax.checkpoints import format as checkpoint_format
+from bilevel_flax.train import multihost as distributed
 
 HERE = Path(__file__).parent
 

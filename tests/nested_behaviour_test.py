@@ -17,7 +17,7 @@ from nested_test import NUM_INNER, NUM_OUTER, SIZE, Run, problem_of
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax.solvers import adjoints
+from bilevel_flax.solvers.nested import linear_solves as adjoints
 
 FIVE = {"inner_steps": 2, "adjoint_steps": 3}
 SERIES = FIVE | {"adjoint_step": 0.2}

@@ -12,7 +12,7 @@ import pytest
 import transcriptions
 
 import bilevel_flax as bf
-from bilevel_flax.solvers import adjoints
+from bilevel_flax.solvers.nested import linear_solves as adjoints
 
 STEPS = 50
 SIZE, NUM_INNER, NUM_OUTER = 4, 5, 3

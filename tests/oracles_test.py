@@ -15,7 +15,8 @@ from jax.flatten_util import ravel_pytree
 from problems import logistic
 
 import bilevel_flax as bf
-from bilevel_flax import oracles, rows
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
 from bilevel_flax.solvers.soba import directions
 
 EXACT = ("forward_over_reverse", "reverse_over_reverse")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from bilevel_flax import cli
-from bilevel_flax.config import ConfigError
 from bilevel_flax.plan import advice, flops, roofline, topology
 from bilevel_flax.plan.collectives import Collective
 from bilevel_flax.plan.step import out_of_memory
+from bilevel_flax.train.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 CLEANING = "configs/mnist_hypercleaning.py:soba"
@@ -29,10 +29,12 @@ KEYS = {
 BOTH = """
 import json, sys
 import jax
-from bilevel_flax import cli, config as configs, run_config
-from bilevel_flax.loop import Loop
+from bilevel_flax import cli
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import setup as run_config
+from bilevel_flax.train.step_runner import Loop
 from bilevel_flax.plan.collectives import collectives
-from bilevel_flax.run_mesh import make_layout
+from bilevel_flax.train.run_mesh import make_layout
 
 name, mesh, *overrides = sys.argv[1:]
 code = cli.main(

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import config as configs
-from bilevel_flax import data, run_config
-from bilevel_flax.config import ConfigError
-from bilevel_flax.config_diff import config_differences
-from bilevel_flax.solvers import tables
-from bilevel_flax.train import HARMLESS
+from bilevel_flax import data
+from bilevel_flax.solvers.memory import tables
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import setup as run_config
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.config_diff import config_differences
+from bilevel_flax.train.experiment import HARMLESS
 
 ROOT = Path(__file__).parent.parent
 HYPERCLEANING = str(ROOT / "configs" / "mnist_hypercleaning.py")

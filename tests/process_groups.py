@@ -25,7 +25,9 @@ import jax
 import optax  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 
-from bilevel_flax import checkpoint, cli, distributed, train  # noqa: F401
+from bilevel_flax import cli  # noqa: F401
+from bilevel_flax.checkpoints import checkpointer as checkpoint
+from bilevel_flax.train import multihost as distributed
 
 SECONDS = 120  # after which a process that hangs is killed; it has to show as a failure
 

@@ -13,15 +13,15 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bilevel_flax.curves import curve_figures, smooth
-from bilevel_flax.report import (
+from bilevel_flax.train.metrics import JsonlWriter
+from bilevel_flax.train.report.page import (
     Section,
     figure_section,
     gallery_section,
     table_section,
     write_report,
 )
-from bilevel_flax.writers import JsonlWriter
+from bilevel_flax.train.report.plots import curve_figures, smooth
 from examples.mnist_hypercleaning.report import load_learned, sections, write_suspicious_csv
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from bilevel_flax.checkpoint import Checkpointer
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
 
 
 def make_state(step: int) -> dict[str, np.ndarray]:

@@ -12,11 +12,11 @@ from sharding_problems import MINIBATCHES, largest_difference, setting, solver
 
 import bilevel_flax as bf
 from bilevel_flax import sharding
-from bilevel_flax.config import ConfigError
-from bilevel_flax.loop import Loop
 from bilevel_flax.plan.collectives import collectives
-from bilevel_flax.run_mesh import make_layout
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.run_mesh import make_layout
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.task import Start, Task
 
 
 def task_of(problem=None, rules=None) -> Task:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bilevel_flax.signals import SignalGuard
+from bilevel_flax.train.preemption import SignalGuard
 
 
 @pytest.fixture(autouse=True)

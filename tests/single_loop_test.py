@@ -10,7 +10,8 @@ import pytest
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import oracles, outer, rows
+from bilevel_flax import oracles, outer
+from bilevel_flax import per_sample as rows
 from bilevel_flax.solvers.soba import directions
 
 

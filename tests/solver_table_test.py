@@ -1,4 +1,6 @@
-from bilevel_flax import solver_table, solvers, thrifty
+from bilevel_flax import solvers
+from bilevel_flax.solvers import cheap_steps as thrifty
+from bilevel_flax.solvers import table as solver_table
 
 
 def test_every_method_has_one_row():

@@ -12,8 +12,8 @@ import pytest
 from problems import logistic
 
 import bilevel_flax as bf
-from bilevel_flax.checkpoint import Checkpointer
-from bilevel_flax.solvers import tables
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
+from bilevel_flax.solvers.memory import tables
 
 OPTIMISERS = {"inner": optax.sgd(0.3), "outer": optax.sgd(0.5)}
 COUNTS = {"num_inner_batches": 4, "num_outer_batches": 3}

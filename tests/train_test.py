@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bilevel_flax import checkpoint_format, config, train, workdirs
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.checkpoints import format as checkpoint_format
+from bilevel_flax.train import config
+from bilevel_flax.train import experiment as train
+from bilevel_flax.train import workdir as workdirs
+from bilevel_flax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "mnist_hypercleaning.py")

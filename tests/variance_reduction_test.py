@@ -18,8 +18,8 @@ from problems import logistic
 
 import bilevel_flax as bf
 from bilevel_flax.base import NEVER
-from bilevel_flax.solvers.saga_memory import settled
-from bilevel_flax.solvers.spaba import geometric_schedule
+from bilevel_flax.contrib.spaba import geometric_schedule
+from bilevel_flax.solvers.memory.saga import settled
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from bilevel_flax.writers import JsonlWriter, MultiWriter, TensorBoardWriter, read_metrics
+from bilevel_flax.train.metrics import JsonlWriter, MultiWriter, TensorBoardWriter, read_metrics
 
 
 def write_steps(path, steps):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 
 
 def claim(out: Path, content: Mapping[str, Any]) -> None:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import optax
 
 import bilevel_flax
-from bilevel_flax import config as configs
 from bilevel_flax.base import BilevelSolver
+from bilevel_flax.bench import plain_training as inner_only
 from bilevel_flax.bench.tasks import BenchTask, Setting
-from bilevel_flax.solvers import inner_only
+from bilevel_flax.train import config as configs
 
 
 class Decay(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 from bilevel_flax.base import BilevelSolver, PyTree, TrainState
 from bilevel_flax.bench.results import DIVERGED, FINISHED, Key, Row
 from bilevel_flax.bench.tasks import BenchTask
-from bilevel_flax.config import ConfigError
-from bilevel_flax.loop import Loop
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.step_runner import Loop
 
 _FIRST_EVALUATION = 1 / 500  # of the budget
 

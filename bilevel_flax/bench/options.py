@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bilevel_flax.bench import methods, tasks
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 RHOS = tuple(2.0**k for k in range(-5, 4))

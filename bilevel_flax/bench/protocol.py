@@ -19,7 +19,7 @@ from bilevel_flax.bench.options import CLOCKS, Options, grid
 from bilevel_flax.bench.results import DIVERGED, SCREENED, Key, Row, Runs, params_text
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import BenchTask, Context
-from bilevel_flax.config import imported
+from bilevel_flax.train.config import imported
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> Any:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bilevel_flax import report
 from bilevel_flax.bench.results import DIVERGED, Row, Runs, score, time_below
 from bilevel_flax.bench.tasks import BenchTask
-from bilevel_flax.curves import COLOURS, PERCENT, as_title, is_rate, new_figure
-from bilevel_flax.report_sections import figure_html, note_html
+from bilevel_flax.train.report import page as report
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, as_title, is_rate, new_figure
+from bilevel_flax.train.report.sections import figure_html, note_html
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
 _POINTS = 200

@@ -9,7 +9,7 @@ from bilevel_flax.bench import methods, one_run, searches, steps
 from bilevel_flax.bench.options import CLOCKS
 from bilevel_flax.bench.results import FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.tasks import BenchTask
-from bilevel_flax.loop import Loop
+from bilevel_flax.train.step_runner import Loop
 
 # A pair of a grid is judged by the end of its run.
 _EVALUATIONS, _SCREENING_EVALUATIONS = 40, 4

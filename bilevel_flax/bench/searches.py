@@ -30,9 +30,9 @@ import numpy as np
 from bilevel_flax.base import TrainState
 from bilevel_flax.bench.one_run import Run
 from bilevel_flax.bench.results import DIVERGED, Row
+from bilevel_flax.bench.search_baselines import grid_search, random_search
 from bilevel_flax.bench.tasks import BenchTask
-from bilevel_flax.config import ConfigError
-from bilevel_flax.solvers.search import grid_search, random_search
+from bilevel_flax.train.config import ConfigError
 
 _CANDIDATES = 30
 

@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 import optax
 
 import bilevel_flax
-from bilevel_flax import config as configs
+from benchmarks.tasks.tuned import TUNED
 from bilevel_flax.base import TrainState
-from bilevel_flax.bench.tuned import TUNED
-from bilevel_flax.task import Task
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.task import Task
 
 # Names on the command line, and the function that makes each: `make(name, context) -> BenchTask`.
 TASKS = {
-    "quadratics": "bilevel_flax.bench.quadratics:make",
+    "quadratics": "benchmarks.tasks.quadratics:make",
     "breast_cancer": "examples.hyperparameter_selection.bench:make",
     "ijcnn1": "examples.hyperparameter_selection.bench:make",
     "covtype": "examples.hyperparameter_selection.bench:make",
     "covtype10k": "examples.hyperparameter_selection.bench:make",
-    "mnist_hypercleaning": "bilevel_flax.bench.hypercleaning:make",
-    "mnist_hypercleaning_p70": "bilevel_flax.bench.hypercleaning:make",
-    "mnist_hypercleaning_p90": "bilevel_flax.bench.hypercleaning:make",
+    "mnist_hypercleaning": "benchmarks.tasks.hypercleaning:make",
+    "mnist_hypercleaning_p70": "benchmarks.tasks.hypercleaning:make",
+    "mnist_hypercleaning_p90": "benchmarks.tasks.hypercleaning:make",
 }
 # Tasks with a protocol, and columns, of their own: `run(options, say)`.
 PROTOCOLS = {"darts_micro": "examples.darts.bench:run"}

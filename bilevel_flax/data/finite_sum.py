@@ -164,3 +164,26 @@ def _checked_batch_size(batch_size: int, n: int) -> int:
             f"{'use 1 or more' if batch_size < 1 else f'use {n} or fewer'}"
         )
     return int(batch_size)
+
+
+def subsample(side: FiniteSum, most: int) -> FiniteSum:
+    """At most `most` of the minibatches, evenly spaced: always the same ones.
+
+    Args:
+        side: all of them.
+        most: >= 1. A padded last minibatch is among them only if all are.
+
+    Returns:
+        A `FiniteSum` of its own, whose shares sum to 1.
+    """
+    if side.num_batches <= most:
+        return side
+    # A padded minibatch would count its examples twice.
+    ids = np.linspace(0, side.num_batches - 1 - side.ragged, most).astype(int)
+    return FiniteSum(
+        jax.tree.map(lambda leaf: leaf[ids], side.batches),
+        side.weights[ids] / side.weights[ids].sum(),
+        len(ids) * side.batch_size,
+        len(ids),
+        side.batch_size,
+    )

@@ -20,12 +20,7 @@ pays for a quantity that it does not use.
 """
 
 from bilevel_flax.base import Oracles
-from bilevel_flax.oracles.evaluation import Evaluation, evaluate, evaluate_all
-from bilevel_flax.oracles.forward import FORWARD_UNITS, evaluate_forward, inner_grad_and_cross
-from bilevel_flax.oracles.leaves import is_inexact, split, uses
-from bilevel_flax.oracles.less import evaluate_block, evaluate_inner
-from bilevel_flax.oracles.linear import Components, check_linear, evaluate_linear, plus
-from bilevel_flax.oracles.pieces import (
+from bilevel_flax.oracles.derivatives import (
     cross_jvp,
     directional,
     hvp,
@@ -37,6 +32,11 @@ from bilevel_flax.oracles.pieces import (
     outer_value_and_grads,
     unrolled_value_and_grad,
 )
+from bilevel_flax.oracles.evaluate import Evaluation, evaluate, evaluate_all
+from bilevel_flax.oracles.forward import FORWARD_UNITS, evaluate_forward, inner_grad_and_cross
+from bilevel_flax.oracles.less import evaluate_block, evaluate_inner
+from bilevel_flax.oracles.residual_codes import Components, check_linear, evaluate_linear, plus
+from bilevel_flax.tree import is_inexact, split, uses
 
 __all__ = [
     "FORWARD_UNITS",

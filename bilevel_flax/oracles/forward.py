@@ -11,11 +11,11 @@ import jax
 
 from bilevel_flax.base import Batch, Oracles, Problem, Variables
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.evaluation import Evaluation
-from bilevel_flax.oracles.leaves import split
+from bilevel_flax.oracles.derivatives import outer_grads
+from bilevel_flax.oracles.evaluate import Evaluation
 from bilevel_flax.oracles.microbatches import accumulated
-from bilevel_flax.oracles.pieces import outer_grads
 from bilevel_flax.oracles.products import check_adjoint
+from bilevel_flax.tree import split
 
 # Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
 FORWARD_UNITS = 5 / 3

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Variables
-from bilevel_flax.oracles.evaluation import Evaluation, merged
-from bilevel_flax.oracles.leaves import is_inexact
-from bilevel_flax.oracles.pieces import inner_products, inner_value_and_grad, outer_value_and_grads
+from bilevel_flax.oracles.derivatives import (
+    inner_products,
+    inner_value_and_grad,
+    outer_value_and_grads,
+)
+from bilevel_flax.oracles.evaluate import Evaluation, merged
+from bilevel_flax.tree import is_inexact
 
 
 def _block(batch: PyTree, block: jax.Array, parts: int) -> tuple[PyTree, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
-from bilevel_flax.oracles.leaves import is_inexact, split
+from bilevel_flax.tree import is_inexact, split
 
 
 class _NotHere:

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree, Rows
-from bilevel_flax.oracles.leaves import is_inexact
-from bilevel_flax.rows import is_rows
+from bilevel_flax.per_sample import is_rows
+from bilevel_flax.tree import is_inexact
 
 
 def accumulated(

@@ -9,10 +9,10 @@ from bilevel_flax.outer.data_mixture import (
     network_weights,
     select,
 )
-from bilevel_flax.outer.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.meta_weight_net import meta_weight_net
-from bilevel_flax.outer.normalized import normalized_sgd
-from bilevel_flax.outer.robust import robust_sgd
+from bilevel_flax.outer.optimisers.lazy import lazy_adam, lazy_sgd
+from bilevel_flax.outer.optimisers.normalized import normalized_sgd
+from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 
 
 def mean(node: Any, leaf: jax.Array, size: Callable[[jax.Array], jax.Array]) -> jax.Array:

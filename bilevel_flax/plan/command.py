@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 
 
 class Options(NamedTuple):
@@ -71,10 +71,10 @@ def _elsewhere(options: Options, count: int) -> int:
 
 def make(options: Options, wanted: Any) -> dict[str, Any]:
     """The plan as one object; see docs/plan.md for its keys."""
-    from bilevel_flax import config as configs
     from bilevel_flax import sharding
     from bilevel_flax.plan import advice, memory, roofline, step, topology
     from bilevel_flax.plan.collectives import by_kind
+    from bilevel_flax.train import config as configs
 
     config = configs.load(options.config, options.overrides)
     text = options.mesh or config.get("mesh") or f"data={wanted.count}"

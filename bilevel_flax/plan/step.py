@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax import config as configs
-from bilevel_flax import oracles, run_config, sharding
+from bilevel_flax import oracles, sharding
 from bilevel_flax.base import Batch, BilevelSolver, Problem, TrainState
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.plan import flops as flop_count
 from bilevel_flax.plan.collectives import Collective, instructions
 from bilevel_flax.sharding.context import in_mesh
-from bilevel_flax.task import Task
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import setup as run_config
+from bilevel_flax.train.task import Task
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 GIB = 2**30
 

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from bilevel_flax import oracles, rows
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import whole
@@ -36,7 +37,7 @@ from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
-from bilevel_flax.single_loop import norm
+from bilevel_flax.tree import norm
 
 _EVERYWHERE = PartitionSpec()
 _BY_EXAMPLE = PartitionSpec(BATCH_AXES)

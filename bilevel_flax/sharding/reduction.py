@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from bilevel_flax import oracles, rows
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import PyTree, Variables
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState
 from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share
 from bilevel_flax.sharding.rules import param_specs, path_name

@@ -1,50 +1,23 @@
-"""The methods, one a file."""
+"""The methods, one a file; `contrib` has those that they are compared with."""
 
-from bilevel_flax.solvers.amigo import amigo
-from bilevel_flax.solvers.bsa import bsa
-from bilevel_flax.solvers.bsg import bsg, bsgo
-from bilevel_flax.solvers.darts import darts1, darts2
-from bilevel_flax.solvers.f2sa import f2sa
-from bilevel_flax.solvers.fsla import fsla
-from bilevel_flax.solvers.implicit import implicit
-from bilevel_flax.solvers.inner_only import inner_only
-from bilevel_flax.solvers.masoba import masoba
-from bilevel_flax.solvers.mrbo import mrbo
+from bilevel_flax.solvers.auto import auto
+from bilevel_flax.solvers.nested import amigo, f2sa, implicit, stocbio, unrolled
 from bilevel_flax.solvers.saba import saba
-from bilevel_flax.solvers.search import grid_search, random_search
+from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.soba import soba
-from bilevel_flax.solvers.spaba import spaba
 from bilevel_flax.solvers.srba import srba
-from bilevel_flax.solvers.stocbio import stocbio
 from bilevel_flax.solvers.storm import storm
-from bilevel_flax.solvers.sustain import sustain
-from bilevel_flax.solvers.ttsa import ttsa
-from bilevel_flax.solvers.unrolled import unrolled
-from bilevel_flax.solvers.vrbo import vrbo
 
 __all__ = [
     "amigo",
-    "bsa",
-    "bsg",
-    "bsgo",
-    "darts1",
-    "darts2",
+    "auto",
     "f2sa",
-    "fsla",
-    "grid_search",
     "implicit",
-    "inner_only",
-    "masoba",
-    "mrbo",
-    "random_search",
     "saba",
+    "single_loop",
     "soba",
-    "spaba",
     "srba",
     "stocbio",
     "storm",
-    "sustain",
-    "ttsa",
     "unrolled",
-    "vrbo",
 ]

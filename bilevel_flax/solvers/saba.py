@@ -33,19 +33,16 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bilevel_flax import oracles, rows
-from bilevel_flax.base import (
-    NEVER,
-    Batch,
-    BilevelSolver,
-    Estimator,
-    Oracles,
-    Problem,
-    PyTree,
-)
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import NEVER, Batch, BilevelSolver, Estimator, Oracles, Problem, PyTree
 from bilevel_flax.checks import check_partition, warn_unless_finite_sum
-from bilevel_flax.single_loop import RowTransformation, single_loop
-from bilevel_flax.solvers import components, running, saga_memory, tables
+from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers.memory import averages as running
+from bilevel_flax.solvers.memory import residual_codes as components
+from bilevel_flax.solvers.memory import saga as saga_memory
+from bilevel_flax.solvers.memory import tables
+from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.soba import directions
 
 _TABLE_DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))

@@ -22,10 +22,10 @@ from typing import Any
 import jax
 import optax
 
-from bilevel_flax import rows
+from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
 from bilevel_flax.oracles import Oracles
-from bilevel_flax.single_loop import single_loop
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 def directions(found: Oracles) -> Variables:

@@ -33,8 +33,9 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
 from bilevel_flax.checks import check_count, check_partition, warn_unless_finite_sum
-from bilevel_flax.single_loop import RowTransformation, single_loop
-from bilevel_flax.solvers import running
+from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers.memory import averages as running
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 @struct.dataclass

@@ -16,11 +16,11 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError, resolve
-from bilevel_flax.loop import Loop
+from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.outer.augmentation import Policy
-from bilevel_flax.solvers.inner_only import inner_only
-from bilevel_flax.workdirs import read_json, write_json
+from bilevel_flax.train.config import ConfigError, resolve
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.workdir import read_json, write_json
 from examples.augmentation import compared
 from examples.augmentation.examples import Examples
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax import data
-from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.outer import augmentation
+from bilevel_flax.train.config import ConfigError, nearest
 from examples.augmentation.examples import Examples
+from examples.datasets import sources
 
 # Amounts are uniform in ± these, in the operations' units.
 PLANTED = {
@@ -47,7 +47,7 @@ def load(config: Any) -> Examples:
         )
     name = config.data.name
     splits = config.data.splits or SPLITS.get(name, OTHER_SPLITS)
-    images = data.load(
+    images = sources.load(
         name,
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 from examples.mnist_hypercleaning.model import CNN, MLP, Linear
 
 _FRAME, _HOP = 32, 8  # samples

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_flax.curves import COLOURS, PERCENT, new_figure
-from bilevel_flax.report import Section, figure_section, gallery_section, table_section
-from bilevel_flax.workdirs import read_json
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.train.metrics import read_metrics
+from bilevel_flax.train.report.page import Section, figure_section, gallery_section, table_section
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
+from bilevel_flax.train.workdir import read_json
 
 _LABELS = {
     "none": "no augmentation",

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax.config import ConfigError
 from bilevel_flax.outer import augmentation
+from bilevel_flax.train.config import ConfigError
 from examples.augmentation.examples import Examples, Part
 
 LENGTH, CHANNELS = 128, 2

@@ -27,7 +27,6 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
 from bilevel_flax.outer.augmentation import (
     IMAGE_OPERATIONS,
     SIGNAL_OPERATIONS,
@@ -35,7 +34,8 @@ from bilevel_flax.outer.augmentation import (
     image_policy,
     signal_policy,
 )
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.task import Start, Task
 from examples.augmentation import baselines, images, signals
 from examples.augmentation.examples import Examples, Part
 from examples.augmentation.model import make_model

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bilevel_flax import config as configs
-from bilevel_flax import train
 from bilevel_flax.outer.augmentation import image_policy
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import experiment as train
 from examples.augmentation import compared, images, signals, task
 
 CONFIG = Path(__file__).parents[2] / "configs" / "augmentation.py"

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from bilevel_flax import report
 from bilevel_flax.bench import folder
 from bilevel_flax.bench.options import Options
-from bilevel_flax.config import ConfigError
-from bilevel_flax.curves import COLOURS, new_figure
-from bilevel_flax.report_sections import Section, figure_section, table_section
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.report import page as report
+from bilevel_flax.train.report.plots import COLOURS, new_figure
+from bilevel_flax.train.report.sections import Section, figure_section, table_section
 from examples.darts import micro_methods, micro_scores, micro_table
 from examples.darts.micro_run import Searcher
 from examples.darts.micro_search import make_search

@@ -13,8 +13,8 @@ from jax import lax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError, load
-from bilevel_flax.loop import Loop
+from bilevel_flax.train.config import ConfigError, load
+from bilevel_flax.train.step_runner import Loop
 from examples.darts import augment, training
 from examples.darts.cells import CONVOLUTIONS, SEPARABLE, mixed, normalized, quarters
 from examples.darts.depthwise import depthwise

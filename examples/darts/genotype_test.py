@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 from examples.darts import draw, genotype
 from examples.darts.genotype import EDGES, OPERATIONS
 

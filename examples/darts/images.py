@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
+from examples.datasets import sources
 
 
 class Part(NamedTuple):
@@ -44,7 +45,7 @@ def load_images(config: Any) -> Images:
         ConfigError: splits that leave a part empty.
         ValueError: the data is not there.
     """
-    found = data.load(
+    found = sources.load(
         config.data.name,
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel_flax import data
+from examples.datasets import sources
 
 SIDE = 14
 
@@ -27,7 +27,7 @@ def small(images: np.ndarray) -> np.ndarray:
 @functools.cache
 def all_digits() -> Digits:
     """The 5,000 digits of mnist5k (from MNIST's training part), before standardising."""
-    found = data.load("mnist5k", splits=(5000, 0, 0))
+    found = sources.load("mnist5k", splits=(5000, 0, 0))
     return Digits(small(found.train_images), found.train_labels)
 
 
@@ -41,7 +41,7 @@ def test_digits(manual_dir: str | None, data_dir: str | None = None) -> Digits:
     Raises:
         ValueError: the files are not there, or damaged.
     """
-    found = data.load("mnist", manual_dir=manual_dir, data_dir=data_dir, splits=(1, 0, 10_000))
+    found = sources.load("mnist", manual_dir=manual_dir, data_dir=data_dir, splits=(1, 0, 10_000))
     return Digits(small(found.test_images), found.test_labels)
 
 

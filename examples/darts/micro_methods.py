@@ -10,7 +10,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax.base import BilevelSolver, Problem
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 PLAIN_STEPS = 500
 BUDGET = 2 * PLAIN_STEPS

@@ -11,8 +11,8 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.failures import Diverged
 from bilevel_flax.outer import architecture
+from bilevel_flax.train.errors import Diverged
 from examples.darts import micro_methods
 from examples.darts.micro_search import CELL, Search
 from examples.darts.micro_space import OPERATIONS, Genotype, check

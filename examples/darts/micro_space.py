@@ -14,7 +14,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 from examples.darts.operations import NAS_BENCH_201
 
 EDGES = ((0, 1), (1, 2), (2, 3), (0, 3))

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 import bilevel_flax as bf
-from bilevel_flax.config import ConfigError, nearest
-from bilevel_flax.curves import COLOURS, PERCENT, new_figure
 from bilevel_flax.outer import architecture
-from bilevel_flax.report_sections import Section, figure_section, table_section
-from bilevel_flax.task import Start, Task
-from bilevel_flax.workdirs import read_json, write_json
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.metrics import read_metrics
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
+from bilevel_flax.train.report.sections import Section, figure_section, table_section
+from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.workdir import read_json, write_json
 from examples.darts import micro_methods, micro_scores, micro_table
 from examples.darts.micro_network import MicroNetwork
 from examples.darts.micro_run import derive

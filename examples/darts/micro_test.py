@@ -12,10 +12,11 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import bench, workdirs
-from bilevel_flax.config import ConfigError, load, plain
-from bilevel_flax.solvers import inner_only
-from bilevel_flax.train import HARMLESS
+from bilevel_flax import bench
+from bilevel_flax.bench import plain_training as inner_only
+from bilevel_flax.train import workdir as workdirs
+from bilevel_flax.train.config import ConfigError, load, plain
+from bilevel_flax.train.experiment import HARMLESS
 from examples.darts import bench as darts_bench
 from examples.darts import micro_data, micro_methods, micro_run, micro_scores
 from examples.darts import micro_search as searching

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 from examples.darts.cells import SearchCell, fan_in, normalized
 from examples.darts.genotype import CELLS, EDGES, OPERATIONS
 from examples.darts.operations import Convolution

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 
 
 def make_optimizer(

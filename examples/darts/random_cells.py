@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_flax.config import ConfigError
-from bilevel_flax.workdirs import read_json, write_json
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.workdir import read_json, write_json
 from examples.darts.genotype import random_genotype
 from examples.darts.images import Images
 from examples.darts.retrain import run, say

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bilevel_flax.curves import COLOURS, PERCENT, new_figure
-from bilevel_flax.report import Section, figure_section, table_section
-from bilevel_flax.workdirs import read_json
+from bilevel_flax.train.report.page import Section, figure_section, table_section
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
+from bilevel_flax.train.workdir import read_json
 from examples.darts import draw, genotype
 from examples.darts.shares import read_shares
 

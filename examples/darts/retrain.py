@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel_flax import config as configs
+from bilevel_flax.train import config as configs
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
 from examples.darts.training import make_network, train_seeds

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel_flax.outer import architecture
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.train.metrics import read_metrics
 from examples.darts import genotype
 from examples.darts.shares import read_shares
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.train.metrics import read_metrics
 from examples.darts import genotype
 
 PREFIX = "_share/"  # for the files alone, see `Task.evaluate`

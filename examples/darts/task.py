@@ -26,9 +26,9 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError, nearest
 from bilevel_flax.outer import architecture
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.task import Start, Task
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
 from examples.darts.network import SearchNetwork, Stack, make_stack, search_parameters

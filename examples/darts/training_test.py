@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bilevel_flax.config import ConfigError, load
+from bilevel_flax.train.config import ConfigError, load
 from examples.darts import genotype, random_cells, retrain, training
 from examples.darts.images import Images, Part
 

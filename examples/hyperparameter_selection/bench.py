@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
-from bilevel_flax.config import ConfigError
+from bilevel_flax.train.config import ConfigError
 from examples.hyperparameter_selection import exact, features, optimizers, task
 
 START = -3.0

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bilevel_flax.config import ConfigError, nearest
-from bilevel_flax.data import catalog, ijcnn1
+from bilevel_flax.train.config import ConfigError, nearest
+from examples.datasets import catalog, ijcnn1
 from examples.hyperparameter_selection.exact import Data
 
 NAMES = ("breast_cancer", "ijcnn1", "covtype", "covtype10k")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from bilevel_flax.config import ConfigError
-from bilevel_flax.data import catalog
+from bilevel_flax.train.config import ConfigError
+from examples.datasets import catalog
 from examples.hyperparameter_selection import exact, features
 
 SHAPE = (581_012, 54)

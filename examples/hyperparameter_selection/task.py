@@ -23,8 +23,8 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.task import Start, Task
 from examples.hyperparameter_selection import exact, features
 
 

@@ -9,11 +9,12 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import cli, config
+from bilevel_flax import cli
 from bilevel_flax.bench import tasks as bench_tasks
 from bilevel_flax.bench.tasks import Context, Setting
-from bilevel_flax.data import catalog, ijcnn1
-from bilevel_flax.loop import Loop
+from bilevel_flax.train import config
+from bilevel_flax.train.step_runner import Loop
+from examples.datasets import catalog, ijcnn1
 from examples.hyperparameter_selection import bench, exact, features, optimizers, task
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "hyperparameter_selection.py")

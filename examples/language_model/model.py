@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

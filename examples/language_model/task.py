@@ -23,10 +23,10 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
-from bilevel_flax.report_sections import Section, table_section
-from bilevel_flax.task import Start, Task
-from bilevel_flax.workdirs import read_json
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.report.sections import Section, table_section
+from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.workdir import read_json
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
 

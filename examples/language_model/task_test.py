@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax.config import ConfigError
 from bilevel_flax.sharding import param_specs
+from bilevel_flax.train.config import ConfigError
 from examples.language_model import text
 from examples.language_model.model import RULES, SIZES, Decoder, make_model, rotated
 from examples.language_model.task import adamw, make_problem

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 import bilevel_flax
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 # Domain -> file, in the folder `text` of BILEVEL_FLAX_DATA.
 FILES = {

@@ -18,8 +18,9 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import oracles
-from bilevel_flax.freezing import frozen_unless
-from bilevel_flax.single_loop import init_state, norm
+from bilevel_flax.solvers.freezing import frozen_unless
+from bilevel_flax.solvers.single_loop import init_state
+from bilevel_flax.tree import norm
 
 
 def gradient_alignment(

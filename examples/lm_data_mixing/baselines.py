@@ -24,11 +24,11 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.auto import decay_to_zero
-from bilevel_flax.config import resolve
 from bilevel_flax.data import draws
-from bilevel_flax.loop import Loop
-from bilevel_flax.workdirs import read_json, write_json
+from bilevel_flax.solvers.auto import decay_to_zero
+from bilevel_flax.train.config import resolve
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.workdir import read_json, write_json
 from examples.language_model.model import Decoder
 from examples.language_model.task import adam_directions, nats_of, warmup_cosine
 from examples.lm_data_mixing import classifier

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel_flax.curves import COLOURS, new_figure
-from bilevel_flax.report_sections import Section, figure_section, table_section
-from bilevel_flax.workdirs import read_json
-from bilevel_flax.writers import read_metrics
+from bilevel_flax.train.metrics import read_metrics
+from bilevel_flax.train.report.plots import COLOURS, new_figure
+from bilevel_flax.train.report.sections import Section, figure_section, table_section
+from bilevel_flax.train.workdir import read_json
 
 LABELS = {
     "soba": "learned mixture",

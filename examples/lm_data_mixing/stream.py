@@ -13,8 +13,8 @@ import grain
 import numpy as np
 
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
 from bilevel_flax.data import draws
+from bilevel_flax.train.config import ConfigError
 
 _BLOCK = 16  # windows that stay together, so that held-out text is not a neighbour of F's
 _STREAM = 11  # keeps the deal apart from a run's other draws

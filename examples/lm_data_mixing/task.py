@@ -23,8 +23,8 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError, nearest
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.task import Start, Task
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
 from examples.language_model.task import nats_of

@@ -15,12 +15,12 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import config as configs
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
 from bilevel_flax.data import draws
-from bilevel_flax.loop import Loop
 from bilevel_flax.outer.data_mixture import comb
+from bilevel_flax.train import config as configs
+from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.step_runner import Loop
 from examples.lm_data_mixing import baselines, classifier, report, stream, task
 from examples.lm_data_mixing.alignment import gradient_alignment
 

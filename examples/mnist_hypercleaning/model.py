@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 
 class Linear(nn.Module):

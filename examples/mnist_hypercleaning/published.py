@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError
-from bilevel_flax.data import originals
+from bilevel_flax.train.config import ConfigError
+from examples.datasets import originals
 from examples.mnist_hypercleaning.task import SPLITS, Examples
 
 _SEED = 32

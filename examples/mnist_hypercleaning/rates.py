@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from bilevel_flax.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest
 
 # Peak steps of z, as one would take them for the same network without weights.
 INNER = {

@@ -21,8 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bilevel_flax.curves import COLOURS, PERCENT, new_figure
-from bilevel_flax.report import Section, figure_section, gallery_section
+from bilevel_flax.train.report.page import Section, figure_section, gallery_section
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from examples.mnist_hypercleaning import ranking
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]

@@ -28,8 +28,9 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.config import ConfigError, nearest
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.task import Start, Task
+from examples.datasets import sources
 from examples.mnist_hypercleaning import baselines, report
 from examples.mnist_hypercleaning.model import Linear, error, losses, make_model
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
@@ -88,7 +89,7 @@ def load_examples(config: Any) -> Examples:
     """
     name = config.data.name
     splits = config.data.splits or (None if name == "mnist5k" else SPLITS)
-    images = data.load(
+    images = sources.load(
         name,
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_flax import config as configs
-from bilevel_flax import train
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import experiment as train
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import StridedConv
 from examples.mnist_hypercleaning.rates import inner_optimizer

@@ -73,7 +73,9 @@ def child(workdir: Path, arguments: list[str], devices: int, flags: Flags | None
     try:
         import jax
 
-        from bilevel_flax import checkpoint_together, cli, loop
+        from bilevel_flax import cli
+        from bilevel_flax.checkpoints import collective as checkpoint_together
+        from bilevel_flax.train import step_runner as loop
 
         with workdir.with_suffix(".log").open("a") as file:
             os.dup2(file.fileno(), 1)
@@ -147,7 +149,7 @@ def fingerprint(workdir: Path, steps: int) -> str:
     if pid == 0:
         from etils import epath
 
-        from bilevel_flax import checkpoint_format
+        from bilevel_flax.checkpoints import format as checkpoint_format
 
         path = epath.Path(workdir / "checkpoints" / str(steps))
         _, records = checkpoint_format.read_document(path, steps)
@@ -252,7 +254,7 @@ def main() -> int:
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
         import tests.faults.small_run  # noqa: F401  imported once, before the forks
-        from bilevel_flax import cli, train  # noqa: F401
+        from bilevel_flax import cli  # noqa: F401
 
         draw = random.Random(options.seed)
         found = {}

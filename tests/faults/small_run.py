@@ -17,7 +17,7 @@ from ml_collections import config_dict
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.task import Start, Task
+from bilevel_flax.train.task import Start, Task
 
 
 def get_config(solver: str = "srba") -> ml_collections.ConfigDict:

@@ -1,0 +1,1 @@
+"""The tasks of the bench that need more than the package."""

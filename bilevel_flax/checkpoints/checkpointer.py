@@ -1,0 +1,304 @@
+"""Checkpoints: a state and its metadata, saved together, verified when read.
+
+One directory holds the newest `keep` checkpoints, in Orbax's format and readable with Orbax alone:
+
+    <directory>/<step>/     one checkpoint (`checkpoint_format`)
+    <directory>/damaged/    what `restore` found unreadable or altered, moved aside
+
+A save writes into a temporary directory that is renamed when complete, so a killed or failed save
+leaves nothing that looks like a checkpoint. What is lost or altered on the disk afterwards is found
+by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
+
+With many processes (`distributed.start`) every process makes the same calls and writes and reads
+its own shards, in a directory that all of them see. What was saved by one number of processes, on
+one mesh, is restored by any other: the template's shardings decide.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+
+from bilevel_flax.checkpoints import checksum as fingerprint
+from bilevel_flax.checkpoints import collective as checkpoint_together
+from bilevel_flax.checkpoints import directory as checkpoint_search
+from bilevel_flax.checkpoints import format as checkpoint_format
+from bilevel_flax.checkpoints import shards as checkpoint_leaves
+from bilevel_flax.checkpoints.format import CheckpointError, CheckpointMismatch, quiet_orbax, reason
+from bilevel_flax.train import multihost as distributed
+
+__all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
+
+_T = TypeVar("_T")
+_logger = logging.getLogger("bilevel_flax")
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore` found."""
+
+    state: Any  # structure, dtypes and shardings of the template
+    meta: dict[str, Any]  # as handed to `save`, after a round trip through JSON
+    step: int
+
+
+class Checkpointer:
+    """Saves a state and its metadata, and restores the newest checkpoint that is sound.
+
+    Args:
+        directory: where the checkpoints go; made if it does not exist. Any path that Orbax takes.
+        keep: how many checkpoints to keep, the newest; with 1 there is none to fall back to.
+        asynchronous: write in a background thread; `save` then blocks for a copy to host memory
+            (which is kept for the next one), and for the save before it if that still runs.
+        on_event: called with one line of text for everything that a user should know (a failed
+            save, a damaged checkpoint), possibly from the background thread. Default: a warning of
+            the logger `bilevel_flax`.
+        read_only: only read: nothing is made, moved or deleted, and `save` is refused. For programs
+            that look into the directory of a running training.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        CheckpointError: the directory cannot be made or written to.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> state = {"w": jnp.arange(3.0)}
+        >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+        ...     checkpointer.save(10, state, {"epoch": 1})
+        ...     restored = checkpointer.restore(state)
+        >>> restored.step, restored.meta, restored.state["w"].tolist()
+        (10, {'epoch': 1}, [0.0, 1.0, 2.0])
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        asynchronous: bool = True,
+        on_event: Callable[[str], Any] | None = None,
+        read_only: bool = False,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept.")
+        self._directory = checkpoint_search.absolute(directory)
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._on_event = on_event or _logger.warning
+        self._read_only = read_only
+        self._copies: dict[str, np.ndarray | jax.Array] = {}
+        self._channels: dict[str, distributed.Channel] = {}
+        self._worker: ThreadPoolExecutor | None = None
+        self._running: tuple[int, Future[None]] | None = None
+        self._failure: CheckpointError | None = None
+        if not read_only:
+            checkpoint_search.make_directory(self._directory)
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Saves a checkpoint; the state may be donated as soon as this returns.
+
+        A failing write (a full disk) does not stop the training: it is reported through `on_event`,
+        earlier checkpoints stay, and the next `save` tries anew. `wait` and `close` raise if the
+        last save failed, as does `save` itself with `asynchronous=False`.
+
+        Args:
+            step: the step that the state has reached; above that of every checkpoint there is.
+            state: any pytree of jax or NumPy arrays; typed PRNG keys are arrays too.
+            meta: anything that JSON holds (tuples become lists): config, data position, progress.
+
+        Raises:
+            TypeError: a leaf of the state is not an array (it is named), or `meta` is not JSON.
+            ValueError: `step` is not above the latest, or a leaf has been donated.
+            CheckpointError: the save failed, with `asynchronous=False`; or `read_only`.
+        """
+        if self._read_only:
+            raise CheckpointError(f"step={step}: this Checkpointer was opened with read_only=True.")
+        # Joined first: were the save before this one to fail, its step would be free again.
+        self._join()
+        step = int(step)
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"step={step}: {str(self._directory)!r} has a checkpoint of step {latest} already; "
+                "the steps saved must increase (see latest_step())."
+            )
+        plain = checkpoint_format.plain_json(meta)
+        arrays, records = checkpoint_leaves.host_copy(state, self._copies)
+        self._copies = arrays
+        channel = self._channel("write")
+        self._failure = None
+        # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
+        # asyncio, or gives up.
+        self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running = (
+            step,
+            self._worker.submit(self._write, channel, step, arrays, records, plain),
+        )
+        if not self._asynchronous:
+            self.wait()
+
+    def _write(
+        self,
+        channel: distributed.Channel,
+        step: int,
+        arrays: dict[str, np.ndarray | jax.Array],
+        records: dict[str, fingerprint.Record],
+        meta: dict[str, Any],
+    ) -> None:
+        try:
+            with quiet_orbax():
+                checkpoint_together.write(
+                    self._directory, step, arrays, records, meta, self._keep, channel
+                )
+        except Exception as error:
+            if distributed.is_leader():
+                # The disk has failed, and that is being reported; the next save cleans up.
+                with contextlib.suppress(OSError):
+                    checkpoint_search.discard(self._directory)
+            self._failure = CheckpointError(
+                f"The checkpoint of step {step} was not saved: {reason(error)}. Earlier ones in "
+                f"{str(self._directory)!r} are untouched."
+            )
+            self._on_event(str(self._failure))
+
+    def _channel(self, what: str) -> distributed.Channel:
+        if what not in self._channels:
+            self._channels[what] = distributed.Channel(f"checkpoint-{what}")
+        return self._channels[what]
+
+    def restore(self, template: Any, step: int | None = None) -> Restored | None:
+        """Restores the newest sound checkpoint, falling back over damaged ones.
+
+        Every leaf is verified against its checksum. A damaged checkpoint is reported through
+        `on_event` with its step and the reason, and moved to `damaged/` once a sound one is found.
+
+        Args:
+            template: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`; it gives
+                structure, dtypes and shardings, its values do not matter.
+            step: only this step, without falling back.
+
+        Returns:
+            State, metadata and step; None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointMismatch: it is another model's checkpoint; the first differing leaf is named.
+            CheckpointError: there are checkpoints, but none is sound; or `step` is not there.
+            TypeError: a leaf of the template is not an array.
+        """
+        leaves = fingerprint.named_leaves(template)
+        expected = {name: fingerprint.describe(name, leaf) for name, leaf in leaves.items()}
+        structure = jax.tree_util.tree_structure(template)
+
+        channel = self._channel("read")
+
+        def read(path: epath.Path, found: int) -> Restored:
+            wanted = checkpoint_together.Wanted(leaves, expected)
+            values, meta = checkpoint_together.read(path, found, wanted, channel)
+            state = jax.tree_util.tree_unflatten(structure, list(values.values()))
+            return Restored(state, meta, found)
+
+        return self._search(read, step, channel, move_aside=not self._read_only)
+
+    def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """Step and metadata of the newest checkpoint; the state is neither read nor verified.
+
+        For the decision whether to resume, before a model is built: compare the saved config.
+
+        Args:
+            step: only this step.
+
+        Returns:
+            Step and metadata of the newest checkpoint whose metadata are sound; None if there is no
+            checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none has sound metadata.
+        """
+
+        def read(path: epath.Path, found: int) -> tuple[int, dict[str, Any]]:
+            return found, checkpoint_format.read_document(path, found)[0]
+
+        return self._search(read, step, None, move_aside=False)
+
+    def _search(
+        self,
+        read: Callable[[epath.Path, int], _T],
+        only: int | None,
+        channel: distributed.Channel | None,
+        move_aside: bool,
+    ) -> _T | None:
+        self._join()
+        result, damaged = checkpoint_search.newest_sound(self._directory, read, only, channel)
+        for step, why in damaged.items():
+            fate = "It was passed over."
+            if move_aside:
+                leads = distributed.is_leader()
+                fate = checkpoint_search.move_aside(self._directory, step) if leads else ""
+                fate = channel.lead(fate) if channel is not None else fate
+            self._on_event(f"The checkpoint of step {step} is damaged: {why}. {fate}")
+        return result
+
+    def latest_step(self) -> int | None:
+        """The newest step, that of a save still running included; None without any."""
+        steps = checkpoint_search.list_steps(self._directory)
+        if self._running is not None and self.is_saving():
+            steps.append(self._running[0])
+        return max(steps, default=None)
+
+    def is_saving(self) -> bool:
+        """Whether a save is still running."""
+        return self._running is not None and not self._running[1].done()
+
+    def wait(self) -> None:
+        """Waits for a running save.
+
+        Raises:
+            CheckpointError: the last save failed (raised once).
+        """
+        self._join()
+        self._raise_failure()
+
+    def _join(self) -> None:
+        if self._running is not None:
+            self._running[1].result()
+            self._running = None
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Waits for a running save and releases threads; using it afterwards opens it anew.
+
+        Raises:
+            CheckpointError: the last save failed, and `wait` has not said so.
+        """
+        self._join()
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+        self._copies = {}
+        self._raise_failure()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            # Already reported; it must not hide the error that is on its way.
+            if error is None:
+                raise

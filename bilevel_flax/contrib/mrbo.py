@@ -1,0 +1,163 @@
+"""MRBO: momentum-based recursive bilevel optimisation. STORM on z and on the Neumann direction.
+
+With D_z = ∇₁G and D = ∇²₂₁G v + ∇₂F, v stocBiO's Neumann series, both evaluated on the same
+minibatches at the point now and at the previous one,
+
+    d_z ← η D_z(now) + (1 - η) (d_z + D_z(now) - D_z(previous))          z ← z - ρ d_z
+    d_x ← η D(now)   + (1 - η) (d_x + D(now)   - D(previous))            x ← x - γ d_x
+
+The first directions are plain (η = 1). Published steps: ρ, γ ∝ t^-1/3, η ∝ t^-2/3.
+
+References:
+    J. Yang, K. Ji, Y. Liang. Provably faster algorithms for bilevel optimization. NeurIPS 2021,
+    Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import BilevelSolver, Problem, PyTree, TrainState
+from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    Pieces,
+    at_step,
+    axpy,
+    difference,
+    moved,
+    only,
+    split,
+)
+from bilevel_flax.solvers.storm import check_eta
+from bilevel_flax.tree import norm
+
+
+class Recursion(NamedTuple):
+    """The previous point and the directions taken there."""
+
+    inner_params: PyTree  # tree of z
+    outer_params: PyTree  # tree of x
+    inner: PyTree  # d_z
+    outer: PyTree  # d_x, dense
+
+
+def start(variables) -> Recursion:
+    """Previous = initial point: the first difference is zero."""
+    z, v, x = variables
+    return Recursion(z, x, v, jax.tree.map(jnp.zeros_like, x))
+
+
+def momentum_decay(t):
+    """(t + 1)^-2/3, the published rate."""
+    return (t + 1.0) ** (-2 / 3)
+
+
+def recursive_step(pieces: Pieces, state: TrainState, solve, decay, gradient, system, cross, outer):
+    """One STORM update of (d_z, d_x) and of z; MRBO's and SUSTAIN's.
+
+    Args:
+        pieces: of the update.
+        state: before it.
+        solve: the adjoint's approximation, the same at both points.
+        decay: the schedule of η.
+        gradient: the Sample of D_z.
+        system: the Samples of the Hessian products.
+        cross: the Sample of the cross-JVP.
+        outer: the Sample of F.
+    """
+    z, _, x = state.variables
+    before: Recursion = state.estimator_state
+    eta = jnp.where(state.step == 0, 1.0, decay(state.step))
+
+    first, d_z = pieces.inner_grad(z, x, gradient)
+    found = hypergradient(pieces, z, x, system, cross, outer, solve, first[1])
+    old_z, old_x = before.inner_params, before.outer_params
+    _, old_d_z = pieces.inner_grad(old_z, old_x, gradient)
+    old = hypergradient(pieces, old_z, old_x, system, cross, outer, solve, first[1])
+
+    kept_z = difference(before.inner, old_d_z)
+    kept_x = difference(before.outer, rows.densify(old.d_x, old_x))
+    d_z = axpy(1 - eta, kept_z, d_z)
+    d_x = axpy(1 - eta, kept_x, rows.densify(found.d_x, x))
+    new_z, opt_state = moved(pieces.transforms.inner, d_z, state.inner_opt_state, z, outer_params=x)
+    state = state.replace(
+        inner_params=new_z,
+        adjoint=found.adjoint,
+        inner_opt_state=opt_state,
+        estimator_state=Recursion(z, x, d_z, d_x),
+    )
+    return state, trace(first, found.outer, norm(d_z), found.hvp, d_x)
+
+
+def mrbo(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint_step: float | optax.Schedule,
+    adjoint_steps: int = 10,
+    eta: float | optax.Schedule = momentum_decay,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """MRBO: STORM on both levels, Neumann directions at two points; 2 (Q + 3) gradient units.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z, fed d_z.
+        outer: optimiser of x, fed d_x; no row-sparse one.
+        adjoint_step: step of the Neumann series, below 1 / (largest eigenvalue of ∇²₁₁G); a
+            schedule counts updates.
+        adjoint_steps: Q, Hessian products in a series, at least 0.
+        eta: η in [0, 1], 1 is no memory; a schedule counts updates.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (Q + 2, 1).
+
+    Raises:
+        ValueError: `adjoint_steps`, `adjoint_step` or `eta` out of range, weights that are
+            no shares.
+
+    Example:
+        >>> import optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> step = optax.sgd(lambda t: 0.5 * (t + 1) ** (-1 / 3))
+        >>> solver = bf.mrbo(problem, inner=step, outer=step, adjoint_step=0.5)
+        >>> solver.batches, solver.units
+        ((12, 1), 26.0)
+    """
+    check_count("adjoint_steps", adjoint_steps, 0)
+    check_positive("adjoint_step", adjoint_step)
+    decay = check_eta(eta)
+
+    def step(pieces: Pieces, state, inner, outer):
+        gradient, system, cross = split(inner, 1, adjoint_steps, 1)
+        solve = neumann(at_step(adjoint_step, state.step))
+        samples = only(gradient), system, only(cross), only(outer)
+        return recursive_step(pieces, state, solve, decay, *samples)
+
+    return nested(
+        problem,
+        step,
+        name="mrbo",
+        inner=inner,
+        outer=outer,
+        memory=start,
+        batches=(adjoint_steps + 2, 1),
+        units=2 * (adjoint_steps + 3),
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        row_directions=False,
+    )

@@ -1,0 +1,111 @@
+"""SPABA: PAGE on the three directions of a bilevel problem. SRBA with restarts at random.
+
+At each step, with probability p the full directions, else SARAH's difference on one inner and one
+outer minibatch B, both points u = (z, v, x) on the same one:
+
+    d_k = D(u_k)  or  d_k = d_{k-1} + D_B(u_k) - D_B(u_{k-1})
+
+The step of the next full pass is drawn ahead, from the geometric law that the coin flips give, so
+that the loop can stop there and run the pass in chunks (`refresh`).
+
+References:
+    T. Chu, D. Xu, W. Yao, J. Zhang. SPABA: a single-loop and probabilistic stochastic bilevel
+    algorithm achieving optimal sample complexity. ICML 2024.
+    Z. Li, H. Bao, X. Zhang, P. Richtárik. PAGE: a simple and optimal probabilistic gradient
+    estimator for nonconvex optimization. ICML 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.checks import check_partition, warn_unless_finite_sum
+from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers.single_loop import single_loop
+from bilevel_flax.solvers.srba import estimator
+
+
+def geometric_schedule(probability: float, seed: int) -> Callable[[jax.Array], jax.Array]:
+    """`schedule(step) -> int32`, step + G with P(G = k) = p (1 - p)^(k - 1), k = 1, 2, ...
+
+    A pure function of the seed and the step: a resumed run draws the same.
+    """
+    if probability == 1:
+        return lambda step: step + 1
+    # The inverse of the distribution function; float32 uniforms are never 0 here.
+    scale = 1 / math.log1p(-probability)
+
+    def schedule(step):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        uniform = jax.random.uniform(key, dtype=jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
+        waits = jnp.floor(jnp.log(uniform) * jnp.float32(scale))
+        return step + 1 + jnp.minimum(waits, 1e9).astype(jnp.int32)
+
+    return schedule
+
+
+def spaba(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint: optax.GradientTransformation | None = None,
+    num_inner_batches: int,
+    num_outer_batches: int,
+    probability: float,
+    seed: int = 0,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """SPABA with an Optax optimiser for each variable (8 gradient units a step).
+
+    Args:
+        problem: as for `srba`.
+        inner: as in `single_loop`, and so are `adjoint`, `inner_weights` and `outer_weights`.
+        outer: optimiser of x.
+        adjoint: optimiser of v; None: as `inner`.
+        num_inner_batches: N, minibatches of the inner data.
+        num_outer_batches: M, minibatches of the outer data.
+        probability: p in (0, 1], of a full pass before a step; about 1 / (N + M).
+        seed: what the steps of the full passes are drawn from.
+        inner_weights: float [N], shares of the samples; None: equal.
+        outer_weights: float [M].
+
+    Returns:
+        A `BilevelSolver` whose `refresh` must be run when `next_refresh` says so, as for `srba`.
+
+    Raises:
+        ValueError: `probability` outside (0, 1], a number of minibatches below 1, weights of
+            another length.
+    """
+    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
+    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    if not 0 < probability <= 1:
+        raise ValueError(
+            f"probability must lie in (0, 1], got {probability!r}: "
+            f"1 / (N + M) is {1 / (num_inner_batches + num_outer_batches):.3g} here"
+        )
+    warn_unless_finite_sum(problem, "spaba")
+    return single_loop(
+        problem,
+        estimator(
+            problem,
+            num_inner_batches,
+            num_outer_batches,
+            geometric_schedule(probability, seed),
+            lazy=isinstance(outer, RowTransformation),
+        ),
+        inner=inner,
+        outer=outer,
+        adjoint=adjoint,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        name="spaba",
+    )

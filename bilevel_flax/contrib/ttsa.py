@@ -1,0 +1,95 @@
+"""TTSA: two-timescale stochastic approximation. One SGD step on z, BSA's v, one step of x.
+
+                                 z ← z - ρ ∇₁G_i(z, x)
+    p uniform in {0 .. K-1},     v = -Kη Π_{j=1..p} (I - η ∇²₁₁G_j) ∇₁F      at the new z
+                                 x ← x - γ (∇²₂₁G v + ∇₂F)
+
+Published steps: ρ ∝ t^-2/5, γ ∝ t^-3/5.
+
+References:
+    M. Hong, H.-T. Wai, Z. Wang, Z. Yang. A two-timescale stochastic algorithm framework for
+    bilevel optimization: complexity analysis and application to actor-critic. SIAM Journal on
+    Optimization, 2023 (arXiv 2007.05170, 2020), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
+from bilevel_flax.solvers.nested.sampled_oracles import Pieces, only, split
+
+
+def ttsa(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint_step: float | optax.Schedule,
+    inner_steps: int = 1,
+    adjoint_steps: int = 10,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """TTSA: one inner step, randomised v, one outer step; 3 + (K - 1) / 2 units on average.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z, on the faster timescale.
+        outer: optimiser of x.
+        adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
+        inner_steps: T, 1 in the source.
+        adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
+            was drawn.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (T + K, 1).
+
+    Raises:
+        ValueError: a number of steps or a step size out of range, weights that are no shares.
+
+    Example:
+        >>> import optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> step = optax.sgd(lambda t: 0.5 * (t + 1) ** -0.4), optax.sgd(lambda t: (t + 1) ** -0.6)
+        >>> solver = bf.ttsa(problem, inner=step[0], outer=step[1], adjoint_step=0.5)
+        >>> solver.batches, solver.units
+        ((11, 1), 7.5)
+    """
+    check_count("inner_steps", inner_steps)
+    check_count("adjoint_steps", adjoint_steps)
+    check_positive("adjoint_step", adjoint_step)
+
+    def step(pieces: Pieces, state, inner, outer):
+        z, _, x = state.variables
+        descent, system, cross = split(inner, inner_steps, adjoint_steps - 1, 1)
+        z, opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
+        samples = system, only(cross), only(outer)
+        found, factors = randomised_hypergradient(
+            pieces, state, z, x, samples, adjoint_step, adjoint_steps, first[1]
+        )
+        state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
+        units = inner_steps + 2 + factors
+        return state, trace(first, found.outer, norms, found.hvp, found.d_x, units)
+
+    return nested(
+        problem,
+        step,
+        name="ttsa",
+        inner=inner,
+        outer=outer,
+        batches=(inner_steps + adjoint_steps, 1),
+        units=inner_steps + 2 + (adjoint_steps - 1) / 2,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+    )

@@ -1,0 +1,268 @@
+"""VRBO: variance-reduced bilevel optimisation. SARAH on z and on the Neumann direction.
+
+With D_z = ∇₁G and D = ∇²₂₁G v + ∇₂F, v = -η Σ_{k=0..Q} Π_{j≤k} (I - η ∇²₁₁G_j) ∇₁F,
+
+    every q updates   d_z, d_x = the directions of all the data
+    then              x ← x - γ d_x
+    T times           d_z += D_z(now) - D_z(previous)       d_x += D(now) - D(previous)
+                      z ← z - ρ d_z
+
+each difference on the same fresh minibatches. "Previous" is the point before x moved in the first
+of the T steps, then the z before.
+
+The full pass (`refresh`) walks over the data several times, because a product with the full
+Hessian needs all of it: once for ∇₁G, ∇₁F and ∇₂F, Q times over the inner data for the series and
+once for the cross-JVP. `refresh_cursor` starts over each time until the pass is done.
+
+References:
+    J. Yang, K. Ji, Y. Liang. Provably faster algorithms for bilevel optimization. NeurIPS 2021,
+    Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
+from bilevel_flax.checks import (
+    check_count,
+    check_partition,
+    check_positive,
+    require_ids,
+    warn_unless_finite_sum,
+)
+from bilevel_flax.minibatches import scaled, share_factors
+from bilevel_flax.solvers.freezing import frozen_unless
+from bilevel_flax.solvers.nested.frame import Trace, nested, refresh_sample, trace
+from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    Pieces,
+    at_step,
+    axpy,
+    completed,
+    difference,
+    moved,
+    only,
+    split,
+)
+from bilevel_flax.tree import norm
+
+
+class Memory(NamedTuple):
+    """The directions and the full pass in progress."""
+
+    inner: PyTree  # d_z
+    outer: PyTree  # d_x, dense
+    due: jax.Array  # int32, the update before which a full pass is due
+    stage: jax.Array  # int32: 0 gradients, 1 .. Q Hessian products, Q + 1 cross-JVP
+    cursor: jax.Array  # int32, minibatches of this stage that are done
+    mean_inner: PyTree  # ∇₁G or ∇²₁₁G · term, as far as the stage has come
+    mean_outer: PyTree  # ∇₂F + ∇²₂₁G v
+    term: PyTree  # Π_{j≤k} (I - ηH) ∇₁F
+    total: PyTree  # the terms' sum
+
+
+def start(variables) -> Memory:
+    """No direction yet, a full pass due at once."""
+    z, x = (jax.tree.map(jnp.zeros_like, tree) for tree in (variables.inner, variables.outer))
+    zero = jnp.int32(0)
+    return Memory(z, x, zero, zero, zero, z, x, z, z)
+
+
+def _stage_over(memory: Memory, step, eta, products: int, period: int) -> Memory:
+    """The memory once the last minibatch of a stage is in."""
+    gradients, last = memory.stage == 0, memory.stage == products + 1
+    choose = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
+    zero_z, zero_x = (jax.tree.map(jnp.zeros_like, tree) for tree in memory[:2])
+    next_term = axpy(-eta, memory.mean_inner, memory.term)
+    total = choose(gradients, memory.term, axpy(1.0, next_term, memory.total))
+    return Memory(
+        inner=choose(gradients, memory.mean_inner, memory.inner),
+        outer=choose(last, memory.mean_outer, memory.outer),
+        due=jnp.where(last, step + period, memory.due),
+        stage=jnp.where(last, 0, memory.stage + 1),
+        cursor=jnp.zeros_like(memory.cursor),
+        mean_inner=zero_z,
+        mean_outer=choose(last, zero_x, memory.mean_outer),
+        term=choose(last, zero_z, choose(gradients, memory.term, next_term)),
+        total=choose(last, zero_z, total),
+    )
+
+
+def vrbo(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint_step: float | optax.Schedule,
+    num_inner_batches: int,
+    num_outer_batches: int,
+    period: int,
+    inner_steps: int = 10,
+    adjoint_steps: int = 10,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """VRBO: SARAH on both levels with periodic full passes; 2T (Q + 3) units and the passes.
+
+    Args:
+        problem: the bilevel problem, a finite sum (a warning says so where it may be none).
+        inner: optimiser of z, fed d_z; its schedules count inner steps.
+        outer: optimiser of x, fed d_x; no row-sparse one.
+        adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
+        num_inner_batches: N, minibatches of the inner data.
+        num_outer_batches: M, minibatches of the outer data.
+        period: q, updates from one full pass to the next, at least 1.
+        inner_steps: T, at least 1.
+        adjoint_steps: Q, Hessian products in a series, at least 0.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (T (Q + 2), T) and a `refresh` of N (Q + 2) + M units.
+
+    Raises:
+        ValueError: a count or a step size out of range, weights that are no shares.
+
+    Example:
+        >>> import optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> settings = dict(num_inner_batches=8, num_outer_batches=4, period=10, inner_steps=3)
+        >>> step = optax.sgd(0.1)
+        >>> solver = bf.vrbo(problem, inner=step, outer=step, adjoint_step=0.5, **settings)
+        >>> solver.batches, solver.units
+        ((36, 3), 78.0)
+    """
+    counts = {
+        "period": period,
+        "inner_steps": inner_steps,
+    }
+    for name, value in counts.items():
+        check_count(name, value)
+    check_count("adjoint_steps", adjoint_steps, 0)
+    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
+    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    check_positive("adjoint_step", adjoint_step)
+    warn_unless_finite_sum(problem, "vrbo")
+    factors = {
+        "inner": share_factors("inner_weights", inner_weights),
+        "outer": share_factors("outer_weights", outer_weights),
+    }
+
+    def step(pieces: Pieces, state, inner, outer):
+        memory: Memory = state.estimator_state
+        z, v, old_x = state.variables
+        x, outer_opt_state = moved(
+            pieces.transforms.outer, memory.outer, state.outer_opt_state, old_x
+        )
+        solve = neumann(at_step(adjoint_step, state.step))
+
+        def directions(z, x, samples, held_out):
+            gradient, system, cross = split(samples, 1, adjoint_steps, 1)
+            first, d_z = pieces.inner_grad(z, x, only(gradient))
+            samples = system, only(cross), held_out
+            found = hypergradient(pieces, z, x, *samples, solve, first[1])
+            d_x = rows.densify(found.d_x, x)
+            return d_z, d_x, found, trace(first, found.outer, (), found.hvp, ())
+
+        def body(carry, samples):
+            old_z, old_x, z, opt_state, d_z, d_x, _ = carry
+            now_z, now_x, found, seen = directions(z, x, *samples)
+            before_z, before_x, *_ = directions(old_z, old_x, *samples)
+            d_z = axpy(1.0, difference(now_z, before_z), d_z)
+            d_x = axpy(1.0, difference(now_x, before_x), d_x)
+            new_z, opt_state = moved(pieces.transforms.inner, d_z, opt_state, z, outer_params=x)
+            seen = seen._replace(inner_norms=norm(d_z))
+            return (z, x, new_z, opt_state, d_z, d_x, found.adjoint), seen
+
+        by_step = jax.tree.map(lambda leaf: leaf.reshape(inner_steps, -1, *leaf.shape[1:]), inner)
+        carry = (z, old_x, z, state.inner_opt_state, memory.inner, memory.outer, v)
+        carry, traces = jax.lax.scan(body, carry, (by_step, outer))
+        _, _, z, inner_opt_state, d_z, d_x, v = carry
+        state = state.replace(
+            inner_params=z,
+            adjoint=v,
+            outer_params=x,
+            inner_opt_state=inner_opt_state,
+            outer_opt_state=outer_opt_state,
+            estimator_state=memory._replace(inner=d_z, outer=d_x),
+        )
+        first = only(traces)
+        # d_x as it is now, the direction of x's next move: a NaN in it must stop this update.
+        seen = Trace(
+            first.inner,
+            first.outer,
+            traces.inner_norms,
+            traces.adjoint_norm[-1],
+            traces.residual[-1],
+            d_x,
+        )
+        return state, seen
+
+    solver = nested(
+        problem,
+        step,
+        name="vrbo",
+        inner=inner,
+        outer=outer,
+        memory=start,
+        batches=(inner_steps * (adjoint_steps + 2), inner_steps),
+        units=2 * inner_steps * (adjoint_steps + 3),
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        moves_outer=True,
+        fixed_keys=True,
+    )
+
+    def refresh(state: TrainState, batch: Batch) -> TrainState:
+        needed = {side: f is not None or problem.stateful for side, f in factors.items()}
+        require_ids(batch, "vrbo", needed)
+        memory: Memory = state.estimator_state
+        z, _, x = state.variables
+        eta = at_step(adjoint_step, state.step)
+        pieces = Pieces(problem, Variables(None, None, None), state.model_state)
+        mean_z, mean_x, term = memory.mean_inner, memory.mean_outer, memory.term
+        if batch.inner is not None:
+            sample = refresh_sample(problem, state, batch, "inner", factors["inner"])
+            no_z, no_x = (jax.tree.map(jnp.zeros_like, tree) for tree in (z, x))
+
+            def cross():
+                v = scaled(memory.total, -eta)
+                return no_z, rows.densify(pieces.cross_jvp(z, v, x, sample), x)
+
+            branches = (
+                lambda: (pieces.inner_grad(z, x, sample)[1], no_x),
+                lambda: (pieces.hvp(z, term, x, sample), no_x),
+                cross,
+            )
+            kind = jnp.where(memory.stage == 0, 0, jnp.where(memory.stage <= adjoint_steps, 1, 2))
+            add_z, add_x = jax.lax.switch(kind, branches)
+            mean_z = axpy(1 / num_inner_batches, add_z, mean_z)
+            mean_x = axpy(1 / num_inner_batches, add_x, mean_x)
+        else:
+            sample = refresh_sample(problem, state, batch, "outer", factors["outer"])
+            grads = pieces.outer_grads(z, x, sample)
+            term = axpy(1 / num_outer_batches, grads.inner, term)
+            mean_x = axpy(1 / num_outer_batches, completed(grads.outer, x), mean_x)
+        memory = memory._replace(
+            cursor=memory.cursor + 1, mean_inner=mean_z, mean_outer=mean_x, term=term
+        )
+        size = num_inner_batches + jnp.where(memory.stage == 0, num_outer_batches, 0)
+        over = _stage_over(memory, state.step, eta, adjoint_steps, period)
+        memory = frozen_unless(memory.cursor >= size, over, memory)
+        return state.replace(estimator_state=memory)
+
+    return solver._replace(
+        refresh=refresh,
+        next_refresh=lambda state: state.estimator_state.due,
+        refresh_cursor=lambda state: state.estimator_state.cursor,
+        refresh_units=(1.0, 1.0),
+    )

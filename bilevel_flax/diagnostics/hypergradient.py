@@ -1,0 +1,324 @@
+"""Is D_x the hypergradient? A comparison with the implicit gradient at the same (z, x).
+
+    D_x = ∇²₂₁G v + ∇₂F      with the tracked v, and with the v that solves  ∇²₁₁G v = -∇₁F
+
+Both are means over the same held minibatches, each evaluated as in a training step: BatchNorm on
+that minibatch, one dropout key for each, the model state as it is. Few parameters: the Hessian is
+formed and the system solved exactly. Many: MINRES, matrix-free, one Hessian-vector product with
+every held minibatch an iteration.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
+from bilevel_flax.data import FiniteSum
+from bilevel_flax.diagnostics import minres as krylov
+from bilevel_flax.solvers.step import learnable
+from bilevel_flax.tree import norm
+
+METHODS = ("auto", "dense", "minres")
+_DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take
+
+
+class HypergradientCheck(NamedTuple):
+    """D_x at the tracked adjoint beside the implicit gradient at the same (z, x).
+
+    Attributes:
+        cosine: between the two; 1 is right. NaN where one of them is 0.
+        relative_error: ‖D_x - reference‖ / ‖reference‖.
+        norm_ratio: ‖D_x‖ / ‖reference‖; below 1 where v has not grown to its length yet.
+        adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ of the tracked adjoint on the held minibatches.
+        reference_residual: the same of the reference's adjoint: how well its system was solved.
+        converged: whether that is below the tolerance. Where not, MINRES was stopped early or
+            the system has no solution (a singular H); the reference is then only the best in
+            its Krylov space, and the cosine says that much less.
+        smallest_curvature: the smallest eigenvalue of H + damping (dense), or the smallest that
+            the Krylov space saw, which is an upper bound.
+        largest_curvature: likewise the largest, a lower bound. SGD on v needs steps below 2 over
+            it.
+        iterations: products with H that the reference took.
+        method: "dense" or "minres".
+        direction: D_x, in x's tree, dense. Rows of x that no held minibatch visits are 0.
+        reference: the implicit gradient, likewise.
+    """
+
+    cosine: float
+    relative_error: float
+    norm_ratio: float
+    adjoint_residual: float
+    reference_residual: float
+    converged: bool
+    smallest_curvature: float
+    largest_curvature: float
+    iterations: int
+    method: str
+    direction: PyTree
+    reference: PyTree
+
+    @property
+    def negative_curvature(self) -> bool:
+        """Whether H has a negative eigenvalue, rounding apart.
+
+        z is then at no minimum of G, h is not differentiable there by the implicit function
+        theorem, and v's own iteration has a direction in which it grows.
+        """
+        return self.smallest_curvature < -1e-5 * abs(self.largest_curvature)
+
+
+def hypergradient_check(
+    problem: Problem,
+    point: TrainState | Variables,
+    inner: FiniteSum | Sequence[Any] | Batch | Any,
+    outer: FiniteSum | Sequence[Any] | Any = None,
+    *,
+    model_state: PyTree = None,
+    rng: jax.Array | None = None,
+    damping: float | PyTree = 0.0,
+    method: str = "auto",
+    warm_start: bool = False,
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+) -> HypergradientCheck:
+    """Compares D_x at the tracked adjoint with the implicit gradient, on held minibatches.
+
+    The tracked v solves the system of all data, the reference that of the held minibatches: with
+    few of them, and more parameters than examples, the two differ even for a perfect v. Pass all
+    minibatches of a small data set (`task.inner`, a `FiniteSum`), and as many as time allows of
+    a large one (`data.subsample(task.inner, 64)`).
+
+    AdamW decays z outside of G. Its z solves P∇₁G + λz = 0, and the system that belongs to it is
+    (H + λP⁻¹)v = -∇₁F: pass `damping=diagnostics.decoupled_decay(state.inner_opt_state, λ)`.
+
+    Args:
+        problem: the problem; stateful and per-sample ones too.
+        point: a `TrainState` (its model state and key are used), or `Variables` (z, v, x).
+        inner: a `FiniteSum`, a list of minibatches, or one minibatch (anything else); or a
+            `Batch` with both sides, one minibatch each.
+        outer: the same for F's data; None after a `Batch`.
+        model_state: of a stateful problem, held fixed; None: the state's.
+        rng: of a stateful problem, folded with each minibatch's number; None: the state's.
+        damping: δ >= 0, or a tree like z of such numbers, added to H's diagonal in the reference.
+        method: "dense", "minres", or "auto": dense up to 500 parameters.
+        warm_start: MINRES starts from the tracked v instead of 0. It comes further in few
+            iterations, but where `converged` is False the reference leans towards the tracked v,
+            and the cosine is too kind.
+        max_iterations: MINRES's at most.
+        tolerance: the relative residual at which MINRES stops, and that `converged` asks for.
+
+    Raises:
+        ValueError: `method` is unknown, or a side has no data.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x * batch) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> x, ones = jnp.array(3.0), jnp.ones(2)
+        >>> exact = bf.Variables(inner=x * ones, adjoint=1 - x * ones, outer=x)
+        >>> check = bf.diagnostics.hypergradient_check(problem, exact, ones, ones)
+        >>> check.method, round(check.cosine, 4), float(check.reference)
+        ('dense', 1.0, 4.0)
+
+    References:
+        F. Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+    if isinstance(point, TrainState):
+        model_state = point.model_state if model_state is None else model_state
+        rng = point.rng if rng is None else rng
+        point = point.variables
+    if isinstance(inner, Batch) and outer is None:
+        inner, outer = inner.inner, inner.outer
+    sides = (_stacked("inner", inner), _stacked("outer", outer))
+    if problem.stateful and rng is None:
+        rng = jax.random.PRNGKey(0)
+    rng = rng if problem.stateful else None
+    _, unravel = ravel_pytree(learnable(point.adjoint))
+    tree = damping if not np.isscalar(damping) and jax.tree.leaves(damping) else None
+    diagonal = jnp.asarray(damping if tree is None else ravel_pytree(learnable(tree))[0])
+    held = (point, *sides, model_state, rng, diagonal)
+
+    size = ravel_pytree(learnable(point.adjoint))[0].size
+    if method == "dense" or (method == "auto" and size <= _DENSE_BELOW):
+        method, iterations = "dense", size
+        vector, seen = _solved(*map(np.asarray, _dense(problem, *held)))
+    else:
+        method = "minres"
+        solution = _iterated(problem, max_iterations, *held, warm_start, tolerance)
+        vector, seen = solution.vector, krylov.ritz_values(solution)
+        iterations = int(solution.iterations)
+    solved = _merged(unravel(jnp.asarray(vector, diagonal.dtype)), point.adjoint)
+    found = _compared(problem, *held, solved)
+    *numbers, ours, reference = found
+    cosine, error, ratio, residual, reference_residual = (float(number) for number in numbers)
+    return HypergradientCheck(
+        cosine=cosine,
+        relative_error=error,
+        norm_ratio=ratio,
+        adjoint_residual=residual,
+        reference_residual=reference_residual,
+        # The recurrence's own residual and the true one part ways near the machine precision.
+        converged=reference_residual <= max(2 * tolerance, 1e-12),
+        smallest_curvature=float(seen[0]) if len(seen) else float("nan"),
+        largest_curvature=float(seen[-1]) if len(seen) else float("nan"),
+        iterations=iterations,
+        method=method,
+        direction=ours,
+        reference=reference,
+    )
+
+
+def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
+    """Minibatches as leaves [k, ...], and their shares of the examples."""
+    if side is None or (isinstance(side, list) and not side):
+        raise ValueError(
+            f"{name}={side!r} holds no data: pass a FiniteSum, a list of minibatches or one of them"
+        )
+    if isinstance(side, FiniteSum):
+        return side.batches, jnp.asarray(side.weights)
+    minibatches = side if isinstance(side, list) else [side]
+    masked = isinstance(minibatches[0], dict) and "mask" in minibatches[0]
+    counts = np.array([float(np.sum(b["mask"])) if masked else 1.0 for b in minibatches])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *minibatches)
+    return stacked, jnp.asarray(counts / counts.sum())
+
+
+def _merged(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` in the dtypes of `like`, whose leaves stay where there is None."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new.astype(old.dtype),
+        tree,
+        like,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def _flat(tree: PyTree) -> jax.Array:
+    return ravel_pytree(learnable(tree))[0]
+
+
+def _mean(function, side, rng):
+    """The mean of `function(minibatch, key)` over a side."""
+    batches, weights = side
+
+    def at(i, batch):
+        return function(batch, None if rng is None else jax.random.fold_in(rng, i))
+
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    shapes = jax.eval_shape(at, jnp.int32(0), first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total, one):
+        i, batch, weight = one
+        return jax.tree.map(
+            lambda so_far, new: so_far + weight.astype(new.dtype) * new, total, at(i, batch)
+        ), None
+
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(len(weights)), batches, weights))
+    return total
+
+
+def _system(problem, point, inner, outer, model_state, rng, diagonal):
+    """(v -> (H + damping) v, -∇₁F), on flat vectors."""
+    z, v, x = point
+    _, unravel = ravel_pytree(learnable(v))
+
+    def product(vector):
+        at = point._replace(adjoint=_merged(unravel(vector), v))
+
+        def one(batch, key):
+            return learnable(oracles.hvp(problem, at, batch, model_state, key))
+
+        return ravel_pytree(_mean(one, inner, rng))[0] + diagonal * vector
+
+    def gradient(batch, key):
+        return learnable(oracles.outer_grads(problem, z, x, batch, model_state, key)[0])
+
+    return product, -ravel_pytree(_mean(gradient, outer, _for_outer(rng)))[0]
+
+
+def _for_outer(rng):
+    return None if rng is None else jax.random.fold_in(rng, 2**31 - 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense(problem, *held):
+    product, target = _system(problem, *held)
+    return jax.lax.map(product, jnp.eye(target.size, dtype=target.dtype)), target
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _iterated(problem, max_iterations, *args):
+    *held, warm_start, tolerance = args
+    product, target = _system(problem, *held)
+    start = jnp.where(warm_start, _flat(held[0].adjoint), 0.0).astype(target.dtype)
+    left = target - product(start)
+    # The tolerance is relative to the target, wherever the start is.
+    allowed = tolerance * jnp.linalg.norm(target) / jnp.linalg.norm(left)
+    found = krylov.minres(product, left, max_iterations, allowed)
+    return found._replace(vector=start + found.vector)
+
+
+def _solved(matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest least-squares solution, and the eigenvalues."""
+    exact = matrix.astype(np.float64)
+    values, vectors = np.linalg.eigh((exact + exact.T) / 2)
+    eps = np.finfo(matrix.dtype).eps
+    real = np.abs(values) > len(values) * eps * np.abs(values).max(initial=0.0)
+    inverse = np.where(real, 1 / np.where(real, values, 1.0), 0.0)
+    return vectors @ (inverse * (vectors.T @ target)), values
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(problem, point, inner, outer, model_state, rng, diagonal, solved):
+    z, v, x = point
+
+    def gradients(batch, key):
+        return oracles.outer_grads(problem, z, x, batch, model_state, key)
+
+    grad_z, grad_x = _mean(gradients, outer, _for_outer(rng))
+
+    def at(adjoint):
+        def products(batch, key):
+            here = point._replace(adjoint=adjoint)
+            _, _, hvp, cross = oracles.inner_products(problem, here, batch, model_state, key)
+            return learnable(hvp), rows.densify(cross, x)
+
+        hvp, cross = _mean(products, inner, rng)
+        return _flat(hvp), rows.add(cross, grad_x)
+
+    # One after the other through the same code: half of it to compile.
+    pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), v, solved)
+    hvps, directions = jax.lax.map(at, pair)
+    ours, reference = (jax.tree.map(lambda leaf, i=i: leaf[i], directions) for i in (0, 1))
+    grad = _flat(grad_z)
+
+    def relative(vector):
+        size = norm(grad)
+        return jnp.where(size > 0, norm(vector) / jnp.where(size > 0, size, 1.0), 0.0)
+
+    leaves = zip(*(jax.tree.leaves(learnable(tree)) for tree in (ours, reference)), strict=True)
+    inner_product = sum(jnp.vdot(a, b) for a, b in leaves)
+    size, right = norm(ours), norm(reference)
+    return (
+        inner_product / (size * right),
+        norm(jax.tree.map(jnp.subtract, learnable(ours), learnable(reference))) / right,
+        size / right,
+        relative(hvps[0] + grad),
+        relative(hvps[1] + diagonal * _flat(solved) + grad),
+        ours,
+        reference,
+    )

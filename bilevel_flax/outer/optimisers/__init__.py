@@ -1,0 +1,1 @@
+"""Optax transformations for x: rows that move when they are visited, steps in units of x."""

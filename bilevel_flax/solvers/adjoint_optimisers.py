@@ -1,0 +1,236 @@
+"""Optimisers of the adjoint v that are made from z's: nothing about v is left to choose.
+
+v solves a linear system in the Hessian that z's optimiser copes with, so v wants z's schedule,
+momentum and preconditioner. There are two ways to have them without reading anyone's state:
+
+* z's transformation itself, with a state of its own, fed D_v: the default (`adjoint=None`). Its
+  fixed point is v* whatever the preconditioner, and where D_v explodes its own statistics see that.
+* `like_inner`: the derivative of z's step. One step of z is z⁺ = z + U(∇₁G, s, z) with the
+  optimiser's state s, and v moves by the derivative of U in the direction (D_v, ṡ, v), in which ṡ,
+  the response of s, is v's own state:
+
+      v⁺ = v + ∂_g U · D_v + ∂_s U · ṡ + ∂_z U · v      ṡ⁺ = ∂_g S · D_v + ∂_s S · ṡ + ∂_z S · v
+
+  For SGD and momentum it is the same as the first way. Under AdamW it shares z's preconditioner P,
+  so that v solves (H + λP⁻¹)v = -∇₁F, the system that belongs to decay λ outside the loss.
+
+`docs/auto.md` says why the first is the default: coordinates that z's gradient never visits have
+an unbounded P, and networks trained with Adam live where P times H is as large as it can be for z.
+
+References:
+    D. P. Kingma, J. Ba. Adam: a method for stochastic optimization. ICLR 2015.
+    I. Loshchilov, F. Hutter. Decoupled weight decay regularization. ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import oracles
+from bilevel_flax.base import PyTree
+from bilevel_flax.tree import norm
+
+# Where U is differentiated: the derivative of every square vanishes there, so that statistics count
+# as fixed; its own square is still a float32, so that no norm divides 0 by 0.
+_ALMOST_ZERO = 1e-15
+# δ between 1e-26 and 1e26: δv stays a float32.
+_LOG_LIMIT = 60.0
+
+
+class LikeInnerState(NamedTuple):
+    """State of `like_inner`."""
+
+    response: PyTree  # ṡ, z's optimiser state with None for leaves that are no floats
+
+
+def _needed(extra_args: dict, *names: str) -> list:
+    missing = [name for name in names if name not in extra_args]
+    if missing:
+        raise TypeError(
+            f"an optimiser of v lacks {', '.join(missing)}: use it as the adjoint= of a "
+            "single-loop solver, which passes them"
+        )
+    return [extra_args[name] for name in names]
+
+
+def like_inner(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The derivative of z's optimiser as the optimiser of v.
+
+    Before it is differentiated, its statistics are shown D_z and D_v together: one step's share
+    of D_v (a thousandth, for Adam) changes P little, and keeps it finite where D_z is always 0.
+
+    Args:
+        inner: any Optax transformation whose update responds smoothly to the gradient. That of
+            signs (Lion, signSGD) is flat, v would never move.
+
+    Returns:
+        A transformation whose `update` needs the extra arguments `inner_direction` (D_z),
+        `inner_opt_state` and `inner_params` (before z's step), as `single_loop` hands them on.
+
+    Raises:
+        TypeError: from `update`, without these extra arguments.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> inner = optax.sgd(0.1)
+        >>> z, v = jnp.ones(2), jnp.zeros(2)
+        >>> adjoint = like_inner(inner)
+        >>> update, _ = adjoint.update(
+        ...     jnp.array([1.0, -2.0]), adjoint.init(v), v,
+        ...     inner_direction=z, inner_opt_state=inner.init(z), inner_params=z,
+        ... )
+        >>> [round(float(value), 3) for value in update]
+        [-0.1, 0.2]
+    """
+    transform = optax.with_extra_args_support(inner)
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, transform.init(params))
+        response = jax.tree.map(lambda leaf: leaf if oracles.is_inexact(leaf) else None, zeros)
+        return LikeInnerState(response)
+
+    def update(updates, state, params=None, **extra_args):
+        names = ("inner_direction", "inner_opt_state", "inner_params")
+        direction, opt_state, z = _needed(extra_args, *names)
+        rest = {name: value for name, value in extra_args.items() if name not in names}
+        both = jax.tree.map(lambda a, b: jnp.sqrt(a**2 + b**2), direction, updates)
+        _, seen = transform.update(both, opt_state, z, **rest)
+
+        def step(gradient, opt_state, z):
+            return transform.update(gradient, opt_state, z, **rest)
+
+        flat = jax.tree.map(lambda leaf: jnp.full_like(leaf, _ALMOST_ZERO), direction)
+        moved, response = oracles.directional(
+            step, (flat, seen, z), (updates, state.response, params)
+        )
+        return moved, LikeInnerState(response)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def damped(
+    transform: optax.GradientTransformation, damping: float
+) -> optax.GradientTransformationExtraArgs:
+    """Feeds D_v + δv to an optimiser of v: it solves (H + δI)v = -∇₁F.
+
+    Args:
+        transform: the optimiser; its state is kept as it is.
+        damping: δ >= 0, in units of H; 0 is the exact adjoint.
+
+    Raises:
+        ValueError: δ is negative.
+    """
+    if damping < 0:
+        raise ValueError(f"damping={damping} must be >= 0")
+    step = optax.with_extra_args_support(transform)
+
+    def update(updates, state, params=None, **extra_args):
+        updates = jax.tree.map(lambda d, v: d + jnp.asarray(damping, d.dtype) * v, updates, params)
+        return step.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(step.init, update)
+
+
+class SelfDampedState(NamedTuple):
+    """State of `self_damped`."""
+
+    log_damping: jax.Array  # float32, log δ
+    inner: PyTree  # the state of the transformation
+
+
+def self_damped(
+    transform: optax.GradientTransformation,
+    *,
+    target: float = 1.1,
+    rate: float = 0.1,
+    initial: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Feeds D_v + δv to an optimiser of v, with the δ that the adjoint's residual asks for.
+
+    At v = 0 the residual r = ‖Hv + ∇₁F‖ / ‖∇₁F‖ of a minibatch is 1. Above, v makes things worse:
+    the noise of Hv, or negative curvature, has the better of it, and δ grows; below, δ falls:
+
+        log δ += η · clip(log(r / target), ±1)
+
+    A noiseless convex problem drives δ to 0, and v to the exact adjoint; deep networks end where
+    δ is about ‖Hv‖ / ‖v‖.
+
+    Args:
+        transform: the optimiser; it sees D_v + δv.
+        target: r to hold, > 1.
+        rate: η, in (0, 1].
+        initial: δ to start from, > 0. It need not be known: a factor of 10 off costs some 200
+            steps from above, fewer from below.
+
+    Returns:
+        A transformation whose `update` needs the extra argument `adjoint_residual`, as
+        `single_loop` hands it on; where that is not finite (F without a gradient), δ stays.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: from `update`, without the extra argument.
+
+    References:
+        J. Martens. Deep learning via Hessian-free optimization. ICML 2010 (damping that follows
+        the model's quality, there by the reduction ratio).
+    """
+    if not target > 1:
+        raise ValueError(f"target={target} must be > 1: at v = 0 the residual is 1")
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate={rate} must lie in (0, 1]")
+    if not initial > 0:
+        raise ValueError(f"initial={initial} must be > 0")
+    step = optax.with_extra_args_support(transform)
+
+    def init(params):
+        return SelfDampedState(jnp.log(jnp.float32(initial)), step.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        (residual,) = _needed(extra_args, "adjoint_residual")
+        delta = jnp.exp(state.log_damping)
+        updates = jax.tree.map(lambda d, v: d + delta.astype(d.dtype) * v, updates, params)
+        moved, inner = step.update(updates, state.inner, params, **extra_args)
+        usable = jnp.isfinite(residual) & (residual > 0)
+        excess = jnp.log(jnp.where(usable, residual, target).astype(jnp.float32) / target)
+        excess = jnp.where(residual == 0, -1.0, jnp.clip(excess, -1.0, 1.0))
+        most = jnp.float32(_LOG_LIMIT)
+        log_damping = jnp.clip(state.log_damping + rate * excess, -most, most)
+        return moved, SelfDampedState(log_damping, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def bounded(
+    transform: optax.GradientTransformation, limit: float
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps ‖v‖ <= limit · (1 + ‖z‖) by shortening v.
+
+    Plain SGD on v diverges where the step exceeds 2 over the largest curvature; z bends away from
+    such directions, v, which lives in a linear system, cannot.
+
+    Args:
+        transform: the optimiser of v; its state is kept as it is.
+        limit: far above what a healthy run reaches.
+    """
+    if not limit > 0:
+        raise ValueError(f"limit={limit} must be positive")
+    step = optax.with_extra_args_support(transform)
+
+    def update(updates, state, params=None, **extra_args):
+        (z,) = _needed(extra_args, "inner_params")
+        moved, state = step.update(updates, state, params, **extra_args)
+        length = norm(jax.tree.map(jnp.add, params, moved))
+        most = limit * (1 + norm(z))
+        shrink = jnp.where(length > most, most / length, 1.0)
+
+        def shorten(u, v):
+            s = shrink.astype(u.dtype)
+            return jnp.where(length > most, s * (v + u) - v, u)
+
+        return jax.tree.map(shorten, moved, params), state
+
+    return optax.GradientTransformationExtraArgs(step.init, update)

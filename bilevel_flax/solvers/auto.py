@@ -1,0 +1,172 @@
+"""The defaults for deep networks: any inner optimiser goes in, nothing is left to tune.
+
+SOBA's directions (see `solvers/soba.py`) with, each for a measured reason (`docs/auto.md`):
+
+* v moved by z's own transformation, schedule included, with statistics of its own;
+* x moved in units of x by `outer.robust_sgd`: neither the number of examples, the length of the
+  run nor the scale of v matters, and no single example can make the others stand still;
+* a step of x that falls linearly to 0 over the run, and needs the number of steps only;
+* a damping of v that follows its residual: none where Hv is exact, enough where the noise of Hv
+  or negative curvature has the better of it;
+* ‖v‖ bounded, so that an inner step at the edge of stability stops v from growing, not the run;
+* on request v in every k-th step only, or v and x on a part of the minibatch (`thrifty.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax.base import BilevelSolver, Estimator, Problem
+from bilevel_flax.outer.optimisers.robust import robust_sgd
+from bilevel_flax.solvers import adjoint_optimisers as adjoints
+from bilevel_flax.solvers import cheap_steps as thrifty
+from bilevel_flax.solvers.single_loop import single_loop
+
+# Far above any healthy v, far below where squares of D_v overflow float32.
+_ADJOINT_LIMIT = 1e12
+# One visit, however few there are in the run, says no more than this about a row.
+_LONGEST_VISIT = 1.0
+
+
+def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
+    """A step of x that is 0 for `frozen` steps, then falls linearly from `peak` to 0 at `steps`.
+
+    Args:
+        peak: the first step that is not 0.
+        steps: the length of the run.
+        frozen: warm-up of z and v, < `steps`.
+
+    Example:
+        >>> schedule = decay_to_zero(1.0, steps=10, frozen=5)
+        >>> [float(schedule(t)) for t in (0, 5, 10, 11)]
+        [0.0, 1.0, 0.0, 0.0]
+    """
+
+    def schedule(count):
+        left = jnp.clip((steps - count) / (steps - frozen), 0.0, 1.0)
+        return jnp.where(count < frozen, 0.0, peak * left)
+
+    return schedule
+
+
+def auto(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    steps: int,
+    learning_rate: float = 10.0,
+    travel: float = 10.0,
+    dense_learning_rate: float = 0.01,
+    warmup: float = 0.0,
+    damping: float | None = None,
+    fraction: float = 1.0,
+    every: int = 1,
+    adjoint_every: int = 1,
+    estimator: Estimator | None = None,
+    outer: optax.GradientTransformation | None = None,
+    adjoint: optax.GradientTransformation | None = None,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """A bilevel solver without anything to tune: give it z's optimiser and the number of steps.
+
+    Args:
+        problem: the bilevel problem.
+        inner: z's optimiser, as in a loop without hyperparameters.
+        steps: updates in the run; the step of x falls to 0 there.
+        learning_rate: of per-sample leaves of x, in units of x: how far a typical entry would
+            travel in the whole run with the step that it starts with, whatever the number of
+            examples, of epochs and the minibatch. While visits agree the step grows.
+        travel: in the same units, the limit of that: a learning rate above it counts as `travel`.
+        dense_learning_rate: of the other leaves of x, which move in every step.
+        warmup: share of the steps in which x stands still, in [0, 1).
+        damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
+            (`adjoint.self_damped`).
+        fraction: share 1/m of the examples that D_v and D_x use.
+        every: k, v and x move in every k-th step.
+        adjoint_every: m, v moves in every m-th of these only.
+        estimator: takes the place of SOBA's, e.g. with memory; refused together with a cheaper
+            step.
+        outer: takes the place of x's optimiser.
+        adjoint: takes the place of v's, e.g. `adjoint.like_inner(inner)`.
+        inner_weights: as `single_loop`.
+        outer_weights: as `single_loop`.
+
+    Returns:
+        A `BilevelSolver`; `units` is its cost, in gradient units a step (`thrifty.units`).
+
+    Raises:
+        ValueError: an argument out of range; `estimator` together with a cheaper step;
+            `fraction` together with `adjoint_every`; at trace time `adjoint_every` for losses
+            without forward mode.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> solver = bf.auto(problem, inner=optax.adam(0.1), steps=1000)
+        >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
+        >>> update = jax.jit(solver.update)
+        >>> for _ in range(1000):
+        ...     state, info = update(state, bf.Batch(jnp.ones(3), jnp.full(3, 2.0)))
+        >>> [round(float(value), 1) for value in state.outer_params]
+        [2.0, 2.0, 2.0]
+
+    References:
+        M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that
+        enables stochastic and global variance reduction algorithms. NeurIPS 2022.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be an integer >= 1: the updates in the run")
+    if not 0 <= warmup < 1:
+        raise ValueError(
+            f"warmup={warmup} must lie in [0, 1): the share of the steps with x frozen"
+        )
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("travel", travel),
+        ("dense_learning_rate", dense_learning_rate),
+    ):
+        if not value >= 0:
+            raise ValueError(f"{name}={value} must be >= 0")
+    if estimator is None:
+        chosen = thrifty.estimator(fraction, every, adjoint_every)
+    elif thrifty.units(fraction, every, adjoint_every) < 4:
+        raise ValueError(
+            f"fraction={fraction}, every={every}, adjoint_every={adjoint_every} with an estimator "
+            "of your own: its memory cannot tell left out from zero; leave one of them out"
+        )
+    else:
+        chosen = estimator
+
+    moves_v = thrifty.clocked(inner) if adjoint is None else adjoint
+    moves_v = adjoints.bounded(moves_v, _ADJOINT_LIMIT)
+    if damping is None:
+        moves_v = adjoints.self_damped(moves_v)
+    else:
+        moves_v = adjoints.damped(moves_v, damping)
+    if outer is None:
+        moves, frozen = -(-steps // every), int(warmup * steps) // every
+        # The area under a triangle: what a row travels if all its visits agree.
+        triangle = 2 / max(moves - frozen, 1)
+        outer = robust_sgd(
+            decay_to_zero(triangle * learning_rate, moves, frozen),
+            most=decay_to_zero(triangle * travel, moves, frozen),
+            dense_learning_rate=decay_to_zero(dense_learning_rate * every, moves, frozen),
+            catch_up=_LONGEST_VISIT,
+        )
+    return single_loop(
+        problem,
+        chosen,
+        inner=inner,
+        outer=outer,
+        adjoint=moves_v,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        name="auto",
+    )

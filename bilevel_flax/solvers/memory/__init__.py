@@ -1,0 +1,1 @@
+"""What an estimator remembers: SAGA tables, where they lie, running averages."""

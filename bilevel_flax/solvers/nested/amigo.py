@@ -1,0 +1,108 @@
+"""AmIGO: amortised implicit gradient optimisation. Two warm-started loops, then a step of x.
+
+    T times      z ← z - ρ ∇₁G_i(z, x)
+    S times      v ← v - ρ (∇²₁₁G_i v + ∇₁F_j)      with ∇₁F_j(z, x) held fixed
+    then         x ← x - γ (∇²₂₁G_i v + ∇₂F_j)
+
+with a fresh inner minibatch i for every product and one outer minibatch j. Both loops start where
+they ended in the update before; steps are constant.
+
+References:
+    M. Arbel, J. Mairal. Amortized implicit differentiation for stochastic bilevel optimization.
+    ICLR 2022, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.checks import check_count
+from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.sampled_oracles import Pieces, axpy, moved, only, split
+
+
+def amigo(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint: optax.GradientTransformation | None = None,
+    inner_steps: int = 10,
+    adjoint_steps: int = 10,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """AmIGO: T inner steps, S adjoint steps, one outer step; T + S + 2 gradient units.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z; its schedules count inner steps.
+        outer: optimiser of x.
+        adjoint: optimiser of v, handed `inner_opt_state` besides; None: as `inner`.
+        inner_steps: T, steps of z in one update.
+        adjoint_steps: S, steps of v in one update.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (T + S + 1, 1).
+
+    Raises:
+        ValueError: a number of steps below 1, weights that are no shares.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> solver = bf.amigo(problem, inner=optax.sgd(0.5), outer=optax.sgd(0.5))
+        >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
+        >>> inner, outer = solver.batches
+        >>> batch = bf.Batch(jnp.ones((inner, 3)), jnp.full((outer, 3), 5.0))
+        >>> for _ in range(40):
+        ...     state, info = solver.update(state, batch)
+        >>> [round(float(value), 2) for value in state.outer_params]
+        [5.0, 5.0, 5.0]
+    """
+    check_count("inner_steps", inner_steps)
+    check_count("adjoint_steps", adjoint_steps)
+
+    def step(pieces: Pieces, state, inner, outer):
+        z, v, x = state.variables
+        descent, system, cross = split(inner, inner_steps, adjoint_steps, 1)
+        z, inner_opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
+        grads = pieces.outer_grads(z, x, only(outer), first[1])
+
+        def body(carry, sample):
+            v, opt_state = carry
+            d_v = axpy(1.0, pieces.hvp(z, v, x, sample), grads.inner)
+            extra = {"inner_opt_state": inner_opt_state, "outer_params": x}
+            return moved(pieces.transforms.adjoint, d_v, opt_state, v, **extra), None
+
+        (v, adjoint_opt_state), _ = jax.lax.scan(body, (v, state.adjoint_opt_state), system)
+        product, d_x = pieces.direction(z, v, x, only(cross), grads)
+        state = state.replace(
+            inner_params=z,
+            adjoint=v,
+            inner_opt_state=inner_opt_state,
+            adjoint_opt_state=adjoint_opt_state,
+        )
+        return state, trace(first, grads, norms, product, d_x)
+
+    return nested(
+        problem,
+        step,
+        name="amigo",
+        inner=inner,
+        outer=outer,
+        adjoint=adjoint or inner,
+        batches=(inner_steps + adjoint_steps + 1, 1),
+        units=inner_steps + adjoint_steps + 2,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+    )

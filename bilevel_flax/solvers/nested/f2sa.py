@@ -1,0 +1,154 @@
+"""F2SA: fully first-order stochastic approximation. No Hessian products at all.
+
+With y the tracked minimiser of λG + F beside z, the one of G, on shared minibatches,
+
+    T times      y ← y - ρ' (λ ∇₁G(y, x) + ∇₁F(y, x))        z ← z - ρ ∇₁G(z, x)
+    then         x ← x - γ (∇₂F(y, x) + λ (∇₂G(y, x) - ∇₂G(z, x)))
+
+and λ grows. λ(y - z) tends to v*, so it is what `state.adjoint` holds, and
+λ(∇₁G(y) - ∇₁G(z)) + ∇₁F(y) takes the place of Hv + ∇₁F in the residual. The source draws
+independent minibatches for y and z; a shared one keeps the noise of λ(∇₂G(y) - ∇₂G(z)) from
+growing with λ.
+
+References:
+    J. Kwon, D. Kwon, S. Wright, R. D. Nowak. A fully first-order method for stochastic bilevel
+    optimization. ICML 2023, Algorithm 1 (there y is the minimiser of G and z the other).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax.base import BilevelSolver, Problem, PyTree
+from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.minibatches import scaled
+from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    Pieces,
+    at_step,
+    axpy,
+    completed,
+    difference,
+    moved,
+    only,
+    split,
+)
+from bilevel_flax.solvers.step import learnable
+from bilevel_flax.tree import norm
+
+
+class Penalised(NamedTuple):
+    """The second inner variable."""
+
+    params: PyTree  # y, tree of z
+    opt_state: PyTree
+
+
+def penalty_growth(t):
+    """10 (t + 1)^1/7, the published growth of λ where both levels are stochastic."""
+    return 10.0 * (t + 1.0) ** (1 / 7)
+
+
+def f2sa(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    penalised: optax.GradientTransformation | None = None,
+    inner_steps: int = 10,
+    penalty: float | optax.Schedule = penalty_growth,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """F2SA: T steps on each of two inner variables, one outer step; 3T + 3 gradients.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z; its schedules count inner steps.
+        outer: optimiser of x; no row-sparse one.
+        penalised: optimiser of y, fed λ∇₁G + ∇₁F; None: `inner`, fed ∇₁G + ∇₁F/λ (the source's
+            coupling ρ' = ρ/λ).
+        inner_steps: T, at least 1.
+        penalty: λ, at least twice (smoothness of F) / (strong convexity of G); a schedule counts
+            updates. The bias of D_x is O(1/λ).
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (T + 1, T + 1).
+
+    Raises:
+        ValueError: `inner_steps` or `penalty` out of range, weights that are no shares.
+
+    Example:
+        >>> import optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> solver = bf.f2sa(problem, inner=optax.sgd(0.5), outer=optax.sgd(0.1))
+        >>> solver.batches, solver.units
+        ((11, 11), 33.0)
+    """
+    check_count("inner_steps", inner_steps)
+    check_positive("penalty", penalty)
+    second = optax.with_extra_args_support(penalised or inner)
+
+    def start(variables):
+        return Penalised(variables.inner, second.init(learnable(variables.inner)))
+
+    def step(pieces: Pieces, state, inner, outer):
+        z, _, x = state.variables
+        scale = at_step(penalty, state.step)
+        loops, last = zip(
+            *(split(samples, inner_steps, 1) for samples in (inner, outer)), strict=True
+        )
+
+        def body(carry, samples):
+            z, opt_z, y, opt_y, *_ = carry
+            seen, held_out = samples
+            out, grad_z = pieces.inner_grad(z, x, seen)
+            _, grad_y = pieces.inner_grad(y, x, seen)
+            grads = pieces.outer_grads(y, x, held_out, out[1])
+            product = scaled(difference(grad_y, grad_z), scale)
+            d_y = axpy(scale, grad_y, grads.inner)
+            if penalised is None:
+                d_y = scaled(d_y, 1 / scale)
+            z, opt_z = moved(pieces.transforms.inner, grad_z, opt_z, z, outer_params=x)
+            y, opt_y = moved(second, d_y, opt_y, y, outer_params=x)
+            return (z, opt_z, y, opt_y, product, grads.inner), (out, norm(grad_z))
+
+        zero = jax.tree.map(jnp.zeros_like, z)
+        carry = (z, state.inner_opt_state, *state.estimator_state, zero, zero)
+        carry, (outs, norms) = jax.lax.scan(body, carry, loops)
+        z, opt_z, y, opt_y, product, grad_y = carry
+        seen, held_out = (only(samples) for samples in last)
+        first = only(outs)
+        grads = pieces.outer_grads(y, x, held_out, first[1])
+        gap = difference(pieces.inner_grad_outer(y, x, seen), pieces.inner_grad_outer(z, x, seen))
+        d_x = axpy(scale, gap, completed(grads.outer, x))
+        state = state.replace(
+            inner_params=z,
+            adjoint=scaled(difference(y, z), scale),
+            inner_opt_state=opt_z,
+            estimator_state=Penalised(y, opt_y),
+        )
+        return state, trace(first, grads._replace(inner=grad_y), norms, product, d_x)
+
+    return nested(
+        problem,
+        step,
+        name="f2sa",
+        inner=inner,
+        outer=outer,
+        memory=start,
+        batches=(inner_steps + 1, inner_steps + 1),
+        units=3 * inner_steps + 3,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        row_directions=False,
+    )

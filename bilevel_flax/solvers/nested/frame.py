@@ -1,0 +1,217 @@
+"""The frame around the methods with their own loop.
+
+Such a method is a function `step(pieces, state, inner, outer) -> (state, Trace)` (see `pieces`);
+`nested` makes a `BilevelSolver` of it. The model state moves once in an update: it is that of the
+first evaluation of G.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import checks
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import (
+    Aux,
+    Batch,
+    BilevelSolver,
+    Info,
+    Oracles,
+    Problem,
+    PyTree,
+    TrainState,
+    Variables,
+)
+from bilevel_flax.checks import require_ids
+from bilevel_flax.minibatches import share_factors
+from bilevel_flax.oracles.evaluate import residual
+from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers.freezing import frozen_state, muted_unless
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    OuterGrads,
+    Pieces,
+    Sample,
+    axpy,
+    moved,
+    only,
+)
+from bilevel_flax.solvers.single_loop import init_state
+from bilevel_flax.tree import norm
+
+
+class Trace(NamedTuple):
+    """What a step reports beside the new state.
+
+    Attributes:
+        inner: (G, aux) of the update's first evaluation.
+        outer: (F, aux).
+        inner_norms: ‖D_z‖, a scalar or one for each inner step.
+        adjoint_norm: ‖Hv + ∇₁F‖ at the v that D_x was made with.
+        residual: the same relative to ‖∇₁F‖.
+        d_x: the direction of x.
+        units: the update's cost where it is random; None: as configured.
+        inner_last: F came before G, so a model state that both update is G's.
+    """
+
+    inner: tuple[jax.Array, Aux]
+    outer: tuple[jax.Array, Aux]
+    inner_norms: jax.Array
+    adjoint_norm: jax.Array
+    residual: jax.Array
+    d_x: PyTree
+    units: jax.Array | None = None
+    inner_last: bool = False
+
+
+def trace(inner, outer: OuterGrads, inner_norms, hvp: PyTree, d_x: PyTree, units=None) -> Trace:
+    """A Trace from Hv at the v that D_x was made with."""
+    adjoint_norm = norm(axpy(1.0, hvp, outer.inner))
+    relative = residual(Oracles(None, hvp, None, outer.inner, None))
+    return Trace(inner, outer.out, inner_norms, adjoint_norm, relative, d_x, units)
+
+
+def refresh_sample(problem: Problem, state: TrainState, batch: Batch, side: str, factors) -> Sample:
+    """The one minibatch of a full pass; its key is that of its id, the same in every pass."""
+    data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
+    rng = _fixed_key(state, side, ids) if problem.stateful else None
+    return Sample(data, None if factors is None else factors[ids], rng)
+
+
+def _fixed_key(state: TrainState, side: str, position: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.rng, 3 + (side == "outer")), position)
+
+
+def _samples(side: str, batch: Batch, batches, factors, key: Callable | None, name: str) -> Sample:
+    """The Samples of an update; `key(side, position in the update, id)` gives each its rng key."""
+    data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
+    count = batches[side == "outer"]
+    if batches == (1, 1) or (count == 1 and ids is not None and jnp.ndim(ids) == 0):
+        data, ids = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (data, ids))
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(data)]
+    for path, leaf in leaves + ([] if ids is None else [("_id", ids)]):
+        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != count:
+            raise ValueError(
+                f"batch.{side}{path} has shape {jnp.shape(leaf)}, "
+                f"but {name} takes batches={batches} minibatches an update: give every leaf and "
+                f"the ids a leading axis of {count}"
+            )
+    keys = None
+    if key is not None:
+        positions = jnp.arange(count)
+        keys = jax.vmap(functools.partial(key, side))(positions, positions if ids is None else ids)
+    return Sample(data, None if factors is None else factors[ids], keys)
+
+
+def nested(
+    problem: Problem,
+    step: Callable[[Pieces, TrainState, Sample, Sample], tuple[TrainState, Trace]],
+    *,
+    name: str,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    adjoint: optax.GradientTransformation | None = None,
+    memory: Callable[[Variables], PyTree] = lambda variables: (),
+    batches: tuple[int, int],
+    units: float,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+    moves_outer: bool = False,
+    row_directions: bool = True,
+    fixed_keys: bool = False,
+) -> BilevelSolver:
+    """The frame around a method's step: Samples in, the move of x, Info and the freeze out.
+
+    Args:
+        problem: the bilevel problem.
+        step: `step(pieces, state, inner, outer) -> (state, Trace)` with Samples [K] and [L]; it
+            moves z and v. x moves along `Trace.d_x` afterwards.
+        name: the method's name, for logs and errors.
+        inner: optimiser of z.
+        outer: optimiser of x.
+        adjoint: optimiser of v; None where v has no iteration of its own.
+        memory: `memory(variables) -> estimator_state` at the start.
+        batches: (K, L).
+        units: gradient units of one update (expected, where they are random).
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+        moves_outer: the step moves x itself.
+        row_directions: `Trace.d_x` keeps per-sample leaves as `Rows`.
+        fixed_keys: a minibatch's rng key is that of its id, in `refresh_sample` as in an update
+            (methods that compare visits).
+
+    Raises:
+        ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
+            at trace time missing ids or leading axes.
+    """
+    sparse_outer = isinstance(outer, RowTransformation)
+    dense_direction = moves_outer or not row_directions
+    if sparse_outer and dense_direction and rows.has_rows(problem.per_sample):
+        raise ValueError(
+            f"outer is a row-sparse optimiser, but {name}'s direction of x is dense: use a dense "
+            "one, e.g. optax.adam"
+        )
+    transforms = Variables(
+        *(optax.with_extra_args_support(t) for t in (inner, adjoint or optax.identity(), outer))
+    )
+    factors = {
+        "inner": share_factors("inner_weights", inner_weights),
+        "outer": share_factors("outer_weights", outer_weights),
+    }
+    by_id = fixed_keys and problem.stateful
+    needed = {side: by_id or factor is not None for side, factor in factors.items()}
+
+    def init(inner_params, outer_params, *, model_state=None, rng=None):
+        return init_state(problem, memory, transforms, inner_params, outer_params, model_state, rng)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+        require_ids(batch, name, needed)
+
+        def key(side, position, minibatch):
+            if fixed_keys:
+                return _fixed_key(state, side, minibatch)
+            of_side = jax.random.fold_in(state.rng, side == "outer")
+            return jax.random.fold_in(jax.random.fold_in(of_side, state.step), position)
+
+        samples = [
+            _samples(side, batch, batches, factors[side], key if problem.stateful else None, name)
+            for side in ("inner", "outer")
+        ]
+        first = only(samples[0])
+        seen = Batch(inner=first.data)
+        checks.outer_is_used(problem, state.variables, seen, state.model_state, first.rng)
+
+        new, found = step(Pieces(problem, transforms, state.model_state), state, *samples)
+        every = Variables(jnp.atleast_1d(found.inner_norms), found.adjoint_norm, norm(found.d_x))
+        finite = Variables(*(jnp.isfinite(value).all() for value in every))
+        alive = finite.inner & finite.adjoint & finite.outer
+        d_x = found.d_x
+        if not moves_outer:
+            d_x = (
+                muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
+            )
+            x, opt_state = moved(transforms.outer, d_x, state.outer_opt_state, state.outer_params)
+            new = new.replace(outer_params=x, outer_opt_state=opt_state)
+        if problem.stateful:
+            outer_last = problem.outer_updates_state and not found.inner_last
+            last = found.outer if outer_last else found.inner
+            new = new.replace(model_state=last[1].model_state)
+        metrics = {f"inner_{key}": value for key, value in found.inner[1].metrics.items()}
+        metrics |= {f"outer_{key}": value for key, value in found.outer[1].metrics.items()}
+        info = Info(
+            inner_loss=found.inner[0],
+            outer_loss=found.outer[0],
+            norms=every._replace(inner=every.inner[-1]),
+            finite=finite,
+            adjoint_residual=found.residual,
+            oracle_units=jnp.float32(units if found.units is None else found.units),
+            metrics=metrics,
+        )
+        return frozen_state(alive, new.replace(step=state.step + 1), state, d_x), info
+
+    return BilevelSolver(init, update, batches=batches, units=float(units), name=name)

@@ -1,0 +1,147 @@
+"""Implicit differentiation: inner SGD, a linear system on one minibatch, a step of x.
+
+    T times      z ← z - ρ ∇₁G_i(z, x)      on fresh minibatches i
+    then         (∇²₁₁G_j + δI) v = -∇₁F     on one more minibatch j, approximately
+    then         x ← x - γ (∇²₂₁G_j v + ∇₂F)
+
+v starts from 0: either S steps of conjugate gradients, or S products of the Neumann series
+v = -η Σ_{k=0..S} (I - η(∇²₁₁G_j + δI))^k ∇₁F. Conjugate gradients stop at the first direction of
+negative curvature.
+
+References:
+    F. Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016 (CG).
+    J. Lorraine, P. Vicol, D. Duvenaud. Optimizing millions of hyperparameters by implicit
+    differentiation. AISTATS 2020 (Neumann).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.linear_solves import (
+    check_damping,
+    conjugate_gradients,
+    hypergradient,
+    neumann,
+)
+from bilevel_flax.solvers.nested.sampled_oracles import Pieces, at_step, axpy, only, split
+
+LINEAR_SOLVERS = ("cg", "neumann")
+
+
+def implicit_step(solve: Callable[[Any], Callable], inner_steps: int, *, same: bool = False):
+    """The step of every method that solves its linear system on one minibatch.
+
+    Args:
+        solve: `solve(state) -> (hvp, ∇₁F, sample) -> v`.
+        inner_steps: T.
+        same: take the T inner steps on the minibatch of the system as well (K = 1).
+    """
+
+    def step(pieces: Pieces, state, inner, outer):
+        z, _, x = state.variables
+        if same:
+            system = descent = only(inner)
+        else:
+            descent, system = split(inner, inner_steps, 1)
+            system = only(system)
+        z, opt_state, first, norms = pieces.descend(
+            z, state.inner_opt_state, x, descent, inner_steps if same else None
+        )
+        samples = system, system, only(outer)
+        found = hypergradient(pieces, z, x, *samples, solve(state), first[1])
+        state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
+        return state, trace(first, found.outer, norms, found.hvp, found.d_x)
+
+    return step
+
+
+def implicit(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    linear_solver: str = "cg",
+    adjoint_step: float | optax.Schedule | None = None,
+    inner_steps: int = 10,
+    adjoint_steps: int = 10,
+    damping: float = 0.0,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z; its schedules count inner steps.
+        outer: optimiser of x.
+        linear_solver: "cg" or "neumann".
+        adjoint_step: η of the Neumann series, below 1 / (largest eigenvalue of ∇²₁₁G); None for
+            "cg".
+        inner_steps: T, at least 1.
+        adjoint_steps: S, Hessian products, at least 1.
+        damping: δ, at least 0.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (T + 1, 1).
+
+    Raises:
+        ValueError: an argument out of range, `adjoint_step` missing or given for "cg".
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> solver = bf.implicit(problem, inner=optax.sgd(1.0), outer=optax.sgd(1.0))
+        >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
+        >>> batch = bf.Batch(jnp.zeros((11, 3)), jnp.full((1, 3), 5.0))
+        >>> state, info = solver.update(state, batch)
+        >>> state.outer_params.tolist(), float(info.adjoint_residual)
+        ([5.0, 5.0, 5.0], 0.0)
+    """
+    check_count("inner_steps", inner_steps)
+    check_count("adjoint_steps", adjoint_steps)
+    check_damping(damping)
+    if linear_solver not in LINEAR_SOLVERS:
+        raise ValueError(
+            f"linear_solver={linear_solver!r} is unknown; choose one of {LINEAR_SOLVERS}"
+        )
+    if linear_solver == "neumann":
+        check_positive("adjoint_step", adjoint_step)
+    elif adjoint_step is not None:
+        raise ValueError(
+            f'adjoint_step={adjoint_step!r} has no use with linear_solver="cg": drop it'
+        )
+
+    def solve(state):
+        if linear_solver == "cg":
+            return conjugate_gradients(adjoint_steps, damping)
+        series = neumann(at_step(adjoint_step, state.step), adjoint_steps)
+
+        def on_one(hvp, grad, sample):
+            damped = lambda u, sample: axpy(damping, u, hvp(u, sample))
+            return series(damped, grad, sample)
+
+        return on_one
+
+    return nested(
+        problem,
+        implicit_step(solve, inner_steps),
+        name=f"implicit_{linear_solver}",
+        inner=inner,
+        outer=outer,
+        batches=(inner_steps + 1, 1),
+        units=inner_steps + adjoint_steps + 2,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+    )

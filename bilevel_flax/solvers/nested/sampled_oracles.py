@@ -1,0 +1,191 @@
+"""What a nested method's step works with: Samples, the pieces of the oracles on them, inner SGD.
+
+A `Sample` is one minibatch with its factor N·w_i and its rng key; with a leading axis it is many,
+and `scan` walks over them. A minibatch keeps its key wherever it is evaluated in an update, so
+that methods which compare two points see the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax import oracles
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import Aux, Problem, PyTree, Variables
+from bilevel_flax.minibatches import scaled
+from bilevel_flax.solvers.step import learnable
+from bilevel_flax.tree import norm
+
+
+class Sample(NamedTuple):
+    """One minibatch, or several with a leading axis on every leaf."""
+
+    data: PyTree
+    factor: jax.Array | None  # N·w_i, None for equal minibatches
+    rng: jax.Array | None  # key of a stateful loss
+
+
+class OuterGrads(NamedTuple):
+    """F at one point on one minibatch."""
+
+    out: tuple[jax.Array, Aux]  # (loss, aux)
+    inner: PyTree  # ∇₁F
+    outer: PyTree  # ∇₂F, None for per-sample leaves
+
+
+def axpy(factor: Any, tree: PyTree, other: PyTree) -> PyTree:
+    """Factor · tree + other on the float leaves, in the dtypes of `other`."""
+
+    def leaf(a, b):
+        if not oracles.is_inexact(b):
+            return b
+        return b + jnp.asarray(factor, b.dtype) * a
+
+    return jax.tree.map(leaf, tree, other)
+
+
+def difference(tree: PyTree, other: PyTree) -> PyTree:
+    """Tree - other on the float leaves."""
+    return axpy(-1.0, other, tree)
+
+
+def completed(grad: PyTree, x: PyTree) -> PyTree:
+    """∇₂F in x's tree: zero for the per-sample leaves."""
+    return jax.tree.map(
+        lambda term, leaf: jnp.zeros_like(leaf) if term is None else term,
+        grad,
+        x,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def vdot(tree: PyTree, other: PyTree) -> jax.Array:
+    """Inner product over the float leaves, in float32 at least."""
+
+    def leaf(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+    pairs = zip(jax.tree.leaves(learnable(tree)), jax.tree.leaves(learnable(other)), strict=True)
+    return sum((leaf(a, b) for a, b in pairs), start=jnp.zeros(()))
+
+
+def moved(transform, direction: PyTree, opt_state: PyTree, point: PyTree, **extra):
+    """One Optax update: `(point, opt_state)`."""
+    step, opt_state = transform.update(learnable(direction), opt_state, learnable(point), **extra)
+    return rows.apply_updates(point, step), opt_state
+
+
+def split(samples: Sample, *sizes: int) -> list[Sample]:
+    """Consecutive parts of the leading axis."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(jax.tree.map(lambda leaf, a=start, b=start + size: leaf[a:b], samples))
+        start += size
+    return parts
+
+
+def scan(body: Callable, carry: Any, samples: Sample, times: int | None = None):
+    """`jax.lax.scan` over the Samples, or `times` times on one and the same Sample."""
+    if times is None:
+        return jax.lax.scan(body, carry, samples)
+    return jax.lax.scan(lambda carry, _: body(carry, samples), carry, length=times)
+
+
+def only(tree: PyTree) -> PyTree:
+    """The first entry of the leading axis."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def at_step(value: Any, step: jax.Array) -> Any:
+    """A number, or a schedule's value at the update `step`."""
+    return value(step) if callable(value) else value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """The oracles on Samples, scaled by N·w_i, and the optimisers."""
+
+    problem: Problem
+    transforms: Variables
+    model_state: PyTree
+
+    def after(self, aux: Aux) -> Pieces:
+        """The pieces once F has been evaluated: with its model state if it updates it."""
+        if not self.problem.outer_updates_state:
+            return self
+        return dataclasses.replace(self, model_state=aux.model_state)
+
+    def inner_grad(self, z, x, sample: Sample):
+        """`((G, aux), ∇₁G)`."""
+        out, grad = oracles.inner_value_and_grad(
+            self.problem, z, x, sample.data, self.model_state, sample.rng
+        )
+        return out, scaled(grad, sample.factor)
+
+    def inner_grad_outer(self, z, x, sample: Sample) -> PyTree:
+        """∇₂G, dense."""
+        grad = oracles.inner_grad_outer(
+            self.problem, z, x, sample.data, self.model_state, sample.rng
+        )
+        return rows.densify(scaled(grad, sample.factor), x)
+
+    def hvp(self, z, v, x, sample: Sample) -> PyTree:
+        """∇²₁₁G v."""
+        point = Variables(z, v, x)
+        product = oracles.hvp(self.problem, point, sample.data, self.model_state, sample.rng)
+        return scaled(product, sample.factor)
+
+    def cross_jvp(self, z, v, x, sample: Sample) -> PyTree:
+        """∇²₂₁G v; per-sample leaves are `Rows`."""
+        point = Variables(z, v, x)
+        product = oracles.cross_jvp(self.problem, point, sample.data, self.model_state, sample.rng)
+        return scaled(product, sample.factor)
+
+    def seen_by_outer(self, after: Aux | None) -> PyTree:
+        """The model state for F: the one that G returned (`after`) if F updates it further."""
+        if after is None or not self.problem.outer_updates_state:
+            return self.model_state
+        return after.model_state
+
+    def outer_grads(self, z, x, sample: Sample, after: Aux | None = None) -> OuterGrads:
+        """F's gradients; `after`: the aux of the G before it."""
+        state = self.seen_by_outer(after)
+        out, *grads = oracles.outer_value_and_grads(
+            self.problem, z, x, sample.data, state, sample.rng
+        )
+        return OuterGrads(out, *scaled(tuple(grads), sample.factor))
+
+    def direction(self, z, v, x, sample: Sample, outer: OuterGrads):
+        """`(Hv, D_x)` with D_x = ∇²₂₁G v + ∇₂F.
+
+        Hv comes out of the differentiated backprop that makes the cross-JVP. It is a diagnostic,
+        not counted, and compiled away where it is not used.
+        """
+        _, _, product, cross = oracles.inner_products(
+            self.problem, Variables(z, v, x), sample.data, self.model_state, sample.rng
+        )
+        product, cross = scaled((product, cross), sample.factor)
+        return product, rows.add(cross, outer.outer)
+
+    def descend(self, z, opt_state, x, samples: Sample, times: int | None = None):
+        """One step of the inner optimiser on each Sample, or `times` steps on one.
+
+        Returns:
+            `(z, opt_state, (G, aux) of the first, ‖∇₁G‖ of each)`.
+        """
+
+        def body(carry, sample):
+            z, opt_state = carry
+            out, grad = self.inner_grad(z, x, sample)
+            carry = moved(self.transforms.inner, grad, opt_state, z, outer_params=x)
+            # The norm's derivative at 0 is NaN, and `unrolled` differentiates through this loop.
+            return carry, (out, norm(jax.lax.stop_gradient(grad)))
+
+        (z, opt_state), (outs, norms) = scan(body, (z, opt_state), samples, times)
+        return z, opt_state, only(outs), norms

@@ -1,0 +1,104 @@
+"""Unrolled differentiation: backprop through K steps of the inner optimiser.
+
+    z_0 = z,   z_{k+1} = z_k - ρ ∇₁G_k(z_k, x)      K times, on fresh minibatches
+    x ← x - γ d/dx F(z_K(x), x),                    z ← z_K
+
+z_0 and the optimiser's state at the start are held fixed (the truncated, warm-started form), so
+the gradient's bias does not vanish with the step sizes, only with K. There is no adjoint: v stays
+0 and the adjoint residual is 1.
+
+References:
+    D. Maclaurin, D. Duvenaud, R. P. Adams. Gradient-based hyperparameter optimization through
+    reversible learning. ICML 2015.
+    A. Shaban, C.-A. Cheng, N. Hatch, B. Boots. Truncated back-propagation for bilevel
+    optimization. AISTATS 2019.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from bilevel_flax import oracles
+from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.checks import check_count
+from bilevel_flax.minibatches import scaled
+from bilevel_flax.solvers.nested.frame import Trace, nested
+from bilevel_flax.solvers.nested.sampled_oracles import Pieces, only
+
+
+def unrolled(
+    problem: Problem,
+    *,
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    inner_steps: int = 10,
+    inner_weights: Any = None,
+    outer_weights: Any = None,
+) -> BilevelSolver:
+    """Backprop through K inner steps; 3K + 1 gradient units (K gradients, HVPs and cross-JVPs).
+
+    Memory grows with K (the parameters and the optimiser's state of every step);
+    `Problem(remat=True)` bounds what each step adds.
+
+    Args:
+        problem: the bilevel problem.
+        inner: optimiser of z, differentiable (SGD, momentum, Adam ...); its schedules count
+            inner steps.
+        outer: optimiser of x; no row-sparse one.
+        inner_steps: K, at least 1.
+        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
+        outer_weights: float [M], the same for the outer data.
+
+    Returns:
+        A solver with `batches` (K, 1).
+
+    Raises:
+        ValueError: `inner_steps` below 1, weights that are no shares.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
+        ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
+        ... )
+        >>> step = optax.sgd(0.5)
+        >>> solver = bf.unrolled(problem, inner=step, outer=optax.sgd(1.0), inner_steps=2)
+        >>> state = solver.init(jnp.zeros(1), jnp.zeros(1))
+        >>> state, info = solver.update(state, bf.Batch(jnp.zeros((2, 1)), jnp.full((1, 1), 4.0)))
+        >>> state.outer_params.tolist()  # dz_2/dx = 3/4
+        [3.0]
+    """
+    check_count("inner_steps", inner_steps)
+
+    def step(pieces: Pieces, state, inner, outer):
+        z, opt_state = state.inner_params, state.inner_opt_state
+        last = only(outer)
+
+        def unroll(x):
+            z_end, *more = pieces.descend(z, opt_state, x, inner)
+            return z_end, pieces.seen_by_outer(more[1][1]), more
+
+        found = oracles.unrolled_value_and_grad(
+            problem, unroll, state.outer_params, last.data, last.rng
+        )
+        out, d_x, (z_end, (opt_state, first, norms)) = found
+        state = state.replace(inner_params=z_end, inner_opt_state=opt_state)
+        zero, one = jnp.float32(0.0), jnp.float32(1.0)
+        d_x = scaled(d_x, last.factor)
+        return state, Trace(first, out, norms, zero, one, d_x)
+
+    return nested(
+        problem,
+        step,
+        name="unrolled",
+        inner=inner,
+        outer=outer,
+        batches=(inner_steps, 1),
+        units=3 * inner_steps + 1,
+        inner_weights=inner_weights,
+        outer_weights=outer_weights,
+        row_directions=False,
+    )

@@ -1,0 +1,1 @@
+"""Whether a run learns what it should: residual, cosine, ranges, a budget for both."""

@@ -1,0 +1,232 @@
+"""The host loop: it reads from top to bottom and knows no solver's name.
+
+config -> task -> solver -> state -> metrics, checkpoints.
+
+Every process runs all of it and takes the same branches; process 0 alone writes and prints. What
+may differ between them (a signal, a clock, a disk) goes through a channel before it decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bilevel_flax.base import BilevelSolver, TrainState
+from bilevel_flax.checkpoints import checkpointer as checkpoint
+from bilevel_flax.checkpoints.best import Best
+from bilevel_flax.sharding import Layout
+from bilevel_flax.train import config as configs
+from bilevel_flax.train import metrics as writers
+from bilevel_flax.train import multihost as distributed
+from bilevel_flax.train import summary
+from bilevel_flax.train import workdir as workdirs
+from bilevel_flax.train.errors import Interrupted, raise_if_diverged
+from bilevel_flax.train.health import monitor as health
+from bilevel_flax.train.health import thresholds as health_ranges
+from bilevel_flax.train.metrics.mean import Window
+from bilevel_flax.train.metrics.progress_bar import Progress
+from bilevel_flax.train.preemption import SignalGuard
+from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.task import Task
+
+
+class Trained(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+        state: the last one.
+        totals: of all sessions: `oracle_units`, `seconds`, `cpu_seconds` (of updates and
+            refreshes) and `compile_seconds`.
+        loop: whose compiled chunk may be used again; close it.
+        monitor: of the run's health.
+    """
+
+    state: TrainState
+    totals: dict[str, float]
+    loop: Loop
+    monitor: health.Monitor
+
+
+def train(
+    config: configs.Config,
+    workdir: Path,
+    task: Task,
+    solver: BilevelSolver,
+    record: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
+) -> Trained:
+    """The loop itself: all steps from the newest checkpoint, or from the start.
+
+    Args:
+        config: as for `train_and_evaluate`.
+        workdir: gets the files.
+        task: what to solve.
+        solver: how.
+        record: the config as the user gave it, for `config.json` and the checkpoints; None: as
+            `config` is now.
+        layout: of many devices (`run_mesh.make_layout`); None: one device.
+
+    Raises:
+        Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
+    """
+    record = configs.plain(config) if record is None else record
+    talk, leads = distributed.Channel("train"), distributed.is_leader()
+    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+    start = task.init(init_rng)
+    state = solver.init(
+        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
+    )
+    if layout is not None:
+        state = layout.place_state(state)
+    loop = Loop(
+        solver,
+        task.inner,
+        task.outer,
+        seed=config.seed,
+        on_device=config.on_device,
+        layout=layout,
+    )
+    step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
+    progress = Progress(config.steps, quiet=not leads)
+    messages: list[str] = []
+    settings = config.get("health") or {}
+    monitor = health.Monitor(
+        task,
+        solver,
+        loop,
+        config.steps,
+        start.outer_params,
+        settings,
+        config.log_every,
+        messages.append,
+    )
+    with (
+        checkpoint.Checkpointer(
+            workdir / "checkpoints", keep=config.checkpoint.keep, on_event=messages.append
+        ) as checkpointer,
+        SignalGuard() as guard,
+    ):
+        restored = checkpointer.restore(state)
+        if restored is not None:
+            state, step = restored.state, restored.step
+            for sampler, saved in zip(loop.samplers, restored.meta["samplers"], strict=True):
+                sampler.check(saved)
+            window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
+            messages.append(f"resuming {workdir} at step {step}")
+        if step == 0 and leads:  # of a run that ended before its first checkpoint
+            (workdir / "best.npz").unlink(missing_ok=True)
+        best = Best(workdir / "best.npz")
+        kept, history = [], []
+        if leads:
+            workdirs.write_json(workdir / "config.json", record)
+            kept.append(writers.JsonlWriter(workdir / "metrics.jsonl"))
+            kept[0].truncate_after(step)
+            kept.append(writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1))
+            history = writers.read_metrics(workdir / "metrics.jsonl")
+        writer = writers.MultiWriter(kept)
+
+        def write(step: int, values: dict[str, float]) -> None:
+            writer.write_scalars(step, values)
+            history.append({"step": step, **values})
+            said = health_ranges.warnings(history)
+            if said:
+                messages.extend(f"step {step}: warning: {text}" for text in said.values())
+                texts = {health_ranges.PREFIX + name: text for name, text in said.items()}
+                writer.write_texts(step, texts)
+                history.append({"step": step, **texts})
+
+        def totals_now() -> dict[str, float]:
+            return totals | {name: totals[name] + getattr(loop, name) for name in Loop.CLOCKS}
+
+        def save(state: TrainState, step: int) -> None:
+            if talk.lead(checkpointer.latest_step()) != step:
+                meta = {
+                    "config": record,
+                    "samplers": [sampler.state() for sampler in loop.samplers],
+                    "window": window.state(),
+                    "totals": totals_now(),
+                }
+                checkpointer.save(step, state, meta)
+
+        def stop_if_asked(state: TrainState, step: int) -> None:
+            everywhere = talk.exchange(guard.received)
+            received = next((number for number in everywhere if number is not None), None)
+            if received is None:
+                return
+            save(state, step)
+            checkpointer.wait()
+            name = signal.Signals(received).name
+            raise Interrupted(
+                f"{name}: saved at step {step}; the same command resumes", signal.Signals(received)
+            )
+
+        every = [config.log_every, config.eval_every, config.checkpoint.every]
+        every += [monitor.plan.every] if monitor.plan.every else []
+        try:
+            if step < config.steps:
+                messages += [summary.cost_line(solver)]
+                messages += [f"{solver.name}: {_sizes(task, loop)}; compiling"]
+            while step < config.steps:
+                while messages:
+                    progress.say(messages.pop(0))
+                due = int(solver.next_refresh(state))
+                if due <= step:
+                    state, units = loop.refresh(state)
+                    totals["oracle_units"] += units
+                    stop_if_asked(state, step)
+                    continue
+                if not loop.compiled:
+                    loop.compile(state, step)
+                    messages.append(f"compiled in {loop.compile_seconds:.1f} s")
+                    stop_if_asked(state, step)
+                    continue
+                stop = min(config.steps, due, *(step + n - step % n for n in every))
+                state, info = loop.run(state, step, stop)
+                step += len(info.inner_loss) - (not all(side[-1] for side in info.finite))
+                raise_if_diverged(info, step, checkpointer.latest_step())
+                totals["oracle_units"] += float(np.sum(info.oracle_units, dtype=np.float64))
+                window.add(info)
+                shown = {}
+                if step % config.log_every == 0 or step == config.steps:
+                    shown = window.means() | {"oracle_units": totals["oracle_units"]}
+                    window = Window()
+                if step % config.eval_every == 0 or step == config.steps:
+                    whole = health.readable(state)
+                    found = talk.each(functools.partial(task.evaluate, whole))
+                    shown |= {k: float(v) for k, v in found.items()}
+                    if task.select is not None and leads:
+                        network = (whole.inner_params, whole.model_state)
+                        best.offer(step, shown[task.select], network)
+                if monitor.due(step):
+                    shown |= monitor(state, step)
+                if shown:
+                    write(step, shown)
+                progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)})
+                if step % config.checkpoint.every == 0 or step == config.steps:
+                    save(state, step)
+                stop_if_asked(state, step)
+            checkpointer.wait()
+        finally:
+            while messages:
+                progress.say(messages.pop(0))
+            progress.close()
+            loop.close()
+            writer.close()
+    return Trained(state, totals_now(), loop, monitor)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a value is for the files only; a line on a terminal holds few."""
+    return name.startswith(("norm_", "health/", "_")) or name == "oracle_units"
+
+
+def _sizes(task: Task, loop: Loop) -> str:
+    sides = (f"{side.num_samples}" for side in (task.inner, task.outer))
+    where = "on the device" if loop.on_device else "streamed"
+    return f"{' + '.join(sides)} examples, batches of {task.inner.batch_size}, data {where}"

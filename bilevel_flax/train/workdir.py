@@ -1,0 +1,126 @@
+"""The folder of one run: which config it belongs to, who is writing to it, JSON files in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bilevel_flax.checkpoints import checkpointer as checkpoint
+from bilevel_flax.train import config_diff
+from bilevel_flax.train.config import ConfigError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoom(OSError):
+    """The disk is full; the message names the workdir and says what is kept."""
+
+
+@contextlib.contextmanager
+def opened(workdir: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it until the block is left.
+
+    Raises:
+        ConfigError: it cannot be made or written to, or another process trains in it.
+        NoRoom: a file could not be written inside the block because the disk is full.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir}: {error.strerror}, so it cannot be made; choose another folder"
+        ) from error
+    try:
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise ConfigError(f"--workdir={workdir}: not writable; choose another folder")
+        try:
+            # The system releases it however the process ends.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--workdir={workdir}: another process is training in it; wait for its end, or "
+                "choose another folder"
+            ) from error
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or isinstance(error, NoRoom):
+            raise
+        raise NoRoom(
+            f"--workdir={workdir}: {error.strerror}; what was saved is kept: make room, and the "
+            "same command goes on"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def claim(workdir: Path, config: Mapping[str, Any], harmless: Iterable[str]) -> None:
+    """Makes sure that the results in the folder, if there are any, are this config's.
+
+    A folder without summary and checkpoint (a mistaken config, an early end) is free.
+
+    Args:
+        workdir: the folder.
+        config: plain (`config.plain`).
+        harmless: patterns of keys that may differ, as for `config_differences`.
+
+    Raises:
+        ConfigError: they are another config's; the differing keys are named.
+        CheckpointError: there are checkpoints, but none is sound.
+    """
+    saved = _saved_config(workdir)
+    different = saved and config_diff.config_differences(saved, config, harmless)
+    if different:
+        raise ConfigError(
+            f"--workdir={workdir} holds a run with another config ({'; '.join(different)}): "
+            "use that config to resume it, or another workdir"
+        )
+
+
+def _saved_config(workdir: Path) -> dict[str, Any] | None:
+    if (workdir / "summary.json").exists() and (workdir / "config.json").exists():
+        return read_json(workdir / "config.json")
+    # A damaged checkpoint is reported when it is restored.
+    with checkpoint.Checkpointer(
+        workdir / "checkpoints", read_only=True, on_event=lambda line: None
+    ) as checkpointer:
+        found = checkpointer.read_meta()
+    return None if found is None else found[1]["config"]
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): bring it back or delete it") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one step: a killed process leaves the old one or the new one.
+
+    Numbers that are not finite become null, which every reader of JSON understands.
+    """
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
