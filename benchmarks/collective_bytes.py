@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import bilevel_flax as bf
 from bilevel_flax import sharding
 from bilevel_flax.plan.collectives import collectives
+from bilevel_flax.solvers import table
 
 WIDTH, DEPTH, BATCH = 256, 4, 64
 SOLVERS = {
@@ -59,7 +60,7 @@ def bilevel(name: str, text: str, floor: bool) -> float:
     optimisers = {"inner": optax.adam(1e-3)}
     if name != "auto":
         optimisers["outer"] = optax.sgd(0.1)
-    solver = getattr(bf, name)(shared, **optimisers, **SOLVERS[name])
+    solver = table.method(name)(shared, **optimisers, **SOLVERS[name])
     state = jax.eval_shape(solver.init, PARAMS, PENALTY)
     here = sharding.state_shardings(state, mesh, None, problem)
     batch = bf.Batch(SIDE, SIDE, np.int32(0), np.int32(0))

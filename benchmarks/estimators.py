@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel_flax as bf
+from bilevel_flax.solvers import table
 
 BATCH = 64
 
@@ -87,7 +88,7 @@ def make(name, problem, inner, outer, steps):
         "srba": counts | {"period": num_inner},
         "spaba": counts | {"probability": 1 / num_inner},
     }
-    method = getattr(bf, name.partition("-")[0])
+    method = table.method(name.partition("-")[0])
     return method(problem, **optimisers, **extra.get(name, {}))
 
 

@@ -20,6 +20,7 @@ Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original f
 import ml_collections
 from ml_collections import config_dict
 
+from bilevel_flax.solvers import table
 from bilevel_flax.train.config import ConfigError, nearest
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
@@ -104,5 +105,5 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
                 "weight_decay": 1e-3,
             }
         }
-    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner, **moves_x}
+    config.solver = {"call": table.qualified_name(solver), "inner": inner, **moves_x}
     return config

@@ -15,6 +15,7 @@ Expected: benchmarks/README.md, "Architecture search: DARTS's space".
 import ml_collections
 from ml_collections import config_dict
 
+from bilevel_flax.solvers import table
 from bilevel_flax.train.config import ConfigError, nearest
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
@@ -97,5 +98,5 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
                 "b1": 0.5,
             }
         }
-    config.solver = {"call": f"bilevel_flax:{solver}", "inner": inner, **moves_x}
+    config.solver = {"call": table.qualified_name(solver), "inner": inner, **moves_x}
     return config

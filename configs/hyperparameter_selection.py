@@ -16,6 +16,7 @@ longer (--config.optimum=False leaves it out).
 import ml_collections
 from ml_collections import config_dict
 
+from bilevel_flax.solvers import table
 from bilevel_flax.train.config import ConfigError, nearest
 
 # The single-loop methods, with what each wants beside the optimisers.
@@ -81,7 +82,7 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     }
     config.report = config_dict.placeholder(str)
     config.solver = {
-        "call": f"bilevel_flax:{solver}",
+        "call": table.qualified_name(solver),
         "inner": {"call": f"{OPTIMIZERS}:penalty_aware_sgd", "learning_rate": rho},
         "outer": {
             "call": f"{OPTIMIZERS}:penalty_adam",

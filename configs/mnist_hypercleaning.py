@@ -15,6 +15,7 @@ Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Fu
 import ml_collections
 from ml_collections import config_dict
 
+from bilevel_flax.solvers import table
 from bilevel_flax.train.config import ConfigError, nearest
 
 # The single-loop methods, with what each wants beside the optimisers.
@@ -89,7 +90,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "transition_steps": steps,
     }
     config.solver = {
-        "call": f"bilevel_flax:{solver}",
+        "call": table.qualified_name(solver),
         "inner": {"call": "optax:sgd", "learning_rate": rate},
         "outer": {
             "call": "bilevel_flax.outer:normalized_sgd",

@@ -15,6 +15,7 @@ import bilevel_flax
 from bilevel_flax.base import BilevelSolver
 from bilevel_flax.bench import plain_training as inner_only
 from bilevel_flax.bench.tasks import BenchTask, Setting
+from bilevel_flax.solvers import table
 from bilevel_flax.train import config as configs
 
 
@@ -47,9 +48,9 @@ SEARCHES: tuple[str, ...] = ("grid_search", "random_search")
 def names() -> list[str]:
     """What can run: all exported functions of a problem and two optimisers, and the searches."""
     found = list(SEARCHES)
-    for name in bilevel_flax.__all__:
-        function = getattr(bilevel_flax, name, None)
-        if inspect.isfunction(function) and _returns_solver(function):
+    for name in (row.name for row in table.ROWS):
+        function = table.method(name)
+        if _returns_solver(function):
             parameters = inspect.signature(function).parameters
             if {"problem", "inner", "outer"} <= set(parameters) and "estimator" not in parameters:
                 found.append(name)
@@ -92,7 +93,7 @@ def build(name: str, bench_task: BenchTask, rho: Any, ratio: Any) -> BilevelSolv
     Raises:
         ValueError: whatever the solver refuses.
     """
-    function = inner_only if name in SEARCHES else getattr(bilevel_flax, name)
+    function = inner_only if name in SEARCHES else table.method(name)
     parameters = inspect.signature(function).parameters
     task = bench_task.task
     total = task.inner.num_batches + task.outer.num_batches

@@ -63,7 +63,8 @@ def bsa(
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> rate = optax.polynomial_schedule(0.5, 0.01, power=1, transition_steps=1000)
-        >>> solver = bf.bsa(problem, inner=optax.sgd(rate), outer=optax.sgd(rate), adjoint_step=0.5)
+        >>> steps = {"inner": optax.sgd(rate), "outer": optax.sgd(rate), "adjoint_step": 0.5}
+        >>> solver = bf.contrib.bsa(problem, **steps)
         >>> solver.batches, solver.units
         ((20, 1), 16.5)
     """

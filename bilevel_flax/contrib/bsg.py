@@ -83,7 +83,7 @@ def bsg(
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> rate = optax.sgd(lambda t: 1.0 / (t + 1))
-        >>> solver = bf.bsg(problem, inner=optax.sgd(1.0), outer=rate)
+        >>> solver = bf.contrib.bsg(problem, inner=optax.sgd(1.0), outer=rate)
         >>> state = solver.init(jnp.zeros(2), jnp.zeros(2))
         >>> state, info = solver.update(state, bf.Batch(jnp.ones(2), jnp.full(2, 3.0)))
         >>> state.outer_params.tolist()
@@ -127,7 +127,7 @@ def bsgo(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x - batch) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
-        >>> bf.bsgo(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1)).batches
+        >>> bf.contrib.bsgo(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1)).batches
         (11, 1)
     """
     return _solver(

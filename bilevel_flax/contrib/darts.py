@@ -62,7 +62,7 @@ def darts1(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((x - batch) ** 2).sum() + z.sum(),
         ... )
-        >>> solver = bf.darts1(problem, inner=optax.sgd(0.5), outer=optax.sgd(1.0))
+        >>> solver = bf.contrib.darts1(problem, inner=optax.sgd(0.5), outer=optax.sgd(1.0))
         >>> state = solver.init(jnp.zeros(1), jnp.zeros(1))
         >>> state, info = solver.update(state, bf.Batch(jnp.zeros(1), jnp.full(1, 4.0)))
         >>> state.outer_params.tolist()  # that z follows x, and F grows with z, is not seen
@@ -122,7 +122,7 @@ def darts2(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
-        >>> solver = bf.darts2(problem, inner=optax.sgd(0.5), outer=optax.sgd(1.0))
+        >>> solver = bf.contrib.darts2(problem, inner=optax.sgd(0.5), outer=optax.sgd(1.0))
         >>> state = solver.init(jnp.zeros(1), jnp.zeros(1))
         >>> state, info = solver.update(state, bf.Batch(jnp.zeros(1), jnp.full(1, 4.0)))
         >>> state.outer_params.tolist()  # dz'/dx = 1/2

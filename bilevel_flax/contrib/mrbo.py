@@ -134,7 +134,7 @@ def mrbo(
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> step = optax.sgd(lambda t: 0.5 * (t + 1) ** (-1 / 3))
-        >>> solver = bf.mrbo(problem, inner=step, outer=step, adjoint_step=0.5)
+        >>> solver = bf.contrib.mrbo(problem, inner=step, outer=step, adjoint_step=0.5)
         >>> solver.batches, solver.units
         ((12, 1), 26.0)
     """

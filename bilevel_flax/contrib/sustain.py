@@ -65,7 +65,7 @@ def sustain(
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> step = optax.sgd(lambda t: 0.5 * (t + 1) ** (-1 / 3))
-        >>> solver = bf.sustain(problem, inner=step, outer=step, adjoint_step=0.5)
+        >>> solver = bf.contrib.sustain(problem, inner=step, outer=step, adjoint_step=0.5)
         >>> solver.batches, solver.units
         ((11, 1), 15.0)
     """

@@ -62,7 +62,7 @@ def ttsa(
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> step = optax.sgd(lambda t: 0.5 * (t + 1) ** -0.4), optax.sgd(lambda t: (t + 1) ** -0.6)
-        >>> solver = bf.ttsa(problem, inner=step[0], outer=step[1], adjoint_step=0.5)
+        >>> solver = bf.contrib.ttsa(problem, inner=step[0], outer=step[1], adjoint_step=0.5)
         >>> solver.batches, solver.units
         ((11, 1), 7.5)
     """

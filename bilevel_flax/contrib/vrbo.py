@@ -137,7 +137,7 @@ def vrbo(
         ... )
         >>> settings = dict(num_inner_batches=8, num_outer_batches=4, period=10, inner_steps=3)
         >>> step = optax.sgd(0.1)
-        >>> solver = bf.vrbo(problem, inner=step, outer=step, adjoint_step=0.5, **settings)
+        >>> solver = bf.contrib.vrbo(problem, inner=step, outer=step, adjoint_step=0.5, **settings)
         >>> solver.batches, solver.units
         ((36, 3), 78.0)
     """

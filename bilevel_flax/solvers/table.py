@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
     """One method.
 
     Attributes:
-        name: as in `bilevel_flax.NAME`.
+        name: as `qualified_name` finds it.
         units: gradient units of one step (gradient, HVP and cross-JVP count 1 each).
         memory: floats kept beside z, v, x and the optimisers.
         use: when to choose it.
@@ -53,12 +54,39 @@ ROWS = (
     Row("inner_only", "1", "-", "the baseline: plain training with x fixed"),
 )
 
+# Where each method is: `contrib` has those that the library is compared with.
+_COMPARED = ("masoba", "fsla", "spaba", "bsa", "ttsa", "mrbo", "sustain", "vrbo", "bsg", "bsgo")
+_HOMES = {
+    **dict.fromkeys((*_COMPARED, "darts1", "darts2"), "bilevel_flax.contrib"),
+    "inner_only": "bilevel_flax.bench.plain_training",
+}
+
 COST = """\
 cost: a gradient, a Hessian-vector product and a cross-JVP count 1 unit each; plain training is 1.
   auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4;
   the cheap setting for weights of examples, every=4 adjoint_every=2, is 1.46.
   `train` prints the cost of its config, summary.json has gradient_units_per_step (full passes
   included) and step_seconds_over_plain (measured)."""
+
+
+def qualified_name(name: str) -> str:
+    """`package.module:NAME` of a method of the table, as configs name it.
+
+    Example:
+        >>> qualified_name("masoba")
+        'bilevel_flax.contrib:masoba'
+    """
+    return f"{_HOMES.get(name, 'bilevel_flax')}:{name}"
+
+
+def method(name: str) -> Any:
+    """The function that makes the method's solver.
+
+    Raises:
+        AttributeError: there is no such method.
+    """
+    module, _, attribute = qualified_name(name).partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def render() -> str:

@@ -10,6 +10,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.solvers import table
 from bilevel_flax.train.config import ConfigError, nearest
 
 PLAIN_STEPS = 500
@@ -76,7 +77,7 @@ def make_solver(
     inner = optax.adam(optax.cosine_decay_schedule(inner_rate, max(1, steps)))
     outer = optax.adam(outer_rate * UNITS[method], b1=0.5)
     if method in ("darts1", "darts2"):
-        return getattr(bf, method)(problem, inner=inner, outer=outer)
+        return table.method(method)(problem, inner=inner, outer=outer)
     if method == "auto":
         return bf.auto(problem, inner=inner, outer=outer, steps=steps)
     more = {}
@@ -84,4 +85,4 @@ def make_solver(
         more = {"num_inner_batches": num_inner_batches, "num_outer_batches": num_outer_batches}
     if method == "srba":
         more["period"] = num_inner_batches + num_outer_batches
-    return getattr(bf, method)(problem, inner=inner, outer=outer, **more)
+    return table.method(method)(problem, inner=inner, outer=outer, **more)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import bench
+from bilevel_flax import bench, contrib
 from bilevel_flax.bench import plain_training as inner_only
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.config import ConfigError, load, plain
@@ -214,7 +214,7 @@ def steps_over_plain(names, channels, *solvers):
 
 
 def test_a_search_step_costs_at_most_four_gradients():
-    soba, first, second = steps_over_plain(OPERATIONS, 8, bf.soba, bf.darts1, bf.darts2)
+    soba, first, second = steps_over_plain(OPERATIONS, 8, bf.soba, contrib.darts1, contrib.darts2)
     assert 2 < soba <= 4.05 and first <= 2.05 and second <= 4.05
 
 

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 
 import bilevel_flax as bf
 from bilevel_flax import data
+from bilevel_flax.solvers import table
 from bilevel_flax.train.task import Start, Task
 
 
@@ -36,7 +37,7 @@ def get_config(solver: str = "srba") -> ml_collections.ConfigDict:
     config.task = {"call": "tests.faults.small_run:make_task"}
     more = {"period": 100} if solver == "srba" else {}
     config.solver = {
-        "call": f"bilevel_flax:{solver}",
+        "call": table.qualified_name(solver),
         "inner": {"call": "optax:adam", "learning_rate": 1e-2},
         "outer": {"call": "optax:adam", "learning_rate": 1e-2},
         **more,

@@ -244,7 +244,7 @@ def test_kill_9_while_saving_leaves_a_saved_state(tmp_path: Path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     ) as program:
         for _ in range(10):
             assert program.stdin is not None and program.stdout is not None

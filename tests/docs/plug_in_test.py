@@ -17,7 +17,7 @@ from flax import nnx
 
 import bilevel_flax as bf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "plug_in"
 PAGE = ROOT / "docs" / "plug_in.md"
 LOOPS = ("linen", "nnx", "grain")

@@ -22,7 +22,7 @@ from bilevel_flax.train import experiment as train
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "mnist_hypercleaning.py")
 STEPS = 600
 SMALL = (

@@ -18,7 +18,7 @@ from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.config_diff import config_differences
 from bilevel_flax.train.experiment import HARMLESS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HYPERCLEANING = str(ROOT / "configs" / "mnist_hypercleaning.py")
 PENALTIES = str(ROOT / "configs" / "hyperparameter_selection.py")
 SMALL = ("data.splits=64,32,8", "batch_size=16", "steps=3", "baselines=False")

@@ -344,7 +344,7 @@ def test_no_pickle_and_no_chatter_even_under_a_verbose_root_logger(tmp_path: Pat
         [sys.executable, "-c", textwrap.dedent(_PLAIN), str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "absl" in line or "rbax" in line]

@@ -16,7 +16,7 @@ import pytest
 
 from bilevel_flax import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = "configs/mnist_hypercleaning.py:soba"
 PROGRESS = ("cost:", "soba:", "comp")  # what a run says before its first step
 # Small, so that what gets as far as the training is soon there.

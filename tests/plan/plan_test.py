@@ -18,7 +18,7 @@ from bilevel_flax.plan.collectives import Collective
 from bilevel_flax.plan.step import out_of_memory
 from bilevel_flax.train.config import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLEANING = "configs/mnist_hypercleaning.py:soba"
 DECODER = "configs/lm_pod.py:tiny"
 KEYS = {

@@ -12,7 +12,7 @@ import pytest
 
 from bilevel_flax.plan.collectives import collectives, instructions, result_bytes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # `steps` layers, scanned or not: FSDP gathers of the weights, reduced gradients.
 COMPILED = """

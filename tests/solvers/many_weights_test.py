@@ -23,7 +23,7 @@ import bilevel_flax as bf
 from bilevel_flax import oracles
 from bilevel_flax.outer import lazy_adam, lazy_sgd
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS, BATCH = 10_000_000, 8
 COUNTS = {"num_inner_batches": 2, "num_outer_batches": 2}
 SOLVERS = {

@@ -9,10 +9,11 @@ import ml_collections
 import optax
 import pytest
 
+from bilevel_flax.solvers import table
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.config import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HYPERCLEANING = str(ROOT / "configs" / "mnist_hypercleaning.py")
 
 SOURCE = """
@@ -197,7 +198,7 @@ def test_every_solver_of_the_hypercleaning_config_is_there(solver: str):
     config = configs.load(f"{HYPERCLEANING}:{solver}")
     assert callable(configs.imported(config.solver.call))
     assert configs.imported(config.solver.call).__name__ == solver
-    assert configs.plain(config)["solver"]["call"] == f"bilevel_flax:{solver}"
+    assert configs.plain(config)["solver"]["call"] == table.qualified_name(solver)
 
 
 def test_an_unknown_solver_is_answered_with_the_nearest():

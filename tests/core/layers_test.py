@@ -13,7 +13,7 @@ import pytest
 
 import bilevel_flax as bf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bilevel_flax"
 
 # Lowest first; a file may import its own room and those below, never one beside or above it.

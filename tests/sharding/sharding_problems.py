@@ -17,6 +17,7 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.sharding import BATCH_AXES
+from bilevel_flax.solvers import table
 
 BATCH, CLASSES = 16, 4
 MINIBATCHES = 3
@@ -163,7 +164,7 @@ def solver(name: str, task: Setting, problem: bf.Problem, **more: Any) -> bf.Bil
         arguments |= {"num_inner_batches": MINIBATCHES, "num_outer_batches": MINIBATCHES}
     if name == "srba":
         arguments |= {"period": 8}
-    return getattr(bf, name)(problem, **arguments | more)
+    return table.method(name)(problem, **arguments | more)
 
 
 class Run(NamedTuple):

@@ -12,6 +12,7 @@ import pytest
 import transcriptions
 
 import bilevel_flax as bf
+from bilevel_flax import contrib
 from bilevel_flax.solvers.nested import linear_solves as adjoints
 
 STEPS = 50
@@ -75,13 +76,13 @@ CASES = {
         STEPS_3_4 | {"eta": 0.2},
     ),
     "bsa": (
-        bf.bsa,
+        contrib.bsa,
         STEPS_3_4 | {"adjoint_step": shrinking},
         transcriptions.bsa,
         STEPS_3_4 | {"eta": shrinking},
     ),
     "ttsa": (
-        bf.ttsa,
+        contrib.ttsa,
         {
             "adjoint_step": 0.2,
             "adjoint_steps": 5,
@@ -92,25 +93,25 @@ CASES = {
         {"adjoint_steps": 5, "eta": 0.2, "rho": fast, "gamma": slow},
     ),
     "mrbo": (
-        bf.mrbo,
+        contrib.mrbo,
         {"adjoint_step": 0.2, "adjoint_steps": 4},
         transcriptions.mrbo,
         {"adjoint_steps": 4, "eta": 0.2, "momentum": lambda t: (t + 1) ** (-2 / 3)},
     ),
     "mrbo_constant": (
-        bf.mrbo,
+        contrib.mrbo,
         {"adjoint_step": 0.2, "adjoint_steps": 0, "eta": 0.4},
         transcriptions.mrbo,
         {"adjoint_steps": 0, "eta": 0.2, "momentum": 0.4},
     ),
     "sustain": (
-        bf.sustain,
+        contrib.sustain,
         {"adjoint_step": 0.2, "adjoint_steps": 5},
         transcriptions.sustain,
         {"adjoint_steps": 5, "eta": 0.2, "momentum": lambda t: (t + 1) ** (-2 / 3)},
     ),
     "vrbo": (
-        bf.vrbo,
+        contrib.vrbo,
         {"inner_steps": 2, "adjoint_steps": 3, "adjoint_step": 0.2, "period": 7} | COUNTS,
         transcriptions.vrbo,
         {"inner_steps": 2, "adjoint_steps": 3, "eta": 0.2, "period": 7},
@@ -140,13 +141,13 @@ CASES = {
         STEPS_3_4 | {"eta": 0.2, "damping": 0.0},
     ),
     "bsg": (
-        bf.bsg,
+        contrib.bsg,
         {"inner_steps": 3, "adjoint_steps": 3},
         transcriptions.bsg,
         {"inner_steps": 3, "adjoint_steps": 3, "damping": 0.0},
     ),
     "bsgo": (
-        bf.bsgo,
+        contrib.bsgo,
         {"inner_steps": 3, "adjoint_steps": 3},
         transcriptions.implicit,
         {"inner_steps": 3, "adjoint_steps": 3, "damping": 0.0},

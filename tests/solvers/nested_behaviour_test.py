@@ -17,6 +17,7 @@ from nested_test import NUM_INNER, NUM_OUTER, SIZE, Run, problem_of
 from problems import logistic, quadratics
 
 import bilevel_flax as bf
+from bilevel_flax import contrib
 from bilevel_flax.solvers.nested import linear_solves as adjoints
 
 FIVE = {"inner_steps": 2, "adjoint_steps": 3}
@@ -25,15 +26,15 @@ COUNTS = {"num_inner_batches": 4, "num_outer_batches": 3}
 METHODS = {
     "amigo": functools.partial(bf.amigo, **FIVE),
     "stocbio": functools.partial(bf.stocbio, **SERIES),
-    "bsa": functools.partial(bf.bsa, **SERIES),
-    "ttsa": functools.partial(bf.ttsa, adjoint_steps=3, adjoint_step=0.2),
-    "mrbo": functools.partial(bf.mrbo, adjoint_steps=3, adjoint_step=0.2),
-    "sustain": functools.partial(bf.sustain, adjoint_steps=3, adjoint_step=0.2),
-    "vrbo": functools.partial(bf.vrbo, **SERIES, period=2, **COUNTS),
+    "bsa": functools.partial(contrib.bsa, **SERIES),
+    "ttsa": functools.partial(contrib.ttsa, adjoint_steps=3, adjoint_step=0.2),
+    "mrbo": functools.partial(contrib.mrbo, adjoint_steps=3, adjoint_step=0.2),
+    "sustain": functools.partial(contrib.sustain, adjoint_steps=3, adjoint_step=0.2),
+    "vrbo": functools.partial(contrib.vrbo, **SERIES, period=2, **COUNTS),
     "f2sa": functools.partial(bf.f2sa, inner_steps=2),
     "implicit": functools.partial(bf.implicit, **FIVE),
-    "bsg": functools.partial(bf.bsg, **FIVE),
-    "bsgo": functools.partial(bf.bsgo, **FIVE),
+    "bsg": functools.partial(contrib.bsg, **FIVE),
+    "bsgo": functools.partial(contrib.bsgo, **FIVE),
     "unrolled": functools.partial(bf.unrolled, inner_steps=2),
 }
 
@@ -76,7 +77,7 @@ def test_implicit_cg_is_the_dense_implicit_gradient(x64):
     "make",
     [
         functools.partial(bf.implicit, inner_steps=120, adjoint_steps=7),
-        functools.partial(bf.bsg, inner_steps=120, adjoint_steps=7),
+        functools.partial(contrib.bsg, inner_steps=120, adjoint_steps=7),
         functools.partial(bf.stocbio, inner_steps=120, adjoint_steps=120, adjoint_step=0.3),
         functools.partial(bf.amigo, inner_steps=120, adjoint_steps=120),
         functools.partial(bf.unrolled, inner_steps=120),
@@ -201,12 +202,12 @@ def test_bsgo_is_unbiased_and_bsg_descends_on_a_support_vector_machine(seed, x64
     for x in (np.array([-1.0, -1.5]), np.array([-2.0, -0.7])):
         problem, inner, outer, solution, gradient = hinge_machine(seed, num_flat=2)
         # z is already the minimiser of the full G, so it is held.
-        solver = bf.bsgo(problem, inner=optax.sgd(0.0), inner_steps=1, **steps)
+        solver = contrib.bsgo(problem, inner=optax.sgd(0.0), inner_steps=1, **steps)
         found = mean_direction(solver, inner, outer, solution(x), x)
         np.testing.assert_allclose(found, gradient(x), rtol=1e-6, atol=1e-9)
 
         problem, inner, outer, solution, gradient = hinge_machine(seed, num_flat=0)
-        solver = bf.bsg(problem, inner=optax.sgd(1.0), inner_steps=2, **steps)
+        solver = contrib.bsg(problem, inner=optax.sgd(1.0), inner_steps=2, **steps)
         found, true = mean_direction(solver, inner, outer, solution(x), x), gradient(x)
         assert found @ true >= 0.4 * true @ true
 
@@ -220,7 +221,7 @@ def test_bsg_runs_uphill_where_the_hessians_differ(x64):
     )
     inner = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     outer = {"a": jnp.ones(1)}
-    solver = bf.bsgo(
+    solver = contrib.bsgo(
         problem, inner=optax.sgd(0.0), outer=optax.sgd(1.0), inner_steps=1, adjoint_steps=1
     )
     z_star = b.mean() / a.mean()
@@ -260,7 +261,7 @@ def test_the_series_on_fresh_minibatches_is_unbiased(x64):
 def test_p_is_uniform_and_costs_what_it_draws(x64):
     data = transcriptions.smooth()
     problem, inner, outer = problem_of(data)
-    solver = bf.bsa(
+    solver = contrib.bsa(
         problem,
         inner=optax.sgd(0.1),
         outer=optax.sgd(0.01),
@@ -283,7 +284,7 @@ def test_p_is_uniform_and_costs_what_it_draws(x64):
 def test_vrbo_counts_its_passes_and_resumes_inside_one(x64):
     data = transcriptions.smooth()
     problem, inner, outer = problem_of(data)
-    solver = bf.vrbo(
+    solver = contrib.vrbo(
         problem,
         inner=optax.sgd(0.1),
         outer=optax.sgd(0.1),
@@ -412,23 +413,31 @@ PLAIN = bf.Problem(
         (bf.amigo, {"adjoint_steps": 2.5}, "adjoint_steps must be an integer >= 1, got 2.5"),
         (bf.stocbio, {"adjoint_step": 0.0}, "adjoint_step must be a positive number"),
         (bf.stocbio, {"adjoint_step": 0.1, "adjoint_steps": -1}, "adjoint_steps must be .* >= 0"),
-        (bf.bsa, {"adjoint_step": 0.1, "adjoint_steps": 0}, "adjoint_steps must be .* >= 1"),
-        (bf.ttsa, {"adjoint_step": float("nan")}, "adjoint_step must be a positive number"),
-        (bf.mrbo, {"adjoint_step": 0.1, "eta": 1.5}, r"eta must lie in \[0, 1\]"),
-        (bf.sustain, {"adjoint_step": 0.1, "eta": -0.1}, r"eta must lie in \[0, 1\]"),
-        (bf.vrbo, COUNTS | {"adjoint_step": 0.1, "period": 0}, "period must be an integer >= 1"),
+        (
+            contrib.bsa,
+            {"adjoint_step": 0.1, "adjoint_steps": 0},
+            "adjoint_steps must be .* >= 1",
+        ),
+        (contrib.ttsa, {"adjoint_step": float("nan")}, "adjoint_step must be a positive number"),
+        (contrib.mrbo, {"adjoint_step": 0.1, "eta": 1.5}, r"eta must lie in \[0, 1\]"),
+        (contrib.sustain, {"adjoint_step": 0.1, "eta": -0.1}, r"eta must lie in \[0, 1\]"),
+        (
+            contrib.vrbo,
+            COUNTS | {"adjoint_step": 0.1, "period": 0},
+            "period must be an integer >= 1",
+        ),
         (bf.f2sa, {"penalty": -1.0}, "penalty must be a positive number"),
         (bf.f2sa, {"inner_steps": True}, "inner_steps must be an integer >= 1, got True"),
         (bf.implicit, {"linear_solver": "lu"}, "linear_solver='lu' is unknown"),
         (bf.implicit, {"adjoint_step": 0.1}, "adjoint_step=0.1 has no use"),
         (bf.implicit, {"linear_solver": "neumann"}, "adjoint_step must be a positive number"),
         (bf.implicit, {"damping": -1.0}, "damping must be a finite number >= 0"),
-        (bf.bsg, {"inner_steps": 0}, "inner_steps must be an integer >= 1"),
-        (bf.bsgo, {"adjoint_steps": 0}, "adjoint_steps must be an integer >= 1"),
+        (contrib.bsg, {"inner_steps": 0}, "inner_steps must be an integer >= 1"),
+        (contrib.bsgo, {"adjoint_steps": 0}, "adjoint_steps must be an integer >= 1"),
         (bf.unrolled, {"inner_steps": 0}, "inner_steps must be an integer >= 1"),
         (bf.amigo, {"inner_weights": [0.5, 0.6]}, "inner_weights must sum to 1"),
         (
-            bf.vrbo,
+            contrib.vrbo,
             COUNTS | {"adjoint_step": 0.1, "period": 1, "inner_weights": [0.5, 0.5]},
             "inner_weights has shape",
         ),

@@ -18,6 +18,7 @@ from bilevel_flax.checkpoints import format as checkpoint_format
 from bilevel_flax.train import multihost as distributed
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 class Groups:
@@ -31,10 +32,12 @@ class Groups:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=HERE.parent,
+            cwd=ROOT,
             env=os.environ
             | {
-                "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
+                "PYTHONPATH": os.pathsep.join(
+                    map(str, (ROOT, ROOT / "tests", HERE, ROOT / "tests" / "sharding"))
+                ),
                 "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },

@@ -15,6 +15,7 @@ import pytest
 from problems import quadratics
 
 import bilevel_flax as bf
+from bilevel_flax import contrib
 from bilevel_flax.checkpoints.checkpointer import Checkpointer
 
 NUM_INNER, NUM_OUTER, BATCH = 4, 3, 4
@@ -62,29 +63,31 @@ METHODS = {
     "soba": Method(bf.soba, units=4),
     "saba": Method(partial(bf.saba, **COUNTS), units=4),
     "srba": Method(partial(bf.srba, **COUNTS, period=5), units=8),
-    "spaba": Method(partial(bf.spaba, **COUNTS, probability=0.2), units=8),
-    "masoba": Method(partial(bf.masoba, theta=0.3), units=4),
+    "spaba": Method(partial(contrib.spaba, **COUNTS, probability=0.2), units=8),
+    "masoba": Method(partial(contrib.masoba, theta=0.3), units=4),
     "storm": Method(partial(bf.storm, eta=0.3), units=8),
-    "fsla": Method(partial(bf.fsla, eta=0.3), units=6),
+    "fsla": Method(partial(contrib.fsla, eta=0.3), units=6),
     "amigo": Method(partial(bf.amigo, inner_steps=3, adjoint_steps=3), units=8),
     "stocbio": Method(partial(bf.stocbio, inner_steps=5, **SERIES), units=37),
-    "bsa": Method(partial(bf.bsa, inner_steps=5, **RANDOM_SERIES), units=10.5, spread=3.5, **NOISY),
-    "ttsa": Method(partial(bf.ttsa, **RANDOM_SERIES), units=6.5, spread=3.5, **NOISY),
-    "mrbo": Method(partial(bf.mrbo, **SERIES), units=66),
-    "sustain": Method(partial(bf.sustain, **RANDOM_SERIES), units=13, spread=7.0, **NOISY),
+    "bsa": Method(
+        partial(contrib.bsa, inner_steps=5, **RANDOM_SERIES), units=10.5, spread=3.5, **NOISY
+    ),
+    "ttsa": Method(partial(contrib.ttsa, **RANDOM_SERIES), units=6.5, spread=3.5, **NOISY),
+    "mrbo": Method(partial(contrib.mrbo, **SERIES), units=66),
+    "sustain": Method(partial(contrib.sustain, **RANDOM_SERIES), units=13, spread=7.0, **NOISY),
     "vrbo": Method(
-        partial(bf.vrbo, inner_steps=3, **SERIES, period=5, **COUNTS),
+        partial(contrib.vrbo, inner_steps=3, **SERIES, period=5, **COUNTS),
         units=198,
         steps=200,
         refresh_units=(1.0, 1.0),
     ),
     "f2sa": Method(partial(bf.f2sa, inner_steps=5, penalty=1e3), units=18),
     "implicit": Method(partial(bf.implicit, **SOLVE), units=15),
-    "bsg": Method(partial(bf.bsg, **SOLVE), units=15),
-    "bsgo": Method(partial(bf.bsgo, **SOLVE), units=15),
+    "bsg": Method(partial(contrib.bsg, **SOLVE), units=15),
+    "bsgo": Method(partial(contrib.bsgo, **SOLVE), units=15),
     "unrolled": Method(partial(bf.unrolled, inner_steps=30), units=91),
-    "darts1": Method(bf.darts1, units=2, response=0.0),
-    "darts2": Method(bf.darts2, units=4, response=0.3),
+    "darts1": Method(contrib.darts1, units=2, response=0.0),
+    "darts2": Method(contrib.darts2, units=4, response=0.3),
 }
 
 every_method = pytest.mark.parametrize("name", METHODS)

@@ -8,6 +8,7 @@ import pytest
 from problems import quadratics
 
 import bilevel_flax as bf
+from bilevel_flax import contrib
 
 RATE = 0.2
 
@@ -30,7 +31,7 @@ def losses_at(data, start):
 def test_first_order_is_the_partial_gradient(x64):
     data = quadratics()
     start = data.random_variables()
-    solver = bf.darts1(data.problem, inner=optax.sgd(RATE), outer=optax.sgd(1.0))
+    solver = contrib.darts1(data.problem, inner=optax.sgd(RATE), outer=optax.sgd(1.0))
     direction, after, info = step_of(solver, data, start)
     inner, outer, z, x = losses_at(data, start)
     for name, expected in jax.grad(outer, 1)(z, x).items():
@@ -44,7 +45,7 @@ def test_first_order_is_the_partial_gradient(x64):
 def test_second_order_is_the_gradient_through_one_step(x64):
     data = quadratics()
     start = data.random_variables()
-    solver = bf.darts2(data.problem, inner=optax.sgd(RATE), outer=optax.sgd(1.0))
+    solver = contrib.darts2(data.problem, inner=optax.sgd(RATE), outer=optax.sgd(1.0))
     direction, after, _ = step_of(solver, data, start)
     inner, outer, z, x = losses_at(data, start)
 
@@ -88,7 +89,7 @@ def test_first_order_refuses_an_x_that_the_outer_loss_does_not_see():
         inner_loss=lambda z, x, batch: ((z - x["seen"] - x["hidden"]) ** 2).sum(),
         outer_loss=lambda z, x, batch: ((z - x["seen"]) ** 2).sum(),
     )
-    solver = bf.darts1(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    solver = contrib.darts1(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
     state = solver.init(jnp.zeros(2), {"hidden": jnp.zeros(2), "seen": jnp.zeros(2)})
     with pytest.raises(ValueError, match=r"outer_loss never uses outer_params\['hidden'\]"):
         jax.eval_shape(solver.update, state, bf.Batch(jnp.zeros(2), jnp.zeros(2)))

@@ -17,8 +17,10 @@ from jax.flatten_util import ravel_pytree
 from problems import logistic
 
 import bilevel_flax as bf
+from bilevel_flax import contrib
 from bilevel_flax.base import NEVER
 from bilevel_flax.contrib.spaba import geometric_schedule
+from bilevel_flax.solvers import table
 from bilevel_flax.solvers.memory.saga import settled
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
@@ -539,7 +541,7 @@ def run_with_passes(solver, data, state, length, seed=0):
 
 @pytest.mark.parametrize(
     "method, kwargs",
-    [(bf.srba, {"period": 7}), (bf.spaba, {"probability": 1 / 7})],
+    [(bf.srba, {"period": 7}), (contrib.spaba, {"probability": 1 / 7})],
     ids=["srba", "spaba"],
 )
 def test_srba_and_spaba_find_the_solution_with_constant_steps(x64, method, kwargs):
@@ -711,7 +713,7 @@ def test_momentum_follows_its_equation(x64, name):
     # A schedule for one of them: both forms of the argument.
     argument = {"masoba": {"theta": share}, "storm": {"eta": lambda step: share}}
     argument = argument.get(name, {"eta": share})
-    found, points = recorded(getattr(bf, name)(problem, **SMALL, **argument), data)
+    found, points = recorded(table.method(name)(problem, **SMALL, **argument), data)
     carried = None
     for k, (point, direction) in enumerate(zip(points, found, strict=True)):
         now = flat(minibatch_directions(problem, point, data.batch(k % 4, k % 3)))
@@ -731,7 +733,7 @@ def test_full_share_is_soba(x64):
     problem = scaled_problem(data)
     expected, _ = recorded(bf.soba(problem, **SMALL), data)
     for name, share in (("masoba", {"theta": 1.0}), ("storm", {"eta": 1.0}), ("fsla", {"eta": 1})):
-        found, _ = recorded(getattr(bf, name)(problem, **SMALL, **share), data)
+        found, _ = recorded(table.method(name)(problem, **SMALL, **share), data)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(flat(one), flat(other), atol=1e-13)
 
@@ -751,7 +753,7 @@ def test_fsla_pays_for_the_outer_direction_alone_at_the_previous_point():
         step = jax.jit(solver.update).lower(state, bf.Batch(inputs, inputs)).compile()
         return step.cost_analysis()["flops"]
 
-    soba, fsla, storm = flops(bf.soba), flops(bf.fsla), flops(bf.storm)
+    soba, fsla, storm = flops(bf.soba), flops(contrib.fsla), flops(bf.storm)
     assert soba < fsla < storm
     assert fsla < 1.75 * soba
 
@@ -850,7 +852,7 @@ def test_bad_arguments_get_one_clear_line(method, change, message):
         "spaba": sizes | {"probability": 0.1},
     }.get(method, {})
     with pytest.raises(ValueError, match=message) as caught:
-        getattr(bf, method)(data.problem, **ONE, **(given | change))
+        table.method(method)(data.problem, **ONE, **(given | change))
     assert "\n" not in str(caught.value)
 
 
