@@ -13,7 +13,7 @@ import optax
 
 import bilevel_flax
 from bilevel_flax.base import BilevelSolver
-from bilevel_flax.bench import plain_training as inner_only
+from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.bench.tasks import BenchTask, Setting
 from bilevel_flax.solvers import table
 from bilevel_flax.train import config as configs

@@ -13,7 +13,7 @@ import pytest
 
 import bilevel_flax as bf
 from bilevel_flax import bench, contrib
-from bilevel_flax.bench import plain_training as inner_only
+from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.config import ConfigError, load, plain
 from bilevel_flax.train.experiment import HARMLESS

@@ -14,9 +14,9 @@ from benchmarks.tasks.tuned import TUNED
 from bilevel_flax import bench, cli
 from bilevel_flax.base import Batch
 from bilevel_flax.bench import methods, protocol, results, searches, steps, tasks
-from bilevel_flax.bench import plain_training as inner_only
 from bilevel_flax.bench import report as bench_report
 from bilevel_flax.bench.options import grid
+from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting

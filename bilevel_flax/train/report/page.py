@@ -105,7 +105,7 @@ def page(title: str, body: str) -> str:
         title: Plain text.
         body: HTML, trusted as it is.
     """
-    css = importlib.resources.files("bilevel_flax").joinpath("report.css").read_text()
+    css = importlib.resources.files("bilevel_flax.train.report").joinpath("report.css").read_text()
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
