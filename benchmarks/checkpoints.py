@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, process: int, folder: str) -> None:
     )
     state = jax.block_until_ready(update(state, jnp.int32(0)))
     blocked, taken = [], []
-    with Checkpointer(folder, keep=1) as checkpointer:
+    with Checkpointer(folder, keep=1, processes=distributed.Channel("checkpoints")) as checkpointer:
         for step in range(1, options.saves + 1):
             began = time.perf_counter()
             checkpointer.save(step, state, {})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Best:
+class BestCheckpoint:
     """Keeps the best of the trees that it is offered in a file.
 
     A resumed run offers again what the interrupted one had offered, so a file that is ahead of the
@@ -28,7 +28,7 @@ class Best:
             with np.load(path, allow_pickle=False) as saved:
                 self._value = float(saved["value"])
 
-    def offer(self, step: int, value: float, tree: Any) -> None:
+    def maybe_save(self, step: int, value: float, tree: Any) -> None:
         """Keeps `tree` if `value` is lower than all before (the first of equals stays)."""
         if not value < self._value:
             return

@@ -9,8 +9,8 @@ A save writes into a temporary directory that is renamed when complete, so a kil
 leaves nothing that looks like a checkpoint. What is lost or altered on the disk afterwards is found
 by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
 
-With many processes (`distributed.start`) every process makes the same calls and writes and reads
-its own shards, in a directory that all of them see. What was saved by one number of processes, on
+With many processes every one makes the same calls and writes and reads its own shards, in a
+directory that all of them see. What was saved by one number of processes, on
 one mesh, is restored by any other: the template's shardings decide.
 """
 
@@ -32,7 +32,7 @@ from bilevel_flax.checkpoints import directory as checkpoint_search
 from bilevel_flax.checkpoints import format as checkpoint_format
 from bilevel_flax.checkpoints import shards as checkpoint_leaves
 from bilevel_flax.checkpoints.format import CheckpointError, CheckpointMismatch, quiet_orbax, reason
-from bilevel_flax.train import multihost as distributed
+from bilevel_flax.checkpoints.processes import Processes, SingleProcess
 
 __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
 
@@ -61,6 +61,8 @@ class Checkpointer:
             the logger `bilevel_flax`.
         read_only: only read: nothing is made, moved or deleted, and `save` is refused. For programs
             that look into the directory of a running training.
+        processes: how the processes of this run talk to each other, where there are several; no
+            other thread may use it meanwhile.
 
     Raises:
         ValueError: `keep` is below 1.
@@ -84,6 +86,7 @@ class Checkpointer:
         asynchronous: bool = True,
         on_event: Callable[[str], Any] | None = None,
         read_only: bool = False,
+        processes: Processes | None = None,
     ):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept.")
@@ -93,7 +96,7 @@ class Checkpointer:
         self._on_event = on_event or _logger.warning
         self._read_only = read_only
         self._copies: dict[str, np.ndarray | jax.Array] = {}
-        self._channels: dict[str, distributed.Channel] = {}
+        self._processes = processes or SingleProcess()
         self._worker: ThreadPoolExecutor | None = None
         self._running: tuple[int, Future[None]] | None = None
         self._failure: CheckpointError | None = None
@@ -129,23 +132,23 @@ class Checkpointer:
                 "the steps saved must increase (see latest_step())."
             )
         plain = checkpoint_format.plain_json(meta)
-        arrays, records = checkpoint_leaves.host_copy(state, self._copies)
+        arrays, records = checkpoint_leaves.host_copy(
+            state, self._copies, self._processes.is_leader
+        )
         self._copies = arrays
-        channel = self._channel("write")
         self._failure = None
         # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
         # asyncio, or gives up.
         self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running = (
             step,
-            self._worker.submit(self._write, channel, step, arrays, records, plain),
+            self._worker.submit(self._write, step, arrays, records, plain),
         )
         if not self._asynchronous:
             self.wait()
 
     def _write(
         self,
-        channel: distributed.Channel,
         step: int,
         arrays: dict[str, np.ndarray | jax.Array],
         records: dict[str, fingerprint.Record],
@@ -154,10 +157,10 @@ class Checkpointer:
         try:
             with quiet_orbax():
                 checkpoint_together.write(
-                    self._directory, step, arrays, records, meta, self._keep, channel
+                    self._directory, step, arrays, records, meta, self._keep, self._processes
                 )
         except Exception as error:
-            if distributed.is_leader():
+            if self._processes.is_leader:
                 # The disk has failed, and that is being reported; the next save cleans up.
                 with contextlib.suppress(OSError):
                     checkpoint_search.discard(self._directory)
@@ -166,11 +169,6 @@ class Checkpointer:
                 f"{str(self._directory)!r} are untouched."
             )
             self._on_event(str(self._failure))
-
-    def _channel(self, what: str) -> distributed.Channel:
-        if what not in self._channels:
-            self._channels[what] = distributed.Channel(f"checkpoint-{what}")
-        return self._channels[what]
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """Restores the newest sound checkpoint, falling back over damaged ones.
@@ -195,15 +193,13 @@ class Checkpointer:
         expected = {name: fingerprint.describe(name, leaf) for name, leaf in leaves.items()}
         structure = jax.tree_util.tree_structure(template)
 
-        channel = self._channel("read")
-
         def read(path: epath.Path, found: int) -> Restored:
             wanted = checkpoint_together.Wanted(leaves, expected)
-            values, meta = checkpoint_together.read(path, found, wanted, channel)
+            values, meta = checkpoint_together.read(path, found, wanted, self._processes)
             state = jax.tree_util.tree_unflatten(structure, list(values.values()))
             return Restored(state, meta, found)
 
-        return self._search(read, step, channel, move_aside=not self._read_only)
+        return self._search(read, step, self._processes, move_aside=not self._read_only)
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
         """Step and metadata of the newest checkpoint; the state is neither read nor verified.
@@ -230,17 +226,17 @@ class Checkpointer:
         self,
         read: Callable[[epath.Path, int], _T],
         only: int | None,
-        channel: distributed.Channel | None,
+        processes: Processes | None,
         move_aside: bool,
     ) -> _T | None:
         self._join()
-        result, damaged = checkpoint_search.newest_sound(self._directory, read, only, channel)
+        result, damaged = checkpoint_search.newest_sound(self._directory, read, only, processes)
         for step, why in damaged.items():
             fate = "It was passed over."
             if move_aside:
-                leads = distributed.is_leader()
+                leads = self._processes.is_leader
                 fate = checkpoint_search.move_aside(self._directory, step) if leads else ""
-                fate = channel.lead(fate) if channel is not None else fate
+                fate = processes.broadcast(fate) if processes is not None else fate
             self._on_event(f"The checkpoint of step {step} is damaged: {why}. {fate}")
         return result
 

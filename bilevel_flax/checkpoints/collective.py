@@ -1,12 +1,12 @@
 """One checkpoint, written and read by all processes at once; with one process, by that one.
 
-Every process handles its own shards. What they must agree on goes through a `Channel`: the folder
+Every process handles its own shards. What they must agree on goes through `Processes`: the folder
 is made before anyone writes, the checksums are sums over processes, the checkpoint appears under
 its name when all have written, and it is damaged for all of them or for none.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +18,7 @@ from bilevel_flax.checkpoints import format as checkpoint_format
 from bilevel_flax.checkpoints import shards as checkpoint_leaves
 from bilevel_flax.checkpoints.checksum import Record
 from bilevel_flax.checkpoints.format import CheckpointMismatch, Damaged
-from bilevel_flax.train.multihost import Channel, PeerFailed
-
-_T = TypeVar("_T")
+from bilevel_flax.checkpoints.processes import Processes, run_on_all, run_on_leader
 
 
 def write(
@@ -30,7 +28,7 @@ def write(
     records: Mapping[str, Record],
     meta: Mapping[str, Any],
     keep: int,
-    channel: Channel,
+    processes: Processes,
 ) -> None:
     """Writes a checkpoint and deletes the oldest ones.
 
@@ -41,28 +39,28 @@ def write(
         records: with or without checksums.
         meta: the user's metadata, plain JSON.
         keep: how many checkpoints to keep.
-        channel: of all processes.
+        processes: all of them.
 
     Raises:
-        Exception: whatever went wrong here, or `PeerFailed`: then no process has a checkpoint.
+        Exception: whatever went wrong; then no process has a checkpoint.
     """
     path = directory / f"{step}{checkpoint_format.TEMPORARY}"
 
-    def write_own() -> dict[str, int]:
+    def write_own() -> tuple[None, dict[str, int]]:
         checkpoint_format.write_arrays(path, arrays)
-        return checkpoint_leaves.own_sums(arrays)
+        return None, checkpoint_leaves.own_sums(arrays, whole_count=processes.is_leader)
 
     def complete() -> None:
         checkpoint_format.finish(path, step, summed, meta)
         checkpoint_search.commit(path, step, keep)
 
-    channel.on_leader(lambda: checkpoint_search.prepare(path))
-    parts = channel.together(write_own)
+    run_on_leader(processes, lambda: checkpoint_search.prepare(path))
+    _, parts = run_on_all(processes, write_own)
     summed = {
         name: record._replace(checksum=fingerprint.as_checksum(sum(part[name] for part in parts)))
         for name, record in records.items()
     }
-    channel.on_leader(complete)
+    run_on_leader(processes, complete)
 
 
 class Wanted(NamedTuple):
@@ -78,7 +76,7 @@ class Wanted(NamedTuple):
 
 
 def read(
-    path: epath.Path, step: int, wanted: Wanted, channel: Channel
+    path: epath.Path, step: int, wanted: Wanted, processes: Processes
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads and verifies a checkpoint.
 
@@ -86,7 +84,7 @@ def read(
         path: the step's directory.
         step: the step that it should be.
         wanted: of a state, which says too where the values go.
-        channel: of all processes.
+        processes: all of them.
 
     Returns:
         The leaves by name, like the template's; the user's metadata.
@@ -107,10 +105,10 @@ def read(
         if mismatch is not None:
             raise CheckpointMismatch(f"{str(path)!r} is a checkpoint of another model: {mismatch}.")
         arrays = checkpoint_format.read_arrays(path, saved, spread)
-        sums = checkpoint_leaves.own_sums(arrays, everywhere=True)
+        sums = checkpoint_leaves.own_sums(arrays)
         return (meta, saved, arrays, sums), {name: sums[name] for name in spread}
 
-    (meta, saved, arrays, sums), parts = _all_or_none(channel, read_own)
+    (meta, saved, arrays, sums), parts = run_on_all(processes, read_own)
     sums |= {name: sum(part[name] for part in parts) for name in spread}
 
     def verify():
@@ -119,45 +117,9 @@ def read(
             raise Damaged(damage)
         return None, None
 
-    _all_or_none(channel, verify)
+    run_on_all(processes, verify)
     leaves = {
         name: checkpoint_leaves.rebuild(leaf, arrays[name], saved[name].impl)
         for name, leaf in wanted.leaves.items()
     }
     return leaves, meta
-
-
-def _all_or_none(channel: Channel, function: Callable[[], tuple[_T, Any]]) -> tuple[_T, list[Any]]:
-    """Runs it on every process, with one verdict for all.
-
-    Args:
-        channel: of all processes.
-        function: gives something to keep and something to tell (JSON).
-
-    Returns:
-        What was kept here, and what everyone told.
-
-    Raises:
-        Damaged: at least one process found damage, and nothing worse happened.
-    """
-    kept: Any = None
-    told, kind, said = None, "", ""
-    failure = None
-    try:
-        kept, told = function()
-    except Exception as error:
-        failure = error
-        kind = "damaged" if isinstance(error, Damaged) else "failed"
-        said = checkpoint_format.reason(error) if kind == "failed" else str(error)
-    everyone = channel.exchange([kind, said, told])
-    for worst in ("failed", "damaged"):
-        for process, (theirs, why, _) in enumerate(everyone):
-            if theirs == worst:
-                if failure is not None and kind == worst:
-                    raise failure
-                raise (
-                    Damaged(f"process {process}: {why}")
-                    if worst == "damaged"
-                    else PeerFailed(f"process {process}: {why}")
-                )
-    return kept, [other[2] for other in everyone]

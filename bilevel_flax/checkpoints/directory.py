@@ -8,7 +8,7 @@ from etils import epath
 
 from bilevel_flax.checkpoints import format as checkpoint_format
 from bilevel_flax.checkpoints.format import CheckpointError, Damaged, reason
-from bilevel_flax.train.multihost import Channel
+from bilevel_flax.checkpoints.processes import Processes
 
 _T = TypeVar("_T")
 
@@ -50,16 +50,16 @@ def newest_sound(
     directory: epath.Path,
     read: Callable[[epath.Path, int], _T],
     only: int | None = None,
-    channel: Channel | None = None,
+    processes: Processes | None = None,
 ) -> tuple[_T | None, dict[int, str]]:
     """Reads the newest checkpoint that can be read.
 
     Args:
         directory: the directory of all checkpoints.
-        read: reads one, from its path and step; raises `Damaged` where that fails, on all processes
-            of the channel or on none.
+        read: reads one, from its path and step; raises `Damaged` where that fails, on all
+            processes or on none.
         only: consider this step alone.
-        channel: of all processes, which then look at the same steps; None: this process is alone.
+        processes: who must look at the same steps; None: this process looks alone.
 
     Returns:
         What `read` returned, None if there is no checkpoint at all; and why newer ones were passed
@@ -69,9 +69,9 @@ def newest_sound(
         CheckpointError: there are checkpoints, but none can be read; or `only` is not there.
     """
     steps = list_steps(directory)
-    if channel is not None:
+    if processes is not None:
         # A network's file system may show them to one process later than to another.
-        steps = channel.lead(steps)
+        steps = processes.broadcast(steps)
     if only is not None and only not in steps:
         raise CheckpointError(f"step={only}: {str(directory)!r} has the steps {steps}.")
     damaged: dict[int, str] = {}

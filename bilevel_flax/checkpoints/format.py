@@ -27,7 +27,6 @@ from etils import epath
 
 from bilevel_flax.checkpoints import checksum as fingerprint
 from bilevel_flax.checkpoints.checksum import Record
-from bilevel_flax.train.multihost import PeerFailed
 
 ITEMS = ("state", "meta")
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax skips such directories, and deletes them.
@@ -204,7 +203,7 @@ def reason(error: BaseException) -> str:
     for sign, plain in _PLAIN_REASONS.items():
         if sign in text:
             return plain
-    if not isinstance(error, CheckpointError | PeerFailed):
+    if not isinstance(error, RuntimeError):  # which every library raises with a sentence
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from bilevel_flax.checkpoints import checksum as fingerprint
 from bilevel_flax.checkpoints.checksum import Record
-from bilevel_flax.train import multihost as distributed
 
 _PIECE = 16 * 2**20  # bytes that one thread copies at a time
 
@@ -32,7 +31,7 @@ def is_spread(leaf: Any) -> bool:
 
 
 def host_copy(
-    tree: Any, spare: Mapping[str, np.ndarray | jax.Array] | None = None
+    tree: Any, spare: Mapping[str, np.ndarray | jax.Array] | None = None, is_leader: bool = True
 ) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Record]]:
     """Copies every leaf into host memory of its own.
 
@@ -43,6 +42,7 @@ def host_copy(
         tree: any pytree of jax or NumPy arrays, typed PRNG keys included.
         spare: copies of before that nobody needs any more; their memory is used again where it
             fits. Fresh memory takes three times as long: the system clears it first.
+        is_leader: whether this is the process that writes what is not spread.
 
     Returns:
         Leaf name -> array (key data for a typed PRNG key): NumPy's, without values where process 0
@@ -70,13 +70,13 @@ def host_copy(
             leaf = leaves[name] = jax.random.key_data(leaf)
         if next(iter(leaf.devices())).platform != "cpu" and not is_spread(leaf):
             leaf.copy_to_host_async()  # All transfers run at once; _own_copy collects them.
-    leads, spare = distributed.is_leader(), spare or {}
+    spare = spare or {}
     copies, pending = {}, []
     for name, leaf in leaves.items():
         if is_spread(leaf):
             copies[name] = _spread_copy(leaf)
         else:
-            copies[name] = _own_copy(leaf, spare.get(name), pending) if leads else _hollow(leaf)
+            copies[name] = _own_copy(leaf, spare.get(name), pending) if is_leader else _hollow(leaf)
     _copy(pending)
     jax.block_until_ready([copy for copy in copies.values() if isinstance(copy, jax.Array)])
     records = {n: Record(c.dtype.name, c.shape, impls.get(n, "")) for n, c in copies.items()}
@@ -129,7 +129,7 @@ def _spread_copy(leaf: jax.Array) -> jax.Array:
 
 
 def own_sums(
-    arrays: Mapping[str, np.ndarray | jax.Array], everywhere: bool = False
+    arrays: Mapping[str, np.ndarray | jax.Array], whole_count: bool = True
 ) -> dict[str, int]:
     """What this process contributes to every checksum; the sum over processes is the checksum.
 
@@ -137,14 +137,13 @@ def own_sums(
 
     Args:
         arrays: by leaf name.
-        everywhere: arrays in one piece count on every process, not on process 0 alone.
+        whole_count: whether arrays in one piece count here.
     """
-    counts = everywhere or distributed.is_leader()
     sums = {}
     for name, array in arrays.items():
         if isinstance(array, np.ndarray):
             whole = (array, (0,) * array.ndim, array.shape)
-            sums[name] = fingerprint.piece_sum(*whole) if counts else 0
+            sums[name] = fingerprint.piece_sum(*whole) if whole_count else 0
         else:
             sums[name] = sum(
                 fingerprint.piece_sum(

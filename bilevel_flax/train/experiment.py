@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bilevel_flax import data, diagnostics
-from bilevel_flax.checkpoints.best import Best
+from bilevel_flax.checkpoints.best import BestCheckpoint
 from bilevel_flax.train import config as configs
 from bilevel_flax.train import config_diff, summary
 from bilevel_flax.train import metrics as writers
@@ -158,7 +158,7 @@ def _conclude(
     chosen, at = state, config.steps
     if task.select is not None:
         network = (state.inner_params, state.model_state)
-        at, (params, model_state) = Best(workdir / "best.npz").restore(network)
+        at, (params, model_state) = BestCheckpoint(workdir / "best.npz").restore(network)
         chosen = state.replace(inner_params=params, model_state=model_state)
     results = {
         "solver": solver,

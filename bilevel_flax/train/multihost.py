@@ -145,6 +145,28 @@ class Channel:
         """Whether this is process 0."""
         return process_index() == 0
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is process 0."""
+        return self.leads
+
+    @property
+    def count(self) -> int:
+        """How many processes there are."""
+        return process_count()
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """As `exchange`."""
+        return self.exchange(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """As `lead`."""
+        return self.lead(value)
+
+    def barrier(self) -> None:
+        """Returns when every process has come to it."""
+        self.exchange(None)
+
     def exchange(self, value: Any) -> list[Any]:
         """Gives a value, gets everyone's.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from bilevel_flax.base import BilevelSolver, TrainState
 from bilevel_flax.checkpoints import checkpointer as checkpoint
-from bilevel_flax.checkpoints.best import Best
+from bilevel_flax.checkpoints.best import BestCheckpoint
 from bilevel_flax.sharding import Layout
 from bilevel_flax.train import config as configs
 from bilevel_flax.train import metrics as writers
@@ -108,7 +108,10 @@ def train(
     )
     with (
         checkpoint.Checkpointer(
-            workdir / "checkpoints", keep=config.checkpoint.keep, on_event=messages.append
+            workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            on_event=messages.append,
+            processes=distributed.Channel("checkpoints"),
         ) as checkpointer,
         SignalGuard() as guard,
     ):
@@ -121,7 +124,7 @@ def train(
             messages.append(f"resuming {workdir} at step {step}")
         if step == 0 and leads:  # of a run that ended before its first checkpoint
             (workdir / "best.npz").unlink(missing_ok=True)
-        best = Best(workdir / "best.npz")
+        best = BestCheckpoint(workdir / "best.npz")
         kept, history = [], []
         if leads:
             workdirs.write_json(workdir / "config.json", record)
@@ -202,7 +205,7 @@ def train(
                     shown |= {k: float(v) for k, v in found.items()}
                     if task.select is not None and leads:
                         network = (whole.inner_params, whole.model_state)
-                        best.offer(step, shown[task.select], network)
+                        best.maybe_save(step, shown[task.select], network)
                 if monitor.due(step):
                     shown |= monitor(state, step)
                 if shown:

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,13 @@ def same(found: dict[str, jax.Array], step: int) -> bool:
     return True
 
 
+def _checkpointer(directory: str, **more: Any) -> Checkpointer:
+    return Checkpointer(directory, processes=distributed.Channel("checkpoints"), **more)
+
+
 def save(directory: str, text: str, steps: int) -> None:
     """Saves and reads what it saved, on the mesh that it has and on another."""
-    with Checkpointer(directory, keep=2, on_event=print) as checkpointer:
+    with _checkpointer(directory, keep=2, on_event=print) as checkpointer:
         for step in range(1, steps + 1):
             checkpointer.save(step, state(step, text), {"at": step})
         for mesh in (text, "x".join(reversed(text.split("x")))):
@@ -104,7 +109,7 @@ def restore(text: str | None, *directories: str) -> None:
     """Restores from every directory and says the step; exits with 3 where a value is wrong."""
     step = jax.jit(lambda s: {**s, "z": s["z"] * 2}, donate_argnums=0)
     for directory in directories:
-        with Checkpointer(directory, on_event=lambda line: print("event:", line)) as checkpointer:
+        with _checkpointer(directory, on_event=lambda line: print("event:", line)) as checkpointer:
             restored = checkpointer.restore(state(0, text))
         assert restored is not None and restored.meta == {"at": restored.step}
         if not same(restored.state, restored.step):
@@ -124,7 +129,7 @@ def restore_another_model(directory: str, text: str) -> None:
     """A model whose v has another shape."""
     template = state(0, text)
     template["v"] = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=template["v"].sharding)
-    with Checkpointer(directory, on_event=print) as checkpointer:
+    with _checkpointer(directory, on_event=print) as checkpointer:
         checkpointer.restore(template)
 
 
@@ -133,7 +138,7 @@ def fail_on_one(directory: str) -> None:
     import orbax.checkpoint as ocp
 
     original = ocp.PyTreeCheckpointHandler.save
-    with Checkpointer(directory, on_event=lambda line: print("event:", line)) as checkpointer:
+    with _checkpointer(directory, on_event=lambda line: print("event:", line)) as checkpointer:
         checkpointer.save(1, state(1, "2x4"), {"at": 1})
         checkpointer.wait()
         if not distributed.is_leader():
