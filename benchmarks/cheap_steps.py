@@ -19,7 +19,7 @@ import bilevel_flax as bf
 from benchmarks.step_cost import Transformer
 from bilevel_flax import data
 from bilevel_flax.train import step_time
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
 
@@ -81,7 +81,7 @@ def main() -> None:
         for label, settings in SETTINGS.items():
             solver = bf.auto(problem, inner=optimizer, steps=10_000, **settings)
             state = solver.init(params, jnp.full(COUNT, -2.0), model_state=model_state)
-            loop = Loop(solver, inner, outer, on_device=True)
+            loop = StepRunner(solver, inner, outer, on_device=True)
             bilevel, plain = step_time.over_plain(
                 loop, problem, optimizer, state, rounds=options.rounds
             )

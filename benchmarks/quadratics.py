@@ -24,7 +24,7 @@ from benchmarks.tasks import quadratics
 from bilevel_flax.bench import methods, steps
 from bilevel_flax.bench.options import grid
 from bilevel_flax.bench.tasks import Context
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 
 LEVEL = 1e-4
 CHUNK = 2000
@@ -48,14 +48,14 @@ class Quadratics:
         value, gradient = self.exact.value_and_grad(np.asarray(state.outer_params))
         return float(gradient @ gradient), value - self.best
 
-    def run(self, name: str, pair: tuple[float, float], units: float, loop: Loop | None):
+    def run(self, name: str, pair: tuple[float, float], units: float, loop: StepRunner | None):
         """[(units, ‖∇h‖², h - h*)] at 150 counts of units, and the loop for the next pair."""
         build = lambda rho, ratio: methods.build(name, self.bench, rho, ratio)
         solver = steps.with_steps(build, *pair)
         task = self.bench.task
         start = task.init(jax.random.PRNGKey(0))
         state = solver.init(start.inner_params, start.outer_params, rng=jax.random.PRNGKey(1))
-        loop = loop or Loop(solver, task.inner, task.outer, seed=self.seed, capacity=CHUNK)
+        loop = loop or StepRunner(solver, task.inner, task.outer, seed=self.seed, capacity=CHUNK)
         rows, step, spent = [(0.0, *self.measure(state))], 0, 0.0
         for due in np.geomspace(units / 1000, units, 150):
             while spent < due:

@@ -20,7 +20,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 
 
 def images(n: int, batch_size: int) -> data.FiniteSum:
@@ -75,7 +75,7 @@ class Bilevel:
             outer_weights=outer.weights if outer.ragged else None,
         )
         self._state = solver.init(params, jnp.full((inner.num_samples,), -2.0))
-        self._loop = Loop(solver, inner, outer, on_device=True, target_seconds=10.0)
+        self._loop = StepRunner(solver, inner, outer, on_device=True, target_seconds=10.0)
         self._step = 0
         self.run(1000)
 

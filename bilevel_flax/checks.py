@@ -18,6 +18,13 @@ from bilevel_flax.oracles import is_inexact, uses
 from bilevel_flax.oracles.losses import checked_call, outer
 
 
+class UserError(ValueError):
+    """A mistake of whoever calls: one line that names the argument, the value and the fix.
+
+    The command line prints it without a stack trace and ends with exit code 2.
+    """
+
+
 def copied(tree: PyTree) -> PyTree:
     """A copy of every leaf as a strongly typed array, so that no two leaves share a buffer.
 

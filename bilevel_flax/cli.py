@@ -2,8 +2,9 @@
 
 What ends in one line, and what in a stack trace:
 
-* A ValueError, TypeError or OSError that a `raise` statement of the project's own code (the
-  package, the example, the config) made was written for the user: one line, exit code 2.
+* A `UserError`, and any other ValueError, TypeError or OSError that a `raise` statement of the
+  project's own code (the package, the example, the config) made, was written for the user: one
+  line, exit code 2.
 * A run that fails as a whole says why in one line: a direction that is not finite, a checkpoint
   that cannot be written, a full disk (1); an interruption (130, 143).
 * Everything else, a ValueError out of NumPy or JAX included, is a bug here or in the task, and is
@@ -15,7 +16,7 @@ With BILEVEL_FLAX_TRACEBACK=1 in the environment the stack trace is always shown
 from __future__ import annotations
 
 import argparse
-import linecache
+import dis
 import os
 import sys
 import traceback
@@ -157,7 +158,9 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     distributed.start(_processes(arguments))
     # Loaded by all or by none: a slip in one process's command ends all of them at once.
-    loaded = distributed.Channel("config").each(lambda: config.load(arguments.config, overrides))
+    loaded = distributed.Channel("config").run_on_each(
+        lambda: config.load(arguments.config, overrides)
+    )
     train.train_and_evaluate(loaded, arguments.workdir.expanduser())
     return 0
 
@@ -206,16 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _verdict(error: BaseException) -> tuple[str | None, int]:
     """(the line that says all, or None where a stack trace is needed; the exit code)."""
     from bilevel_flax.checkpoints.checkpointer import CheckpointError
-    from bilevel_flax.train.experiment import Diverged, Interrupted
-    from bilevel_flax.train.multihost import PeerFailed
-    from bilevel_flax.train.workdir import NoRoom
+    from bilevel_flax.checks import UserError
+    from bilevel_flax.train.errors import Diverged, Interrupted
+    from bilevel_flax.train.multihost import PeerError
+    from bilevel_flax.train.workdir import DiskFullError
 
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signal
-    if isinstance(error, Diverged | CheckpointError | NoRoom | PeerFailed):
+    if isinstance(error, Diverged | CheckpointError | DiskFullError | PeerError):
         return f"error: {error}", 1
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
     if isinstance(error, ValueError | TypeError | OSError) and _is_raised_by_us(error):
         return f"error: {error}", 2
     if isinstance(error, OSError):
@@ -225,13 +231,18 @@ def _verdict(error: BaseException) -> tuple[str | None, int]:
 
 def _is_raised_by_us(error: BaseException) -> bool:
     """Whether a `raise` statement of this project made it, not Python or an installed package."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    frame, code = last.tb_frame, last.tb_frame.f_code
     module = frame.f_globals.get("__name__", "").partition(".")[0]
-    file = frame.f_code.co_filename
     foreign = module in sys.stdlib_module_names or {"site-packages", "dist-packages"} & set(
-        Path(file).parts
+        Path(code.co_filename).parts
     )
-    is_raise = linecache.getline(file, line).lstrip().startswith("raise ")
+    # int("x") of a task's own line has that line as its last frame too, but it raised nothing.
+    is_raise = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     return is_raise and (module == "bilevel_flax" or not foreign)
 
 

@@ -23,7 +23,7 @@ from bilevel_flax.base import Problem
 from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
 from bilevel_flax.data import partition
 from bilevel_flax.minibatches import masked_mean
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 
 SIZES = {"samples": 32_768, "outer_samples": 1_024, "inner_size": 100, "outer_size": 10}
 MU = 0.1
@@ -142,7 +142,7 @@ def make(name: str, context: Context, **sizes: int) -> BenchTask:
 
     def init(rng):
         del rng
-        return Start(jnp.zeros(sizes["inner_size"]), jnp.ones(sizes["outer_size"]))
+        return InitialValues(jnp.zeros(sizes["inner_size"]), jnp.ones(sizes["outer_size"]))
 
     def measure(state):
         value, _ = exact.value_and_grad(np.asarray(state.outer_params))

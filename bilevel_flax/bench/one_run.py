@@ -12,7 +12,7 @@ from bilevel_flax.base import BilevelSolver, PyTree, TrainState
 from bilevel_flax.bench.results import DIVERGED, FINISHED, Key, Row
 from bilevel_flax.bench.tasks import BenchTask
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 
 _FIRST_EVALUATION = 1 / 500  # of the budget
 
@@ -41,7 +41,7 @@ class Run:
     key: Key
     ratio: float
     solver: BilevelSolver
-    loop: Loop
+    loop: StepRunner
     start: Callable[[PyTree], TrainState]
     outer_params: PyTree
     seconds: float

@@ -9,7 +9,7 @@ from bilevel_flax.bench import methods, one_run, searches, steps
 from bilevel_flax.bench.options import CLOCKS
 from bilevel_flax.bench.results import FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.tasks import BenchTask
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 
 # A pair of a grid is judged by the end of its run.
 _EVALUATIONS, _SCREENING_EVALUATIONS = 40, 4
@@ -28,7 +28,7 @@ class Runner:
         self._seconds, self._clock = seconds, CLOCKS[clock]
         self._task: BenchTask | None = None
         self._name = ""
-        self._loop: Loop | None = None
+        self._loop: StepRunner | None = None
 
     def run(
         self, bench_task: BenchTask, key: Key, pair: tuple[float, float], screening: bool = False
@@ -70,7 +70,7 @@ class Runner:
 
     def _prepared(
         self, bench_task: BenchTask, key: Key, pair: tuple[float, float]
-    ) -> tuple[BilevelSolver, Loop]:
+    ) -> tuple[BilevelSolver, StepRunner]:
         """The solver with the pair's steps, and a loop at its beginning."""
 
         def build(rho, ratio):
@@ -83,7 +83,7 @@ class Runner:
             return solver, self._loop
         self.close()
         self._task, self._name = bench_task, key.solver
-        self._loop = Loop(
+        self._loop = StepRunner(
             solver,
             bench_task.task.inner,
             bench_task.task.outer,

@@ -5,6 +5,7 @@ Nothing in here is imported until somebody asks for it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -12,11 +13,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from bilevel_flax.deprecated.attributes import ATTRIBUTES
 from bilevel_flax.deprecated.modules import MODULES
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _GONE_IN = "0.3"
 
 
@@ -67,6 +69,33 @@ def find_old_modules() -> None:
     """Lets `import bilevel_flax.OLD` find what has moved."""
     if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())
+
+
+def renamed(old: str, owner: Any, new: str) -> Any:
+    """An attribute of `owner` that was asked for by its old name."""
+    _warn(old, new)
+    return getattr(owner, new)
+
+
+def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:
+    """Lets a function take arguments by their old names too, one release long.
+
+    Args:
+        **new_names: `old="new"`.
+    """
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for old, new in new_names.items():
+                if old in kwargs:
+                    _warn(f"{function.__qualname__.removesuffix('.__init__')}({old}=)", f"{new}=")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapper  # pyright: ignore[reportReturnType]
+
+    return decorate
 
 
 def names(module: str) -> Callable[[str], Any]:

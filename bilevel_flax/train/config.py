@@ -21,6 +21,8 @@ from typing import Any
 
 import ml_collections
 
+from bilevel_flax.checks import UserError
+
 CALL = "call"
 
 
@@ -37,7 +39,7 @@ class OpenMapping(ml_collections.ConfigDict):
 Config = Any
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in a config or an override; the message is one line that says how to mend it."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_flax import data
+from bilevel_flax import data, deprecated
 from bilevel_flax.base import PyTree
 from bilevel_flax.sharding import Layout
 
@@ -25,7 +25,7 @@ def minibatch(batches: PyTree, position: jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[position], batches)
 
 
-class Feed:
+class DeviceFeed:
     """The minibatches of one side, on the device at once or streamed in aligned chunks.
 
     Args:
@@ -99,3 +99,6 @@ class Feed:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+__getattr__ = deprecated.names(__name__)

@@ -1,4 +1,4 @@
-"""A run from its config to its report; the loop in the middle of it is `host_loop.py`."""
+"""A run from its config to its report; the loop in the middle of it is `train_loop.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_flax import data, diagnostics
+from bilevel_flax import data, deprecated, diagnostics
 from bilevel_flax.checkpoints.best import BestCheckpoint
 from bilevel_flax.train import config as configs
 from bilevel_flax.train import config_diff, summary
@@ -19,12 +19,11 @@ from bilevel_flax.train import metrics as writers
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.errors import Diverged, Interrupted
-from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.run_mesh import make_layout
 from bilevel_flax.train.setup import check_counts, make_solver, make_task
 from bilevel_flax.train.task import Task
-from bilevel_flax.train.train_loop import Trained, train
+from bilevel_flax.train.train_loop import Trained, train_loop
 
 # Settings that change nothing about the numbers of a run.
 HARMLESS = (
@@ -49,7 +48,7 @@ __all__ = [
     "Trained",
     "make_report",
     "make_solver",
-    "train",
+    "train_loop",
     "train_and_evaluate",
 ]
 
@@ -94,29 +93,29 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
     check_counts(config)
     record = configs.plain(config)
     distributed.start(config.get("distributed"))
-    talk, leads = distributed.Channel("run"), distributed.is_leader()
+    processes, leads = distributed.Channel("run"), distributed.is_leader()
     say = _say if leads else _hush
-    distributed.check_same(talk, _essential(record, {"workdir": str(workdir)}))
+    distributed.check_same(processes, _essential(record, {"workdir": str(workdir)}))
     with contextlib.ExitStack() as stack:
-        talk.on_leader(lambda: _open(stack, workdir, record))
-        if talk.lead((workdir / "summary.json").exists()):
+        processes.run_on_leader(lambda: _open(stack, workdir, record))
+        if processes.broadcast((workdir / "summary.json").exists()):
             say(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
             if leads and not (workdir / "report.html").exists():
                 make_report(workdir)
             return workdirs.read_json(workdir / "summary.json")
 
-        task = talk.each(lambda: make_task(config))
-        distributed.check_same(talk, _sizes(task))
+        task = processes.run_on_each(lambda: make_task(config))
+        distributed.check_same(processes, _sizes(task))
         if config.steps is None:
             config.steps = max(1, round(config.epochs * task.inner.num_batches))
-        layout, task, said = talk.each(lambda: make_layout(config, task))
+        layout, task, said = processes.run_on_each(lambda: make_layout(config, task))
         if said:
             say(said)
-        solver = talk.each(lambda: make_solver(config.solver, task))
-        trained = train(config, workdir, task, solver, record, layout)
-        whole = trained._replace(state=health.readable(trained.state))
+        solver = processes.run_on_each(lambda: make_solver(config.solver, task))
+        trained = train_loop(config, workdir, task, solver, record, layout)
+        whole = trained._replace(state=distributed.gather_to_host(trained.state))
         # What follows may take as long as the training did; the others wait.
-        results = distributed.Channel("conclusion", seconds=_WEEK).on_leader(
+        results = distributed.Channel("conclusion", seconds=_WEEK).run_on_leader(
             lambda: _conclude(config, workdir, task, solver.name, whole)
         )
         trained.loop.close()
@@ -128,8 +127,8 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
 
 
 def _open(stack: contextlib.ExitStack, workdir: Path, record: dict[str, Any]) -> None:
-    stack.enter_context(workdirs.opened(workdir))
-    workdirs.claim(workdir, record, HARMLESS)
+    stack.enter_context(workdirs.lock(workdir))
+    workdirs.check_same_run(workdir, record, HARMLESS)
 
 
 def _essential(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def _conclude(
     """The summary of a run, with all that the task adds to it; process 0 writes it."""
     state, totals = trained.state, trained.totals
     chosen, at = state, config.steps
-    if task.select is not None:
+    if task.best_metric is not None:
         network = (state.inner_params, state.model_state)
         at, (params, model_state) = BestCheckpoint(workdir / "best.npz").restore(network)
         chosen = state.replace(inner_params=params, model_state=model_state)
@@ -185,7 +184,7 @@ def _conclude(
             _say,
         ),
         "selected_step": at,
-        **task.finish(chosen, workdir, _say),
+        **task.final_metrics(chosen, workdir, _say),
         "headline": list(task.headline),
         "versions": summary.versions(),
     }
@@ -213,3 +212,6 @@ def make_report(workdir: Path) -> Path:
     name = workdirs.read_json(path).get("report")
     sections = configs.imported(name)(workdir) if name else ()
     return report.write_report(workdir, sections=sections)
+
+
+__getattr__ = deprecated.names(__name__)

@@ -1,8 +1,8 @@
 """Many processes, one run: they start together, agree on things, and end together.
 
-All that is said here are strings in the key-value store of `jax.distributed`. No device takes part,
-so a background thread may talk while the devices train, and nothing waits without a time limit.
-With one process everything here is immediate.
+All that they exchange are strings in the key-value store of `jax.distributed`. No device takes
+part, so a background thread may do so while the devices train, and nothing waits without a time
+limit. With one process everything here is immediate.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed as _service  # the client has no public name; Orbax does the same
 
+from bilevel_flax import deprecated
+from bilevel_flax.base import TrainState
+
 _T = TypeVar("_T")
 _SECONDS = 1800.0  # A process may take long (a slow disk); one that has died is noticed at once.
 _HEARTBEAT_SECONDS = 30
 _GOODBYE_SECONDS = 10
+_OLD_METHODS = {
+    "exchange": "all_gather",
+    "lead": "broadcast",
+    "together": "run_on_all",
+    "each": "run_on_each",
+    "on_leader": "run_on_leader",
+    "leads": "is_leader",
+}
 _NUMBERS: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
-class PeerFailed(RuntimeError):
+class PeerError(RuntimeError):
     """Another process failed or has gone; the message names it and says why, in one line."""
 
 
@@ -64,7 +75,7 @@ def start(settings: Any = None) -> None:
     given = _settings(settings)
     if given is None:
         return
-    # A signal is a matter of the training loop (`host_loop`), which asks all processes for it.
+    # A signal is a matter of the training loop (`train_loop`), which asks all processes for it.
     jax.config.update("jax_enable_preemption_service", False)
     seconds = int(os.environ.get("BILEVEL_FLAX_JOIN_SECONDS", "300"))
     # Left to itself, JAX's client ends the program with a stack trace of C++.
@@ -80,9 +91,9 @@ def start(settings: Any = None) -> None:
             initialization_timeout=seconds + 60,
         )
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"distributed={settings!r}: the processes could not be joined ({said}); give "
+            f"distributed={settings!r}: the processes could not be joined ({reason}); give "
             "coordinator=HOST:PORT of process 0, num_processes and process_id, before any use of "
             "a device"
         ) from error
@@ -124,31 +135,28 @@ def _settings(settings: Any) -> dict[str, Any] | None:
 class Channel:
     """One conversation of all processes, in rounds.
 
-    Every process makes its channels in the same order and speaks on each in the same order. A
-    channel belongs to one thread.
+    Every process makes its channels in the same order and speaks on each in the same order. Threads
+    may share one: each has rounds of its own, told apart by the thread's name, which must then be
+    the same on every process.
 
     Args:
         name: what it is about; channels of one name are told apart by their number.
         seconds: how long to wait for an answer.
 
     Example:
-        >>> Channel("example").exchange({"rows": 3})  # one process
+        >>> Channel("example").all_gather({"rows": 3})  # one process
         [{'rows': 3}]
     """
 
     def __init__(self, name: str, seconds: float = _SECONDS):
         self._name = f"{name}-{next(_NUMBERS[name])}"
-        self._round, self._seconds = 0, seconds
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is process 0."""
-        return process_index() == 0
+        self._rounds: dict[str, int] = collections.defaultdict(int)  # by thread
+        self._seconds = seconds
 
     @property
     def is_leader(self) -> bool:
         """Whether this is process 0."""
-        return self.leads
+        return is_leader()
 
     @property
     def count(self) -> int:
@@ -156,18 +164,6 @@ class Channel:
         return process_count()
 
     def all_gather(self, value: Any) -> list[Any]:
-        """As `exchange`."""
-        return self.exchange(value)
-
-    def broadcast(self, value: Any) -> Any:
-        """As `lead`."""
-        return self.lead(value)
-
-    def barrier(self) -> None:
-        """Returns when every process has come to it."""
-        self.exchange(None)
-
-    def exchange(self, value: Any) -> list[Any]:
         """Gives a value, gets everyone's.
 
         Args:
@@ -177,19 +173,20 @@ class Channel:
             The values by process, after a round trip through JSON.
 
         Raises:
-            PeerFailed: a process has gone, or did not answer in time.
+            PeerError: a process has gone, or did not answer in time.
         """
         text = json.dumps(value)
         if process_count() == 1:
             return [json.loads(text)]
         client = _service.global_state.client
         if client is None:
-            raise PeerFailed("jax.distributed has been shut down")
-        own, number = process_index(), self._round
-        self._round += 1
+            raise PeerError("jax.distributed has been shut down")
+        thread = threading.current_thread().name
+        own, number = process_index(), self._rounds[thread]
+        self._rounds[thread] += 1
 
         def key(process: int, number: int) -> str:
-            return f"bilevel_flax/{self._name}/{number}/{process}"
+            return f"bilevel_flax/{self._name}/{thread}/{number}/{process}"
 
         values = []
         waited = 0
@@ -200,21 +197,25 @@ class Channel:
                 milliseconds = int(1000 * self._seconds)
                 values.append(client.blocking_key_value_get(key(process, number), milliseconds))
         except Exception as error:
-            said = " ".join(str(error).split())[:160]
-            raise PeerFailed(
+            reason = " ".join(str(error).split())[:160]
+            raise PeerError(
                 f"process {waited} of {process_count()} has gone, or gave no answer within "
-                f"{self._seconds:g} s ({said}); start all processes again: they resume"
+                f"{self._seconds:g} s ({reason}); start all processes again: they resume"
             ) from error
         if number:
             # Everyone has spoken in this round, so everyone has heard the last one.
             client.key_value_delete(key(own, number - 1))
         return [json.loads(value) for value in values]
 
-    def lead(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """Process 0's value, on every process."""
-        return self.exchange(value if self.leads else None)[0]
+        return self.all_gather(value if self.is_leader else None)[0]
 
-    def together(self, function: Callable[[], Any]) -> list[Any]:
+    def barrier(self) -> None:
+        """Waits until every process has come here."""
+        self.all_gather(None)
+
+    def run_on_all(self, function: Callable[[], Any]) -> list[Any]:
         """Runs something on every process; if it fails on one, it fails on all.
 
         Args:
@@ -224,7 +225,7 @@ class Channel:
             Everyone's result, by process.
 
         Raises:
-            PeerFailed: it failed elsewhere only; the first such process is named.
+            PeerError: it failed elsewhere only; the first such process is named.
             Exception: whatever it raised here.
         """
         try:
@@ -233,23 +234,28 @@ class Channel:
         except Exception as error:
             failure = error
             outcome = {"error": " ".join(str(error).split()) or type(error).__name__}
-        outcomes = self.exchange(outcome)
+        outcomes = self.all_gather(outcome)
         if failure is not None:
             raise failure
         for process, other in enumerate(outcomes):
             if "error" in other:
-                raise PeerFailed(f"process {process}: {other['error']}")
+                raise PeerError(f"process {process}: {other['error']}")
         return [other["result"] for other in outcomes]
 
-    def each(self, function: Callable[[], _T]) -> _T:
-        """Runs something on every process, as `together`, and gives what it returned here."""
-        kept: list[_T] = []
-        self.together(lambda: kept.append(function()))
-        return kept[0]
+    def run_on_each(self, function: Callable[[], _T]) -> _T:
+        """Runs something on every process, as `run_on_all`, and gives what it returned here."""
+        results: list[_T] = []
+        self.run_on_all(lambda: results.append(function()))
+        return results[0]
 
-    def on_leader(self, function: Callable[[], Any]) -> Any:
+    def run_on_leader(self, function: Callable[[], Any]) -> Any:
         """Runs something on process 0; every process gets the result (JSON), or fails with it."""
-        return self.together(lambda: function() if self.leads else None)[0]
+        return self.run_on_all(lambda: function() if self.is_leader else None)[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _OLD_METHODS:
+            raise AttributeError(f"Channel has no attribute {name!r}")
+        return deprecated.renamed(f"Channel.{name}", self, _OLD_METHODS[name])
 
 
 def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
@@ -264,7 +270,7 @@ def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
     """
     # As text: NaN is the same as NaN, and 1 is not True.
     mine = {name: json.dumps(value, default=str) for name, value in facts.items()}
-    everyone = channel.exchange(mine)
+    everyone = channel.all_gather(mine)
     for process, other in enumerate(everyone):
         names = [name for name in everyone[0] | other if everyone[0].get(name) != other.get(name)]
         if names:
@@ -287,24 +293,26 @@ def leave(code: int) -> None:
     if process_count() == 1 or not jax.distributed.is_initialized():
         return
     try:
-        Channel("end", _GOODBYE_SECONDS if code else _SECONDS).exchange(code)
+        Channel("end", _GOODBYE_SECONDS if code else _SECONDS).all_gather(code)
         jax.distributed.shutdown()
-    except (PeerFailed, RuntimeError):
+    except (PeerError, RuntimeError):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 1)
 
 
-def local_copy(tree: Any) -> Any:
-    """A tree of global arrays, whole and readable on this process; all processes must call it.
+# The parts of a state that evaluations read; optimisers' states and tables are large and stay.
+_POINT = ("step", "inner_params", "adjoint", "outer_params", "model_state", "rng")
 
-    Leaves that a process has all of are not copied: the result is gone when they are donated.
 
-    Args:
-        tree: any pytree; leaves other than global jax arrays stay as they are.
+def gather_to_host(state: TrainState) -> TrainState:
+    """The state with its point (z, v, x) and model state whole on this process.
+
+    All processes must call it. Leaves that a process has all of are not copied: the result is gone
+    when they are donated.
     """
     if process_count() == 1:
-        return tree
+        return state
 
     def whole(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
@@ -315,4 +323,7 @@ def local_copy(tree: Any) -> Any:
             leaf = jax.jit(lambda array: array, out_shardings=everywhere)(leaf)
         return leaf.addressable_data(0)
 
-    return jax.tree.map(whole, tree)
+    return state.replace(**jax.tree.map(whole, {name: getattr(state, name) for name in _POINT}))
+
+
+__getattr__ = deprecated.names(__name__)

@@ -1,13 +1,18 @@
 """Turns SIGTERM and Ctrl-C into a request that a loop answers at its next safe point."""
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from bilevel_flax import deprecated
 
-class SignalGuard:
+
+class PreemptionGuard:
     """While entered, the first SIGTERM or Ctrl-C only sets `received`.
 
     A second Ctrl-C raises KeyboardInterrupt at once, for the user who cannot wait. The handlers of
@@ -16,22 +21,32 @@ class SignalGuard:
     happens.
 
     Args:
-        signals: what to guard against. With several processes, ask all of them (`Channel.exchange`)
-            before acting on it: a preemption may reach one host only.
+        signals: what to guard against. With several processes, ask all of them
+            (`Channel.all_gather`) before acting on it: a preemption may reach one host only.
+        grace_seconds: ends the process where it has not left the block so many seconds after the
+            signal, whatever it waits for: a compiler, a full queue, a dead disk. None: never.
 
     Example:
-        >>> with SignalGuard() as guard:
+        >>> with PreemptionGuard() as guard:
         ...     for step in range(3):
         ...         if guard.received is not None:
         ...             break  # and save
     """
 
-    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)):
+    def __init__(
+        self,
+        signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+        grace_seconds: float | None = None,
+    ):
         self.received: signal.Signals | None = None
         """The first signal since entering; None while there was none."""
         self._signals = tuple(signals)
+        self._grace = grace_seconds
+        self._deadline = float("inf")
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupts = 0
+        self._left = threading.Event()
+        self._pipe: tuple[int, int] | None = None  # (the system's end, the wakeup fd of before)
 
     def __enter__(self) -> Self:
         self.received, self._interrupts = None, 0
@@ -42,6 +57,8 @@ class SignalGuard:
                 if previous is not None and previous is not signal.SIG_IGN:
                     self._previous[number] = previous
                     signal.signal(number, self._handle)
+            if self._grace is not None and self._previous:
+                self._watch(self._grace)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -52,12 +69,55 @@ class SignalGuard:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
 
+    def extend(self, seconds: float) -> None:
+        """Moves the end of the grace to `seconds` from now: the loop has seen the signal."""
+        self._deadline = time.monotonic() + seconds
+
+    def _watch(self, grace: float) -> None:
+        # A Python handler runs only between two instructions of the main thread, which may be
+        # inside XLA for minutes; this pipe is written by the C handler, at once.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._pipe = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._left.clear()
+        self._deadline = float("inf")
+        watched = {int(number) for number in self._previous}
+
+        def wait() -> None:
+            number = 0
+            while number not in watched:
+                byte = os.read(reader, 1)
+                if not byte:
+                    os.close(reader)
+                    return
+                number = byte[0]
+            if self._deadline == float("inf"):
+                self.extend(grace)
+            while not self._left.wait(min(1.0, max(0.01, self._deadline - time.monotonic()))):
+                if time.monotonic() >= self._deadline:
+                    name = signal.Signals(number).name
+                    line = f"{name}: no safe point was reached in time; the same command goes on "
+                    print(line + "from the last checkpoint", file=sys.stderr, flush=True)
+                    os._exit(128 + number)
+            os.close(reader)
+
+        threading.Thread(target=wait, name="preemption", daemon=True).start()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._left.set()
+        if self._pipe is not None:
+            writer, before = self._pipe
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+            self._pipe = None
         while self._previous:
             number, previous = self._previous.popitem()
             signal.signal(number, previous)
+
+
+__getattr__ = deprecated.names(__name__)

@@ -15,21 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax import data
+from bilevel_flax import data, deprecated
 from bilevel_flax.base import Batch, BilevelSolver, Info, TrainState
 from bilevel_flax.sharding import Layout, batch_share
 from bilevel_flax.train import multihost as distributed
-from bilevel_flax.train.device_feed import Feed, minibatch
+from bilevel_flax.train.device_feed import DeviceFeed, minibatch
 
 
-def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     """(result, seconds until it was there)."""
     began = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - began
 
 
-class Loop:
+class StepRunner:
     """Runs a solver over two finite sums, chunk by chunk.
 
     Args:
@@ -78,8 +78,8 @@ class Loop:
             on_device = data.fits_on_device((inner.nbytes + outer.nbytes) // shares)
             on_device = on_device and not (inner.streamed or outer.streamed)
         # What a clock or a memory says differs from process to process; what they run must not.
-        self._talk = distributed.Channel("loop")
-        on_device = self._talk.lead(on_device)
+        self._processes = distributed.Channel("runner")
+        on_device = self._processes.broadcast(on_device)
         sums, seeds = (inner, outer), (2 * seed, 2 * seed + 1)
         self.samplers = tuple(
             data.Sampler(finite_sum.num_batches, side_seed, per_step)
@@ -89,7 +89,7 @@ class Loop:
         self.compile_seconds = self.seconds = self.cpu_seconds = 0.0
         self._solver, self._sums = solver, sums
         self._feeds = tuple(
-            Feed(finite_sum, sampler, on_device, capacity, layout)
+            DeviceFeed(finite_sum, sampler, on_device, capacity, layout)
             for finite_sum, sampler in zip(sums, self.samplers, strict=True)
         )
         self._layout = layout
@@ -140,7 +140,7 @@ class Loop:
         self.cpu_seconds += time.process_time() - cpu_began
         pace = max(taken / done, 1e-9)
         count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
-        self._count = self._talk.lead(count)
+        self._count = self._processes.broadcast(count)
         return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
 
     def rehearse(self, state: TrainState, start: int, steps: int) -> tuple[TrainState, int, float]:
@@ -157,7 +157,7 @@ class Loop:
         self.compile(state, start)
         args = self.arguments(start, start + min(steps, self._capacity))
         copy = jax.block_until_ready(self._copied(state))
-        (copy, _, done), seconds = clocked(lambda: self._chunk(copy, *args))
+        (copy, _, done), seconds = timed(lambda: self._chunk(copy, *args))
         return copy, int(done), seconds
 
     def refresh(self, state: TrainState) -> tuple[TrainState, float]:
@@ -293,3 +293,6 @@ class Loop:
             return jax.lax.fori_loop(0, count, body, state)
 
         return full_pass
+
+
+__getattr__ = deprecated.names(__name__)

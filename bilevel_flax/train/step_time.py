@@ -12,14 +12,14 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree, TrainState
 from bilevel_flax.solvers.step import learnable
 from bilevel_flax.train.device_feed import minibatch
-from bilevel_flax.train.step_runner import Loop, clocked
+from bilevel_flax.train.step_runner import StepRunner, timed
 
 _FEWEST_STEPS = 8  # of one turn: `auto`'s cheap setting does its work in every eighth
 _MOST_STEPS = 200
 
 
 def over_plain(
-    loop: Loop,
+    loop: StepRunner,
     problem: Problem,
     inner: optax.GradientTransformation,
     state: TrainState,
@@ -99,4 +99,4 @@ class _Plain:
         carry = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self._start)
         inner, positions = args[0], args[2]
         count = np.int32(steps)
-        return clocked(lambda: self._many(carry, *self._fixed, inner, positions, count))[1]
+        return timed(lambda: self._many(carry, *self._fixed, inner, positions, count))[1]

@@ -15,7 +15,7 @@ from bilevel_flax.train import config as configs
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train import step_time
 from bilevel_flax.train.health.monitor import Monitor
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
 
@@ -24,7 +24,7 @@ def costs(
     config: configs.Config,
     problem: Problem,
     state: TrainState,
-    loop: Loop,
+    loop: StepRunner,
     monitor: Monitor,
     totals: Mapping[str, float],
     log: Sequence[Mapping[str, Any]],

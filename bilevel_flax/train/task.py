@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bilevel_flax import deprecated
 from bilevel_flax.base import Problem, PyTree, TrainState
 from bilevel_flax.data import FiniteSum
 
 
-class Start(NamedTuple):
+class InitialValues(NamedTuple):
     """Where a run starts.
 
     Attributes:
@@ -27,45 +28,61 @@ class Start(NamedTuple):
     model_state: PyTree = None
 
 
-def _nothing(state: TrainState, workdir: Path, say: Callable[[str], None]) -> Mapping[str, Any]:
-    del state, workdir, say
+def no_values(state: TrainState) -> Mapping[str, float]:
+    """Evaluates nothing."""
+    del state
+    return {}
+
+
+def no_final_metrics(
+    state: TrainState, workdir: Path, log: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """Adds nothing to the summary."""
+    del state, workdir, log
     return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A bilevel problem on real data.
+    """A bilevel problem on real data; how to write one: docs/loops.md.
 
     Attributes:
         problem: G and F.
-        init: `init(rng) -> Start`.
+        init: `init(rng) -> InitialValues`.
         inner: the inner data.
         outer: the outer data.
         evaluate: `evaluate(state) -> {name: float}`, at every `eval_every` steps. It must not
             look at test data. Names that begin with "_" go to the files alone, for
             a report of the task's own: they are neither printed nor drawn among the curves.
-        finish: `finish(state, workdir, say) -> {name: value}`, once, after the last step: what
-            else belongs into `summary.json` (final errors, baselines). It may write files into
-            the workdir; what takes long is stored there as it comes, so that a killed run goes
-            on. `say` prints a line.
-        report: `report(workdir) -> sections` of `report.html`, made from files alone.
+        final_metrics: `final_metrics(state, workdir, log) -> {name: value}`, once, after the last
+            step: what else belongs into `summary.json` (final errors, baselines). It may write
+            files into the workdir; what takes long is stored there as it comes, so that a killed
+            run goes on. `log` prints a line.
         held_out: data of F's kind that F never sees: a loss there well above F's own says that x
             memorises the outer data; None: not watched.
-        select: the name of a value of `evaluate` that should be low: `finish` is then handed the
-            network (z and the model state) from the evaluation where it was lowest, with the last
-            v and x; None: the last network.
+        best_metric: the name of a value of `evaluate` that should be low: `final_metrics` is then
+            handed the network (z and the model state) from the evaluation where it was lowest, with
+            the last v and x; None: the last network.
         headline: names in the summary, in the order in which a person wants to read them: printed
             at the end of a run, and the report's cards. A dot leads into a mapping: `"test.soba"`.
         rules: on a mesh, which axes of z's leaves are cut, as for `sharding.state_shardings`.
     """
 
     problem: Problem
-    init: Callable[[jax.Array], Start]
+    init: Callable[[jax.Array], InitialValues]
     inner: FiniteSum
     outer: FiniteSum
-    evaluate: Callable[[TrainState], Mapping[str, float]]
-    finish: Callable[[TrainState, Path, Callable[[str], None]], Mapping[str, Any]] = _nothing
+    evaluate: Callable[[TrainState], Mapping[str, float]] = no_values
+    final_metrics: Callable[[TrainState, Path, Callable[[str], None]], Mapping[str, Any]] = (
+        no_final_metrics
+    )
     held_out: FiniteSum | None = None
-    select: str | None = None
+    best_metric: str | None = None
     headline: Sequence[str] = ()
     rules: Any = None
+
+
+Task.__init__ = deprecated.renamed_arguments(finish="final_metrics", select="best_metric")(
+    Task.__init__
+)
+__getattr__ = deprecated.names(__name__)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bilevel_flax import deprecated
 from bilevel_flax.base import BilevelSolver, TrainState
 from bilevel_flax.checkpoints import checkpointer as checkpoint
 from bilevel_flax.checkpoints.best import BestCheckpoint
@@ -31,8 +32,8 @@ from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.health import thresholds as health_ranges
 from bilevel_flax.train.metrics.mean import Window
 from bilevel_flax.train.metrics.progress_bar import Progress
-from bilevel_flax.train.preemption import SignalGuard
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.preemption import PreemptionGuard
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import Task
 
 
@@ -49,11 +50,11 @@ class Trained(NamedTuple):
 
     state: TrainState
     totals: dict[str, float]
-    loop: Loop
+    loop: StepRunner
     monitor: health.Monitor
 
 
-def train(
+def train_loop(
     config: configs.Config,
     workdir: Path,
     task: Task,
@@ -76,7 +77,7 @@ def train(
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
     """
     record = configs.plain(config) if record is None else record
-    talk, leads = distributed.Channel("train"), distributed.is_leader()
+    processes, leads = distributed.Channel("train"), distributed.is_leader()
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     start = task.init(init_rng)
     state = solver.init(
@@ -84,7 +85,7 @@ def train(
     )
     if layout is not None:
         state = layout.place_state(state)
-    loop = Loop(
+    loop = StepRunner(
         solver,
         task.inner,
         task.outer,
@@ -92,7 +93,7 @@ def train(
         on_device=config.on_device,
         layout=layout,
     )
-    step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *Loop.CLOCKS), 0.0)
+    step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *StepRunner.CLOCKS), 0.0)
     progress = Progress(config.steps, quiet=not leads)
     messages: list[str] = []
     settings = config.get("health") or {}
@@ -113,7 +114,7 @@ def train(
             on_event=messages.append,
             processes=distributed.Channel("checkpoints"),
         ) as checkpointer,
-        SignalGuard() as guard,
+        PreemptionGuard() as guard,
     ):
         restored = checkpointer.restore(state)
         if restored is not None:
@@ -145,10 +146,10 @@ def train(
                 history.append({"step": step, **texts})
 
         def totals_now() -> dict[str, float]:
-            return totals | {name: totals[name] + getattr(loop, name) for name in Loop.CLOCKS}
+            return totals | {name: totals[name] + getattr(loop, name) for name in StepRunner.CLOCKS}
 
         def save(state: TrainState, step: int) -> None:
-            if talk.lead(checkpointer.latest_step()) != step:
+            if processes.broadcast(checkpointer.latest_step()) != step:
                 meta = {
                     "config": record,
                     "samplers": [sampler.state() for sampler in loop.samplers],
@@ -158,7 +159,7 @@ def train(
                 checkpointer.save(step, state, meta)
 
         def stop_if_asked(state: TrainState, step: int) -> None:
-            everywhere = talk.exchange(guard.received)
+            everywhere = processes.all_gather(guard.received)
             received = next((number for number in everywhere if number is not None), None)
             if received is None:
                 return
@@ -200,12 +201,12 @@ def train(
                     shown = window.means() | {"oracle_units": totals["oracle_units"]}
                     window = Window()
                 if step % config.eval_every == 0 or step == config.steps:
-                    whole = health.readable(state)
-                    found = talk.each(functools.partial(task.evaluate, whole))
+                    whole = distributed.gather_to_host(state)
+                    found = processes.run_on_each(functools.partial(task.evaluate, whole))
                     shown |= {k: float(v) for k, v in found.items()}
-                    if task.select is not None and leads:
+                    if task.best_metric is not None and leads:
                         network = (whole.inner_params, whole.model_state)
-                        best.maybe_save(step, shown[task.select], network)
+                        best.maybe_save(step, shown[task.best_metric], network)
                 if monitor.due(step):
                     shown |= monitor(state, step)
                 if shown:
@@ -229,7 +230,10 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(("norm_", "health/", "_")) or name == "oracle_units"
 
 
-def _sizes(task: Task, loop: Loop) -> str:
+def _sizes(task: Task, loop: StepRunner) -> str:
     sides = (f"{side.num_samples}" for side in (task.inner, task.outer))
     where = "on the device" if loop.on_device else "streamed"
     return f"{' + '.join(sides)} examples, batches of {task.inner.batch_size}, data {where}"
+
+
+__getattr__ = deprecated.names(__name__)

@@ -12,24 +12,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel_flax import deprecated
 from bilevel_flax.checkpoints import checkpointer as checkpoint
 from bilevel_flax.train import config_diff
 from bilevel_flax.train.config import ConfigError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class NoRoom(OSError):
+class DiskFullError(OSError):
     """The disk is full; the message names the workdir and says what is kept."""
 
 
 @contextlib.contextmanager
-def opened(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it until the block is left.
 
     Raises:
         ConfigError: it cannot be made or written to, or another process trains in it.
-        NoRoom: a file could not be written inside the block because the disk is full.
+        DiskFullError: a file could not be written inside the block because the disk is full.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,9 +52,9 @@ def opened(workdir: Path) -> Iterator[None]:
             ) from error
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM or isinstance(error, NoRoom):
+        if error.errno not in _DISK_FULL or isinstance(error, DiskFullError):
             raise
-        raise NoRoom(
+        raise DiskFullError(
             f"--workdir={workdir}: {error.strerror}; what was saved is kept: make room, and the "
             "same command goes on"
         ) from error
@@ -61,7 +62,7 @@ def opened(workdir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def claim(workdir: Path, config: Mapping[str, Any], harmless: Iterable[str]) -> None:
+def check_same_run(workdir: Path, config: Mapping[str, Any], harmless: Iterable[str]) -> None:
     """Makes sure that the results in the folder, if there are any, are this config's.
 
     A folder without summary and checkpoint (a mistaken config, an early end) is free.
@@ -124,3 +125,6 @@ def _finite(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [_finite(value) for value in node]
     return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+__getattr__ = deprecated.names(__name__)

@@ -19,7 +19,7 @@ from bilevel_flax import data
 from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.outer.augmentation import Policy
 from bilevel_flax.train.config import ConfigError, resolve
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.augmentation import compared
 from examples.augmentation.examples import Examples
@@ -51,7 +51,9 @@ class Trainer:
         )
         self._config = config
         unread = data.partition({"nothing": np.zeros(1)}, 1)  # there is no outer loss
-        self._loop = Loop(self._solver, train, unread, seed=config.seed, on_device=config.on_device)
+        self._loop = StepRunner(
+            self._solver, train, unread, seed=config.seed, on_device=config.on_device
+        )
         self._rng, self._run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
         self._start = init(self._rng)
 

@@ -35,7 +35,7 @@ from bilevel_flax.outer.augmentation import (
     signal_policy,
 )
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from examples.augmentation import baselines, images, signals
 from examples.augmentation.examples import Examples, Part
 from examples.augmentation.model import make_model
@@ -180,10 +180,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         size = min(config.batch_size, len(part[1]))
         return data.partition({"example": part[0], "label": part[1]}, size, seed=config.seed)
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         variables = dict(model.init(rng, examples.train[0][:1], train=False))
         params = variables.pop("params")
-        return Start(params, policy.init(), variables)
+        return InitialValues(params, policy.init(), variables)
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         error, loss = measure(state, examples.validation)
@@ -198,7 +198,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                     curves[f"_{leaf}/{where}"] = float(number) / most
         return curves
 
-    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+    def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         error, _ = measure(state, examples.validation)
         test_error = {"search": measure(state, examples.test)[0]}
         baselines.save_samples(workdir, examples, policy, state.outer_params)
@@ -222,7 +222,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 parted(examples.train),
                 measure,
                 workdir,
-                say,
+                log,
             )
             for part in ("validation_error", "test_error"):
                 results[part] |= {name: values[part] for name, values in found.items()}
@@ -236,6 +236,6 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         inner=parted(examples.train),
         outer=parted(examples.validation),
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=tuple(f"test_error.{name}" for name in shown),
     )

@@ -14,7 +14,7 @@ from jax import lax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, load
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from examples.darts import augment, training
 from examples.darts.cells import CONVOLUTIONS, SEPARABLE, mixed, normalized, quarters
 from examples.darts.depthwise import depthwise
@@ -285,7 +285,7 @@ def test_a_search_is_traced_once():
     calls = []
     _, solver, state = tiny_search(lambda: calls.append(1))
     sides = [data.partition(examples(seed, 12), 4) for seed in (1, 2)]
-    loop = Loop(solver, *sides)
+    loop = StepRunner(solver, *sides)
     state, _ = loop.run(state, 0, 1)
     traced = len(calls)
     step = int(state.step)

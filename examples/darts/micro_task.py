@@ -21,7 +21,7 @@ from bilevel_flax.train.config import ConfigError, nearest
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.darts import micro_methods, micro_scores, micro_table
 from examples.darts.micro_network import MicroNetwork
@@ -75,8 +75,8 @@ def make_task(config: Any) -> Task:
     table = micro_table.read()
     judged = not np.isnan(table).any() and config.channels == MicroNetwork().channels
 
-    def init(rng: jax.Array) -> Start:
-        return Start(*search.init(rng))
+    def init(rng: jax.Array) -> InitialValues:
+        return InitialValues(*search.init(rng))
 
     def shares(state: bf.TrainState) -> np.ndarray:
         return np.asarray(weights_of(state.outer_params)[CELL])
@@ -92,7 +92,9 @@ def make_task(config: Any) -> Task:
             for name, share in zip(names, row, strict=True)
         }
 
-    def finish(state: bf.TrainState, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def final_metrics(
+        state: bf.TrainState, workdir: Path, log: Callable[[str], None]
+    ) -> dict[str, Any]:
         found, z = shares(state), state.inner_params
         if config.selection == "perturbation":
             accuracy = lambda weights: search.accuracy(z, weights)
@@ -110,9 +112,9 @@ def make_task(config: Any) -> Task:
                 config.steps * micro_methods.UNITS[config.method] / micro_methods.PLAIN_STEPS
             ),
         }
-        say(f"genotype: {' '.join(genotype)}")
+        log(f"genotype: {' '.join(genotype)}")
         if not judged:
-            say("no regret: the table is not complete, or holds networks of another width")
+            log("no regret: the table is not complete, or holds networks of another width")
             return results
         score = micro_scores.score(genotype, table)
         return results | {
@@ -127,7 +129,7 @@ def make_task(config: Any) -> Task:
         inner=search.inner,
         outer=search.outer,
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=("validation_error", *(("regret", "rank_percentile") if judged else ())),
     )
 

@@ -28,7 +28,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.outer import architecture
 from bilevel_flax.train.config import ConfigError, nearest
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
 from examples.darts.network import SearchNetwork, Stack, make_stack, search_parameters
@@ -112,9 +112,9 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         batches = (data.gather(judged, np.array(i)) for i in range(judged.num_batches))
         return sum(float(count_wrong(z, weights, batch)) for batch in batches) / judged.num_samples
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         z_rng, x_rng = jax.random.split(rng)
-        return Start(
+        return InitialValues(
             search_parameters(network, z_rng, images.train.image.shape[1:]), MIXTURE.init(x_rng)
         )
 
@@ -122,7 +122,9 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         weights = MIXTURE.weights(state.outer_params)
         return {"validation_error": error(state.inner_params, weights), **named_shares(weights)}
 
-    def finish(state: bf.TrainState, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def final_metrics(
+        state: bf.TrainState, workdir: Path, log: Callable[[str], None]
+    ) -> dict[str, Any]:
         weights = jax.tree.map(np.asarray, MIXTURE.weights(state.outer_params))
         step, chosen = config.steps, weights
         if config.stop == "residual":
@@ -132,7 +134,7 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         found = genotype.derive(chosen)
         path = genotype.save(workdir / "genotype.json", found)
         draw.save(workdir, found)
-        say(f"genotype: {path}; python -m examples.darts.retrain --genotype {path} trains it")
+        log(f"genotype: {path}; python -m examples.darts.retrain --genotype {path} trains it")
         return {
             "supernet_validation_error": error(state.inner_params, weights),
             "stopped_at": step,
@@ -147,6 +149,6 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         inner=data.partition(images.train._asdict(), config.batch_size, seed=config.seed),
         outer=data.partition(images.validation._asdict(), config.batch_size, seed=config.seed),
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=("supernet_validation_error", "skip_fraction"),
     )

@@ -15,7 +15,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.darts import augment
 from examples.darts.derived import DerivedNetwork
@@ -153,7 +153,7 @@ class Trainer:
             inner_weights=parts.weights if parts.ragged else None,
         )
         unread = data.partition({"nothing": np.zeros(1)}, 1)  # there is no outer loss
-        self._loop = Loop(self._solver, parts, unread, seed=0)
+        self._loop = StepRunner(self._solver, parts, unread, seed=0)
         self._logits = jax.jit(lambda variables, x: self._network.apply(variables, x, train=False))
 
     @property

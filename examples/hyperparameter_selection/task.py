@@ -24,7 +24,7 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from examples.hyperparameter_selection import exact, features
 
 
@@ -98,10 +98,12 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
     length, width = num_penalties(table), table.train.inputs.shape[1]
     reference = exact_problem(table)
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         del rng
         shape = (width, length) if table.num_classes else (width,)
-        return Start(jnp.zeros(shape), jnp.full(length, config.start, jnp.result_type(float)))
+        return InitialValues(
+            jnp.zeros(shape), jnp.full(length, config.start, jnp.result_type(float))
+        )
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         x = np.asarray(state.outer_params, np.float64)
@@ -110,12 +112,12 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
         except ArithmeticError:
             return {"validation_loss": float("nan")}
 
-    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+    def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         del workdir
         x = np.asarray(state.outer_params, np.float64)
         results: dict[str, Any] = {**evaluate(state), "penalties": np.exp(x).tolist()}
         if config.optimum:
-            say("computing the optimum in float64 (--config.optimum=False leaves it out)")
+            log("computing the optimum in float64 (--config.optimum=False leaves it out)")
             best = reference.optimum(length, bounds=tuple(config.bounds))
             results |= {"optimum": best.value, "gap": results["validation_loss"] - best.value}
         return results
@@ -130,6 +132,6 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
             as_arrays(table.validation, table.num_classes), config.batch_size, seed=config.seed
         ),
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=("validation_loss", "optimum", "gap") if config.optimum else ("validation_loss",),
     )

@@ -13,7 +13,7 @@ from bilevel_flax import cli
 from bilevel_flax.bench import tasks as bench_tasks
 from bilevel_flax.bench.tasks import Context, Setting
 from bilevel_flax.train import config
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from examples.datasets import catalog, ijcnn1
 from examples.hyperparameter_selection import bench, exact, features, optimizers, task
 
@@ -136,7 +136,7 @@ def test_saba_finds_the_optimum_of_a_small_problem():
         outer_weights=made.outer.weights if made.outer.ragged else None,
     )
     state, step = solver.init(start.inner_params, start.outer_params), 0
-    loop = Loop(solver, made.inner, made.outer)
+    loop = StepRunner(solver, made.inner, made.outer)
     before = made.evaluate(state)["validation_loss"]
     while step < 20_000:
         state, info = loop.run(state, step, 20_000)

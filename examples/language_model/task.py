@@ -25,7 +25,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report.sections import Section, table_section
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.workdir import read_json
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
@@ -124,9 +124,9 @@ def make_task(config: Any) -> Task:
     weights = bf.outer.domain_weights(len(domains), proposal=found.tolist())
     nats = jax.jit(lambda z, tokens: nats_of(model, z, tokens))
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         z = model.init(rng, jnp.zeros((1, length + 1), jnp.int32))["params"]
-        return Start(z, weights.init())
+        return InitialValues(z, weights.init())
 
     def held_out_nats(state: bf.TrainState) -> float:
         whole = np.resize(measured, (-(-len(measured) // _PART) * _PART, length + 1))
@@ -141,8 +141,8 @@ def make_task(config: Any) -> Task:
         found = {f"mixture/{name}": share for name, share in learned(state).items()}
         return {"nats_per_token": held_out_nats(state), **found}
 
-    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
-        del workdir, say
+    def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
+        del workdir, log
         return {"nats_per_token": held_out_nats(state), "mixture": learned(state)}
 
     return Task(
@@ -151,7 +151,7 @@ def make_task(config: Any) -> Task:
         inner=data.partition(mixture._asdict(), batch_size, seed=config.seed),
         outer=data.partition({"tokens": target}, batch_size, seed=config.seed),
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=("nats_per_token",),
         rules=RULES,
     )

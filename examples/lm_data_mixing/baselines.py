@@ -27,7 +27,7 @@ from bilevel_flax import data
 from bilevel_flax.data import draws
 from bilevel_flax.solvers.auto import decay_to_zero
 from bilevel_flax.train.config import resolve
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.language_model.model import Decoder
 from examples.language_model.task import adam_directions, nats_of, warmup_cosine
@@ -300,7 +300,7 @@ def _learned(run: Run, solver: bf.BilevelSolver) -> _Aligned:
     state = solver.init(
         start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
     )
-    loop = Loop(solver, run.inner, run.outer, seed=config.seed, on_device=config.on_device)
+    loop = StepRunner(solver, run.inner, run.outer, seed=config.seed, on_device=config.on_device)
     curve = [(0, run.nats(state.inner_params, run.validation))]
     step = 0
     while step < config.steps:

@@ -24,7 +24,7 @@ import numpy as np
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, nearest
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
 from examples.language_model.task import nats_of
@@ -190,9 +190,9 @@ def make_task(config: Any) -> Task:
     def weights_of(x: Any, candidates: dict[str, np.ndarray]) -> np.ndarray:
         return np.asarray(several_weights(x, candidates), np.float64)
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         z = model.init(rng, jnp.zeros((1, config.length + 1), jnp.int32))["params"]
-        return Start(z, mixture.init(), {} if problem.stateful else None)
+        return InitialValues(z, mixture.init(), {} if problem.stateful else None)
 
     def learned(state: bf.TrainState) -> dict[str, float]:
         return dict(zip(names, np.asarray(shares_of(state.outer_params)).tolist(), strict=True))
@@ -201,7 +201,9 @@ def make_task(config: Any) -> Task:
         shares = {f"mixture/{name}": share for name, share in learned(state).items()}
         return {"validation_nats_per_byte": nats(state.inner_params, validation), **shares}
 
-    def finish(state: bf.TrainState, workdir: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def final_metrics(
+        state: bf.TrainState, workdir: Path, log: Callable[[str], None]
+    ) -> dict[str, Any]:
         run = baselines.Run(
             config=config,
             init=init,
@@ -216,7 +218,7 @@ def make_task(config: Any) -> Task:
             shares=learned,
             weights=weights_of,
             workdir=workdir,
-            say=say,
+            say=log,
         )
         return {
             "target": texts.name,
@@ -231,7 +233,7 @@ def make_task(config: Any) -> Task:
         inner=inner,
         outer=outer,
         evaluate=evaluate,
-        finish=finish,
+        final_metrics=final_metrics,
         headline=[
             f"nats_per_byte.{name}.{when}"
             for name in (baselines.METHODS if config.baselines else ("soba",))

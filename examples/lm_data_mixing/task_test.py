@@ -20,7 +20,7 @@ from bilevel_flax.data import draws
 from bilevel_flax.outer.data_mixture import comb
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from examples.lm_data_mixing import baselines, classifier, report, stream, task
 from examples.lm_data_mixing.alignment import gradient_alignment
 
@@ -162,7 +162,7 @@ def test_a_resumed_stream_goes_on_as_the_uninterrupted_one():
     outer = data.partition({"tokens": noise(1)["0"].all()}, 4)
 
     def loop():
-        return Loop(solver, stream.candidates(noise(), 6, seed=3), outer, seed=1, capacity=40)
+        return StepRunner(solver, stream.candidates(noise(), 6, seed=3), outer, seed=1, capacity=40)
 
     def run(state, start, stop, through):
         while start < stop:

@@ -27,7 +27,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.train.config import ConfigError, resolve
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.mnist_hypercleaning.model import error
 
@@ -60,7 +60,7 @@ class Trainer:
             start.inner_params, outer_params, model_state=start.model_state, rng=run_rng
         )
         unread = data.partition({"nothing": np.zeros(1)}, 1)  # there is no outer loss
-        loop = Loop(solver, parts, unread, seed=config.seed, on_device=config.on_device)
+        loop = StepRunner(solver, parts, unread, seed=config.seed, on_device=config.on_device)
         best_error, best_state, best_step, step = np.inf, None, 0, 0
         while step < total:
             stop = min(total, step + config.eval_every - step % config.eval_every)

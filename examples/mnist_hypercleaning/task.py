@@ -29,7 +29,7 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, nearest
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 from examples.datasets import sources
 from examples.mnist_hypercleaning import baselines, report
 from examples.mnist_hypercleaning.model import Linear, error, losses, make_model
@@ -211,10 +211,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
     validation = {"image": examples.validation_images, "label": examples.validation_labels}
     outer, held_out = hold_out(validation, config.data.get("held_out", 0.0))
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         variables = dict(model.init(rng, examples.train_images[:1], train=False))
         params = variables.pop("params")
-        return Start(params, weights.init(), variables if model.stateful else None)
+        return InitialValues(params, weights.init(), variables if model.stateful else None)
 
     def learned(state: bf.TrainState) -> np.ndarray:
         if not weights.by_loss:
@@ -230,7 +230,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
             "wrong_label_auc": wrong_label_auc(learned(state), examples.is_wrong),
         }
 
-    def finish(state: bf.TrainState, workdir: Path, say) -> dict[str, Any]:
+    def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         found = learned(state)
         results = {
             **evaluate(state),
@@ -248,7 +248,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 found,
                 init,
                 workdir,
-                say,
+                log,
             )
         return results
 
@@ -263,8 +263,8 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
             else data.partition(held_out, min(config.batch_size, len(held_out["label"])))
         ),
         evaluate=evaluate,
-        finish=finish,
-        select="validation_error",  # as the baselines: stopped early on validation data
+        final_metrics=final_metrics,
+        best_metric="validation_error",  # as the baselines: stopped early on validation data
         headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
     )
 

@@ -81,13 +81,13 @@ def test_mistakes_are_named(dataset, error, says):
 
 
 def test_it_goes_to_the_device_in_one_piece_on_request():
-    from bilevel_flax.train.device_feed import Feed
+    from bilevel_flax.train.device_feed import DeviceFeed
 
     side = side_of(Counted(8))
     sampler = data.Sampler(side.num_batches, 0)
-    whole = Feed(side, sampler, True, 10)
+    whole = DeviceFeed(side, sampler, True, 10)
     assert isinstance(whole.batches["x"], jax.Array)
-    chunked = Feed(side, sampler, False, 10)
+    chunked = DeviceFeed(side, sampler, False, 10)
     chunked.seek(0)
     rows, ids = chunked.positions(0, 4)
     np.testing.assert_array_equal(chunked.batches["x"][rows], whole.batches["x"][ids])

@@ -75,15 +75,15 @@ def child(workdir: Path, arguments: list[str], devices: int, flags: Flags | None
 
         from bilevel_flax import cli
         from bilevel_flax.checkpoints import collective as checkpoint_together
-        from bilevel_flax.train import step_runner as loop
+        from bilevel_flax.train.step_runner import StepRunner
 
         with workdir.with_suffix(".log").open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         jax.config.update("jax_num_cpu_devices", devices)
         if flags is not None:
-            loop.Loop.run = flags.during("step", loop.Loop.run)
-            loop.Loop.refresh = flags.during("refresh", loop.Loop.refresh)
+            StepRunner.run = flags.during("step", StepRunner.run)
+            StepRunner.refresh = flags.during("refresh", StepRunner.refresh)
             checkpoint_together.write = flags.during("save", checkpoint_together.write)
         code = cli.main(
             ["train", "--config", "tests/faults/small_run.py:srba", "--workdir", str(workdir)]

@@ -18,7 +18,7 @@ from ml_collections import config_dict
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.solvers import table
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 
 
 def get_config(solver: str = "srba") -> ml_collections.ConfigDict:
@@ -67,14 +67,14 @@ def make_task(config: Any) -> Task:
     def outer_loss(z, x, batch):
         return bf.masked_mean(cross_entropy(z, batch), batch.get("mask"))
 
-    def init(rng: jax.Array) -> Start:
+    def init(rng: jax.Array) -> InitialValues:
         first, second = jax.random.split(rng)
         z = {
             "w1": 0.3 * jax.random.normal(first, (12, 16)),
             "b1": jnp.zeros(16),
             "w2": 0.3 * jax.random.normal(second, (16, 3)),
         }
-        return Start(z, jnp.zeros(config.examples))
+        return InitialValues(z, jnp.zeros(config.examples))
 
     validation = examples(64)
 
@@ -87,5 +87,5 @@ def make_task(config: Any) -> Task:
         inner=data.partition(examples(config.examples), 16, seed=config.seed),
         outer=data.partition(validation, 16, seed=config.seed),
         evaluate=evaluate,
-        select="validation_loss",
+        best_metric="validation_loss",
     )

@@ -32,7 +32,7 @@ import jax
 from bilevel_flax import cli
 from bilevel_flax.train import config as configs
 from bilevel_flax.train import setup as run_config
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.plan.collectives import collectives
 from bilevel_flax.train.run_mesh import make_layout
 
@@ -49,7 +49,7 @@ layout, task, _ = make_layout(config, task)
 solver = run_config.make_solver(config.solver, task)
 start = task.init(jax.random.PRNGKey(0))
 state = layout.place_state(solver.init(start.inner_params, start.outer_params))
-loop = Loop(solver, task.inner, task.outer, layout=layout)
+loop = StepRunner(solver, task.inner, task.outer, layout=layout)
 loop.compile(state, 0)
 print(json.dumps(collectives(loop._chunk.as_text())))
 """

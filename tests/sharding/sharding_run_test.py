@@ -15,15 +15,15 @@ from bilevel_flax import sharding
 from bilevel_flax.plan.collectives import collectives
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.run_mesh import make_layout
-from bilevel_flax.train.step_runner import Loop
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax.train.task import InitialValues, Task
 
 
 def task_of(problem=None, rules=None) -> Task:
     made = setting("plain")
     return Task(
         problem=problem or made.problem,
-        init=lambda rng: Start(made.inner_params, made.outer_params),
+        init=lambda rng: InitialValues(made.inner_params, made.outer_params),
         inner=made.inner,
         outer=made.outer,
         evaluate=lambda state: {},
@@ -95,7 +95,9 @@ def looped(mesh_text: str | None, on_device: bool, microbatches: int = 1):
         layout = sharding.Layout(mesh, None, problem)
         problem = sharding.data_parallel(problem, mesh)
     chosen = solver("srba", made, problem)
-    loop = Loop(chosen, made.inner, made.outer, on_device=on_device, capacity=8, layout=layout)
+    loop = StepRunner(
+        chosen, made.inner, made.outer, on_device=on_device, capacity=8, layout=layout
+    )
     state = chosen.init(made.inner_params, made.outer_params)
     if layout is not None:
         state = layout.place_state(state)

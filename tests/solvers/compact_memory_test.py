@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train import experiment as train
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.task import InitialValues, Task
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -373,7 +373,11 @@ def test_what_is_not_linear_or_not_of_the_examples_shape_is_refused():
 def test_a_config_asks_for_it_in_one_word():
     found = shared()
     task = Task(
-        found.problem, lambda rng: Start(*found.start), found.inner, found.outer, lambda state: {}
+        found.problem,
+        lambda rng: InitialValues(*found.start),
+        found.inner,
+        found.outer,
+        lambda state: {},
     )
     sgd = {"call": "optax:sgd", "learning_rate": 0.1}
     config = {"call": "bilevel_flax:saba", "memory": "compact", "inner": sgd, "outer": sgd}

@@ -226,11 +226,11 @@ TASK = """
 import numpy as np, jax.numpy as jnp
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.train.task import (Start, Task)
+from bilevel_flax.train.task import (InitialValues, Task)
 parts = data.partition({'y': np.ones(4, np.float32)}, 2)
 return Task(
     problem=bf.Problem(INNER, lambda z, x, batch: jnp.mean((z - batch['y']) ** 2), PER_SAMPLE),
-    init=lambda rng: Start(jnp.zeros(()), OUTER),
+    init=lambda rng: InitialValues(jnp.zeros(()), OUTER),
     inner=INNER_DATA, outer=parts, evaluate=lambda state: {},
 )
 """

@@ -23,25 +23,25 @@ from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.health import thresholds as health_ranges
 from bilevel_flax.train.report import health as health_report
 from bilevel_flax.train.report.page import write_report
-from bilevel_flax.train.step_runner import Loop
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax.train.task import InitialValues, Task
 
 
 @functools.cache
-def running() -> tuple[Task, bf.BilevelSolver, Loop, bf.TrainState, Any]:
+def running() -> tuple[Task, bf.BilevelSolver, StepRunner, bf.TrainState, Any]:
     """One compiled loop for several tests, and a state after 40 steps."""
     source = quadratics(num_inner=6, num_outer=5)
     inner, outer = finite_sums(source)
     task = Task(
         problem=source.problem,
-        init=lambda rng: Start(source.inner_params, source.outer_params),
+        init=lambda rng: InitialValues(source.inner_params, source.outer_params),
         inner=inner,
         outer=outer,
         held_out=outer,
         evaluate=lambda state: {},
     )
     solver = bf.soba(source.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.01))
-    loop = Loop(solver, inner, outer, on_device=True)
+    loop = StepRunner(solver, inner, outer, on_device=True)
     state, step = solver.init(source.inner_params, source.outer_params), 0
     while step < 40:
         state, info = loop.run(state, step, 40)
@@ -91,10 +91,10 @@ def test_a_probe_measures_what_it_says_and_moves_nothing():
     task, solver, loop, state, source = running()
     watch = monitor()
     before = jax.tree.map(np.array, state)
-    clocks = [getattr(loop, name) for name in Loop.CLOCKS]
+    clocks = [getattr(loop, name) for name in StepRunner.CLOCKS]
     found = watch(state, 40)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state))
-    assert clocks == [getattr(loop, name) for name in Loop.CLOCKS]
+    assert clocks == [getattr(loop, name) for name in StepRunner.CLOCKS]
     exact = diagnostics.adjoint_residual(task.problem, state.variables, task.inner, task.outer)
     assert found["adjoint_residual"] == pytest.approx(exact, rel=1e-3)
     assert found["health/negative_curvature"] == 0  # every A_i is positive definite
@@ -235,7 +235,7 @@ def test_the_time_over_plain_training_is_measured_on_copies(solver: str):
     if solver == "amigo":  # several minibatches an update
         steps = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.01)}
         made = bf.amigo(source.problem, **steps, inner_steps=3, adjoint_steps=2)
-        loop = Loop(made, task.inner, task.outer, on_device=True)
+        loop = StepRunner(made, task.inner, task.outer, on_device=True)
         state = made.init(source.inner_params, source.outer_params)
     before = jax.tree.map(np.array, state)
     times = step_time.over_plain(loop, task.problem, optax.sgd(0.1), state, rounds=2, seconds=0.01)

@@ -18,8 +18,9 @@ from bilevel_flax import data
 from bilevel_flax.base import Info
 from bilevel_flax.train import device_feed as feed
 from bilevel_flax.train import experiment as train
-from bilevel_flax.train.step_runner import Loop
-from bilevel_flax.train.task import Start, Task
+from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax.train.task import InitialValues, Task
+from bilevel_flax.train.train_loop import train_loop
 
 STEPS = 25
 
@@ -49,7 +50,7 @@ def soba(source: Any, problem: bf.Problem | None = None) -> bf.BilevelSolver:
 
 
 def run_all(
-    chunks: Loop, state: bf.TrainState, steps: int, start: int = 0
+    chunks: StepRunner, state: bf.TrainState, steps: int, start: int = 0
 ) -> tuple[bf.TrainState, Info]:
     infos, step = [], start
     while step < steps:
@@ -67,11 +68,11 @@ def assert_same_bits(first: Any, second: Any) -> None:
 
 
 @functools.cache
-def shared() -> tuple[Any, bf.BilevelSolver, Loop]:
+def shared() -> tuple[Any, bf.BilevelSolver, StepRunner]:
     """One compiled loop for several tests: compiling is most of what they cost."""
     source = logistic()
     solver = soba(source)
-    return source, solver, Loop(solver, *finite_sums(source), seed=3, on_device=True)
+    return source, solver, StepRunner(solver, *finite_sums(source), seed=3, on_device=True)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def test_neither_capacity_nor_streaming_changes_a_bit(
     sums = finite_sums(source)
     # Streamed chunks of 3 and 4 updates, which never end where the compiled ones do.
     monkeypatch.setattr(feed, "_CHUNK_BYTES", 4 * sums[0].nbytes // sums[0].num_batches)
-    chunks = Loop(solver, *sums, seed=3, on_device=on_device, capacity=capacity)
+    chunks = StepRunner(solver, *sums, seed=3, on_device=on_device, capacity=capacity)
     state = solver.init(source.inner_params, source.outer_params)
     state, info = run_all(chunks, state, STEPS)
     assert_same_bits((state, info), reference())
@@ -141,7 +142,7 @@ def test_one_trace_serves_the_whole_run():
     state = solver.init(source.inner_params, source.outer_params)
     jax.eval_shape(solver.update, state, source.batch(0, 0))
     once, traces = traces, 0
-    chunks = Loop(solver, *finite_sums(source), on_device=True, capacity=4)
+    chunks = StepRunner(solver, *finite_sums(source), on_device=True, capacity=4)
     chunks.compile(state, 0)
     assert traces == once
     run_all(chunks, state, STEPS)
@@ -167,7 +168,7 @@ def test_every_leaf_of_the_state_is_donated():
 def test_a_looped_step_costs_what_an_unrolled_one_costs():
     source = quadratics(batch=64, inner_shapes={"w": (30, 3)}, outer_shapes={"u": (10,)})
     solver = soba(source)
-    chunks = Loop(solver, *finite_sums(source), on_device=True)
+    chunks = StepRunner(solver, *finite_sums(source), on_device=True)
     state = solver.init(source.inner_params, source.outer_params)
     chunks.compile(state, 0)
 
@@ -204,7 +205,7 @@ def poisoned(side: str, seed: int, after: int) -> tuple[Task, bf.BilevelSolver, 
     )
     task = Task(
         problem=source.problem,
-        init=lambda rng: Start(source.inner_params, source.outer_params),
+        init=lambda rng: InitialValues(source.inner_params, source.outer_params),
         inner=sums["inner"],
         outer=sums["outer"],
         evaluate=lambda state: {},
@@ -217,7 +218,7 @@ def test_a_nan_ends_the_chunk_before_it_touches_the_state(side: str):
     task, solver, first = poisoned(side, seed=0, after=3)
     start = task.init(jax.random.PRNGKey(0))
     state = solver.init(start.inner_params, start.outer_params)
-    chunks = Loop(solver, task.inner, task.outer, on_device=True)
+    chunks = StepRunner(solver, task.inner, task.outer, on_device=True)
     good, _ = run_all(chunks, state, first)
     chunks._count = STEPS  # one chunk for all
     state = solver.init(start.inner_params, start.outer_params)
@@ -242,7 +243,7 @@ def test_the_run_names_step_direction_and_what_to_try(side: str, tmp_path):
         }
     )
     with pytest.raises(train.Diverged) as caught:
-        train.train(config, tmp_path, task, solver)
+        train_loop(config, tmp_path, task, solver)
     message = str(caught.value)
     assert message.startswith(f"step {first}: not finite: the direction of ")
     assert ("inner (D_z)" in message) == (side == "inner")
@@ -307,7 +308,7 @@ def test_a_full_pass_visits_every_minibatch_once_and_can_be_interrupted(on_devic
     state = solver.init(source.inner_params, source.outer_params)
     point = jax.tree.map(np.array, state.variables)
     # Another loop from the second call on, as after a kill.
-    loops = [Loop(solver, *sums, on_device=on_device, capacity=3) for _ in range(2)]
+    loops = [StepRunner(solver, *sums, on_device=on_device, capacity=3) for _ in range(2)]
     units, calls = 0.0, 0
     while int(solver.next_refresh(state)) <= 0:
         state, spent = loops[min(calls, 1)].refresh(state)
@@ -326,7 +327,7 @@ def test_the_run_stops_for_refreshes_and_counts_their_cost(tmp_path):
     sums = finite_sums(source)
     task = Task(
         problem=source.problem,
-        init=lambda rng: Start(source.inner_params, source.outer_params),
+        init=lambda rng: InitialValues(source.inner_params, source.outer_params),
         inner=sums[0],
         outer=sums[1],
         evaluate=lambda state: {},
@@ -341,7 +342,7 @@ def test_the_run_stops_for_refreshes_and_counts_their_cost(tmp_path):
             "checkpoint": {"every": 20, "keep": 1},
         }
     )
-    state, totals, *_ = train.train(config, tmp_path, task, solver)
+    state, totals, *_ = train_loop(config, tmp_path, task, solver)
     passes = 1 + (20 - 1) // PERIOD
     assert totals["oracle_units"] == 20 * 4 + passes * (source.num_inner * 2 + source.num_outer * 3)
     expected = passes * (sums[0].batches["index"][:, 0] + 1)
@@ -365,7 +366,7 @@ def test_several_minibatches_an_update_have_a_leading_axis(on_device: bool):
         return state, info._replace(metrics=marks)
 
     solver = plain._replace(update=update, batches=(3, 2))
-    chunks = Loop(solver, *sums, on_device=on_device)
+    chunks = StepRunner(solver, *sums, on_device=on_device)
     state = solver.init(source.inner_params, source.outer_params)
     _, info = run_all(chunks, state, STEPS)
     assert seen[0].inner["A"] == (3, *sums[0].batches["A"].shape[1:])

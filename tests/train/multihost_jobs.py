@@ -169,7 +169,7 @@ def fail_alone() -> None:
         if distributed.process_index() == 1:
             raise ValueError("data.manual_dir='elsewhere': no such folder")
 
-    distributed.Channel("phase").together(phase)
+    distributed.Channel("phase").run_on_all(phase)
 
 
 def train(workdir: str, *overrides: str) -> int:

@@ -58,7 +58,7 @@ def child(order: dict, process: int, port: int) -> int:
             distributed.start(settings)
         code = getattr(importlib.import_module(module), function)(*order.get("arguments", []))
     except Exception as error:
-        if not isinstance(error, ValueError | checkpoint.CheckpointError | distributed.PeerFailed):
+        if not isinstance(error, ValueError | checkpoint.CheckpointError | distributed.PeerError):
             traceback.print_exc()
         print(f"error: {error}", flush=True)
         code = 1

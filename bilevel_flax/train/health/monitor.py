@@ -17,7 +17,7 @@ import numpy as np
 from bilevel_flax import data, diagnostics, oracles
 from bilevel_flax.base import BilevelSolver, PyTree, TrainState, Variables
 from bilevel_flax.train import multihost as distributed
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import Task
 from bilevel_flax.tree import norm
 
@@ -111,7 +111,7 @@ class Monitor:
         self,
         task: Task,
         solver: BilevelSolver,
-        loop: Loop,
+        loop: StepRunner,
         steps: int,
         outer_params: PyTree,
         settings: Mapping[str, Any],
@@ -124,7 +124,7 @@ class Monitor:
         self._task, self._loop, self._steps, self._say = task, loop, steps, say
         self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
         self._rehearses: bool | None = None
-        self._talk = distributed.Channel("health")
+        self._processes = distributed.Channel("health")
         if self.plan.every:
             sides = (task.problem, task.inner, task.outer)
             self._residual = diagnostics.probe_estimator(*sides, _HELD)
@@ -136,7 +136,7 @@ class Monitor:
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """The probe's values, by name; those that cannot be had are left out."""
-        whole = readable(state)
+        whole = distributed.gather_to_host(state)
         residual, negative = self._residual(whole)
         found = {"adjoint_residual": residual, "health/negative_curvature": negative}
         if step < self._steps:  # then the schedules are at their end
@@ -159,7 +159,7 @@ class Monitor:
     def _step_lengths(self, state: TrainState, step: int) -> dict[str, Any]:
         if self._rehearses is None:
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            self._rehearses = self._talk.lead(data.fits_on_device(size))
+            self._rehearses = self._processes.broadcast(data.fits_on_device(size))
             if not self._rehearses:
                 self._say(
                     f"health: step lengths are not measured, the state ({size / 2**30:.1f} GiB) "
@@ -208,29 +208,6 @@ class Monitor:
             }
 
         return lambda state: losses(state, *sides)
-
-
-def readable(state: TrainState) -> TrainState:
-    """The state with its point (z, v, x) and model state whole on this process.
-
-    Optimisers' states and tables stay where they are: they are large, and no evaluation reads them.
-    All processes must call it.
-    """
-    return state.replace(
-        **distributed.local_copy(
-            {
-                name: getattr(state, name)
-                for name in (
-                    "step",
-                    "inner_params",
-                    "adjoint",
-                    "outer_params",
-                    "model_state",
-                    "rng",
-                )
-            }
-        )
-    )
 
 
 def _check(task: Task, state: TrainState, minibatches: int, iterations: int) -> dict[str, float]:
