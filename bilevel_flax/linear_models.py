@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
-from bilevel_flax.minibatches import masked_mean
+from bilevel_flax.minibatches import example_mask, masked_mean
 
 
 class LinearModel(NamedTuple):
@@ -59,8 +59,8 @@ def linear_problem(
         logits: `logits(inner_params, batch) -> [batch, ...]`, linear (or affine) in the parameters
             (the compact memory checks it).
         inner_losses: `inner_losses(logits, outer_params, batch) -> [batch]`, the loss of each
-            example. Their mean, over `batch["mask"]` if there is one, is G without its penalty.
-            Per-sample leaves come as their rows, as in `Problem`.
+            example. Their mean, over the real ones (`minibatches.example_mask`), is G without its
+            penalty. Per-sample leaves come as their rows, as in `Problem`.
         outer_losses: the same for F, without per-sample leaves.
         inner_penalty: `inner_penalty(inner_params, outer_params) -> scalar`, the part of G that is
             the same for every minibatch; without per-sample leaves.
@@ -112,7 +112,7 @@ def _mean_of(name: str, losses: Callable) -> Callable:
                 f"{name} must return one loss for each example, [{jnp.shape(logits)[0]}] for "
                 f"logits {jnp.shape(logits)}, got shape {jnp.shape(values)}"
             )
-        return masked_mean(values, batch.get("mask") if isinstance(batch, dict) else None)
+        return masked_mean(values, example_mask(batch))
 
     return mean
 

@@ -1,9 +1,14 @@
-"""Ragged minibatches: means over real examples, losses times N·w_i, w_i a minibatch's share."""
+"""Ragged minibatches: means over real examples, losses times N·w_i, w_i a minibatch's share.
+
+Which of a minibatch's examples are real is said by `batch["example_mask"]`, or else by
+`batch["mask"]` where that has one entry for each example: a mask of another shape (of tokens, of
+pixels) is data of the user's own. `example_mask` alone decides, for everything in the library.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,24 +70,102 @@ def scaled(tree: PyTree, factor: Any) -> PyTree:
     return jax.tree.map(times, tree)
 
 
+def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
+    """The mask of a minibatch's real examples, [batch]; None: there is none, and all are real.
+
+    Args:
+        batch: a minibatch. `batch["example_mask"]` is the mask if it is there (None: no mask);
+            else `batch["mask"]` is, where it has the shape [batch].
+        splits: what cuts the minibatch into parts that are weighted by their real examples, for
+            the error. There a mask of another shape is refused: parts of a mean over tokens count
+            by their tokens, parts of a mean over examples by their examples.
+
+    Returns:
+        Numbers or booleans [batch], > 0 for real examples. Where parts are weighted their sizes
+        matter, so that numbers of tokens there serve losses that are means over tokens.
+
+    Raises:
+        ValueError: `batch["example_mask"]` is not [batch]; with `splits`, `batch["mask"]` is not
+            and there is no `batch["example_mask"]`.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    chosen = "example_mask" if "example_mask" in batch else "mask"
+    mask = batch.get(chosen)
+    if mask is None:
+        return None
+    others = {key: leaf for key, leaf in batch.items() if key not in ("example_mask", "mask")}
+    others = {"index": others["index"]} if "index" in others else others
+    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(others) if jnp.ndim(leaf)}
+    if jnp.ndim(mask) == 1 and (not lengths or len(mask) in lengths):
+        return jnp.asarray(mask)
+    expected = f"[{min(lengths)}]" if lengths else "[batch]"
+    if chosen == "example_mask":
+        raise ValueError(
+            f'batch["example_mask"] has shape {jnp.shape(mask)}, but must be {expected}: one '
+            "number for each example, 0 for padding"
+        )
+    if splits:
+        raise ValueError(
+            f'batch["mask"] has shape {jnp.shape(mask)} and not {expected}, so {splits} cannot '
+            'tell how much each part counts: add batch["example_mask"], ones for a loss that is a '
+            "mean over examples, each example's number of tokens for a mean over tokens"
+        )
+    return None
+
+
+def repeat_real(batch: PyTree) -> PyTree:
+    """The minibatch with its padding replaced by real examples of its own.
+
+    A derivative that is not finite at a padded example (of log 0, of the norm of a row of zeros)
+    is NaN even where its factor is 0, and no mask after the fact can take it out again. So the
+    solvers hand this to the losses. Padding that repeats the examples from the first on, as
+    `data.partition` makes it, stays as it is.
+    """
+    mask = example_mask(batch)
+    if mask is None:
+        return batch
+    real, place = mask > 0, jnp.arange(len(mask))
+    again = place % jnp.maximum(jnp.sum(real), 1)
+    source = jnp.where(real, place, jnp.where(real[again], again, jnp.argmax(real)))
+    return {
+        key: value
+        if key in ("example_mask", "mask")
+        else jax.tree.map(
+            lambda leaf: leaf[source] if jnp.shape(leaf)[:1] == mask.shape else leaf, value
+        )
+        for key, value in batch.items()
+    }
+
+
 def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Mean over the real examples of a minibatch.
 
     Args:
         values: [batch], one value for each example (already weighted, where there are weights).
-        mask: [batch], 1 for real examples and 0 for padding (`batch.get("mask")`); None: all real.
+        mask: [batch], 1 for real examples and 0 for padding (`batch.get("mask")`), or numbers >= 0
+            to weigh by; None: all real.
 
     Returns:
-        Scalar; a padded example contributes nothing, even when its value is not finite.
+        Scalar, Σ mask values / Σ mask; a padded example contributes nothing, even when its value
+        is not finite. Its derivative must be finite, though, or a gradient is NaN: within a
+        solver's losses it is, for they are handed real examples in the place of padding; elsewhere
+        `repeat_real(batch)` sees to it.
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(masked_mean(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([1, 1, 0])))
+        2.0
     """
     if mask is None:
         return jnp.mean(values)
-    if mask.shape != values.shape:
+    if jnp.shape(mask) != values.shape:
         raise ValueError(
-            f"mask has shape {mask.shape}, values {values.shape}: give one value an example"
+            f"mask has shape {jnp.shape(mask)}, values {values.shape}: give one value an example"
         )
-    total = jnp.sum(jnp.where(mask > 0, values, 0.0))
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
+    mask, total = jnp.asarray(mask), jnp.sum(mask)
+    values = jnp.where(mask > 0, values, 0.0) * mask.astype(values.dtype)
+    return jnp.sum(values) / jnp.where(total > 0, total, 1).astype(values.dtype)

@@ -6,7 +6,7 @@ step gathers `leaf[batch["index"]]`, differentiates the rows, and hands on `Rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import PyTree, Rows, Table
+from bilevel_flax.minibatches import example_mask
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -51,31 +52,51 @@ def has_rows(per_sample: PyTree) -> bool:
 
 
 def _minibatch_index(batch: PyTree) -> jax.Array:
-    if not (isinstance(batch, dict) and "index" in batch):
-        found = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+    if not (isinstance(batch, Mapping) and batch.get("index") is not None):
+        entries = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             'per-sample outer parameters need batch["index"] (int32 [batch], each example\'s '
-            f"position in the training set); the inner batch has {found}. "
+            f"position in the training set); the inner batch has {entries}. "
             "`bilevel_flax.data.partition` adds it"
         )
     index = jnp.asarray(batch["index"])
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
-    leading = {name: jnp.shape(leaf)[0] for name, leaf in batch.items() if jnp.ndim(leaf)}
-    others = {name: size for name, size in leading.items() if name != "index"}
-    if index.ndim != 1 or (others and leading["index"] not in others.values()):
+    others = {
+        jax.tree_util.keystr(path): jnp.shape(leaf)[0]
+        for path, leaf in jax.tree.leaves_with_path({**batch, "index": None})
+        if jnp.ndim(leaf)
+    }
+    if index.ndim != 1 or (others and len(index) not in others.values()):
         raise ValueError(
             f'batch["index"] has shape {index.shape}, but must be [batch], one position for each '
             f"example; the other entries' leading axes are {others}"
         )
-    return index
+    # n, which stands for "no row", may not fit into a narrow integer.
+    return index.astype(jnp.promote_types(index.dtype, jnp.int32))
+
+
+def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
+    """`leaf[index]`, NaN where the index is outside [0, n): never another example's row.
+
+    Args:
+        leaf: float [n, ...].
+        index: integers, any shape.
+
+    Returns:
+        [*index.shape, ...].
+    """
+    index = jnp.asarray(index)
+    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
+    inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
+    return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)
 
 
 def gather(per_sample: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:
     """X with each per-sample leaf [n, ...] replaced by the minibatch's rows [batch, ...].
 
-    Rows of padding (`batch["mask"] == 0`) are those of example 0. An index outside [0, n) of a
-    real example gives NaN, which stops the run, never another example's row.
+    Rows of padding (`minibatches.example_mask`) are those of example 0. An index outside [0, n) of
+    a real example gives NaN, which stops the run, never another example's row.
 
     Raises:
         ValueError: `batch["index"]` is missing.
@@ -83,30 +104,27 @@ def gather(per_sample: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:
     """
     if not has_rows(per_sample):
         return outer_params
-    index = _minibatch_index(batch)
-    if "mask" in batch:
-        index = jnp.where(batch["mask"] > 0, index, 0)
-
-    def rows(leaf):
-        inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
-        return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)
-
-    return map_prefix(per_sample, rows, lambda leaf: leaf, outer_params)
+    index, mask = _minibatch_index(batch), example_mask(batch)
+    if mask is not None:
+        index = jnp.where(mask > 0, index, 0)
+    return map_prefix(
+        per_sample, lambda leaf: rows_at(leaf, index), lambda leaf: leaf, outer_params
+    )
 
 
 def wrap(per_sample: PyTree, row_values: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:
     """Labels the values computed for gathered rows with their index, as `Rows`."""
     if not has_rows(per_sample):
         return row_values
-    index = _minibatch_index(batch)
+    index, mask = _minibatch_index(batch), example_mask(batch)
     flags = map_prefix(per_sample, lambda _: True, lambda _: False, outer_params)
 
     def label(flag, values, leaf):
         if not flag:
             return values
         real = (index >= 0) & (index < leaf.shape[0])
-        if "mask" in batch:
-            real &= batch["mask"] > 0
+        if mask is not None:
+            real &= mask > 0
         return Rows(jnp.where(real, index, leaf.shape[0]).astype(jnp.int32), values)
 
     return jax.tree.map(label, flags, row_values, outer_params)

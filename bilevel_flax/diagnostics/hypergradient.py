@@ -24,6 +24,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.diagnostics import minres as krylov
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.solvers.step import learnable
 from bilevel_flax.tree import norm
 
@@ -190,8 +191,8 @@ def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
     if isinstance(side, FiniteSum):
         return side.batches, jnp.asarray(side.weights)
     minibatches = side if isinstance(side, list) else [side]
-    masked = isinstance(minibatches[0], dict) and "mask" in minibatches[0]
-    counts = np.array([float(np.sum(b["mask"])) if masked else 1.0 for b in minibatches])
+    masks = [example_mask(minibatch) for minibatch in minibatches]
+    counts = np.array([1.0 if mask is None else float(jnp.sum(mask)) for mask in masks])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *minibatches)
     return stacked, jnp.asarray(counts / counts.sum())
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Variables
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles.derivatives import (
     inner_products,
     inner_value_and_grad,
@@ -29,19 +30,25 @@ def _block(batch: PyTree, block: jax.Array, parts: int) -> tuple[PyTree, Any]:
         size = leaf.shape[0] // parts
         return jax.lax.dynamic_slice_in_dim(leaf, block * size, size)
 
+    mask = example_mask(batch, f"a subsample of 1/{parts}")
     chosen = jax.tree.map(cut, batch)
-    if not (isinstance(batch, dict) and "mask" in batch):
+    if mask is None:
         return chosen, None
-    real = jnp.maximum(jnp.sum(batch["mask"]), 1)
-    return chosen, jnp.sum(chosen["mask"]) * parts / real
+    total = jnp.sum(mask)
+    return chosen, jnp.sum(cut(mask)) * parts / jnp.where(total > 0, total, 1)
 
 
 def _times(tree: PyTree, factor: Any) -> PyTree:
     if factor is None:
         return tree
-    return jax.tree.map(
-        lambda leaf: leaf * factor.astype(leaf.dtype) if is_inexact(leaf) else leaf, tree
-    )
+
+    def leaf_times(leaf):
+        if not is_inexact(leaf):
+            return leaf
+        # A block of padding alone may well give NaN.
+        return jnp.where(factor > 0, leaf * factor.astype(leaf.dtype), 0)
+
+    return jax.tree.map(leaf_times, tree)
 
 
 def evaluate_block(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
+from bilevel_flax.minibatches import repeat_real
 from bilevel_flax.tree import is_inexact, split
 
 
@@ -96,7 +97,7 @@ def lowered(problem: Problem, tree):
         return tree
 
     def cast(path, leaf):
-        is_mask = path and getattr(path[-1], "key", None) == "mask"
+        is_mask = path and getattr(path[-1], "key", None) in ("mask", "example_mask")
         if is_mask or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             return leaf
         return jnp.asarray(leaf, problem.compute_dtype)
@@ -118,13 +119,10 @@ def inner(problem: Problem, z, x, batch, model_state, rng):
     """G as a function of the differentiable leaves of z and of x's rows -> (loss, aux)."""
     z_split = split(z)
     x_split = split(rows.gather(problem.per_sample, x, batch))
+    examples = lowered(problem, repeat_real(batch))
 
     def loss(z_leaves, x_leaves):
-        args = (
-            lowered(problem, z_split.merge(z_leaves)),
-            x_split.merge(x_leaves),
-            lowered(problem, batch),
-        )
+        args = lowered(problem, z_split.merge(z_leaves)), x_split.merge(x_leaves), examples
         context = (model_state, rng)
         value, aux = checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)
         after = _handed_on(model_state, aux.model_state)
@@ -162,13 +160,10 @@ def outer(problem: Problem, z, x, batch, model_state, rng):
     """F as a function of the differentiable leaves of z and of x's visible ones -> (loss, aux)."""
     z_split = split(z)
     x_split, restore = visible(problem, x, "outer_loss")
+    examples = lowered(problem, repeat_real(batch))
 
     def loss(z_leaves, x_leaves):
-        args = (
-            lowered(problem, z_split.merge(z_leaves)),
-            restore(x_split.merge(x_leaves)),
-            lowered(problem, batch),
-        )
+        args = lowered(problem, z_split.merge(z_leaves)), restore(x_split.merge(x_leaves)), examples
         context = (model_state, rng)
         value, aux = checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)
         value, after = _raised(problem, value, model_state, aux.model_state)

@@ -1,9 +1,11 @@
 """A minibatch in k equal parts, one after the other: less memory for activations, same numbers.
 
 The losses are means over the minibatch's examples, so every quantity of the whole minibatch is the
-mean of the parts' quantities, weighted by each part's share of the real examples (`batch["mask"]`):
+mean of the parts' quantities, weighted by each part's share of the real examples:
 
     q(minibatch) = sum_i s_i q(part_i)        s_i = sum(mask_i) / sum(mask),  1/k without a mask
+
+with the mask of `minibatches.example_mask`.
 
 A scan adds them up; activations, and the tangents beside them, live for one part at a time. Part i
 holds the examples i, i + k, i + 2k ...: where the minibatch is sharded over devices by its leading
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree, Rows
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.per_sample import is_rows
 from bilevel_flax.tree import is_inexact
 
@@ -55,8 +58,9 @@ def accumulated(
     count = problem.microbatches
     if count == 1 or not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(batch)):
         return evaluate(batch, model_state, rng)
+    mask = example_mask(batch, f"microbatches={count}")
     batch = jax.tree_util.tree_map_with_path(lambda path, leaf: _in_parts(path, leaf, count), batch)
-    shares = _shares(batch, count)
+    shares = _shares(mask, count)
 
     def part(number, state):
         chosen = jax.tree.map(
@@ -121,13 +125,12 @@ def _in_parts(path, leaf, count: int):
     return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:])
 
 
-def _shares(batch: PyTree, count: int) -> jax.Array:
+def _shares(mask: jax.Array | None, count: int) -> jax.Array:
     """Each part's share of the real examples, [count]."""
     equal = jnp.full(count, 1 / count)
-    if not (isinstance(batch, dict) and "mask" in batch):
+    if mask is None:
         return equal
-    mask = batch["mask"].astype(equal.dtype)
-    real = mask.sum(tuple(axis for axis in range(mask.ndim) if axis != 1))
+    real = mask.astype(equal.dtype).reshape(-1, count).sum(0)
     total = real.sum()
     return jnp.where(total > 0, real / jnp.where(total > 0, total, 1), equal)
 

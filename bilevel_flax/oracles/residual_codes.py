@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Variables
+from bilevel_flax.minibatches import repeat_real
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.evaluate import Evaluation
 from bilevel_flax.oracles.products import PRODUCTS, check_adjoint
@@ -77,6 +78,7 @@ def evaluate_linear(
         rngs: not used.
     """
     del rngs
+    batch = batch._replace(inner=repeat_real(batch.inner), outer=repeat_real(batch.outer))
     model = problem.linear
     z, v, x = variables
     check_adjoint(z, v)

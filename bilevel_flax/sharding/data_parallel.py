@@ -13,8 +13,8 @@ Only this runs inside `jax.shard_map`. Optimisers, tables and norms follow outsi
 arrays, so that any Optax transformation gives what it gives on one device.
 
 A share's losses are means over its own examples; the whole's are means of these, weighted by the
-number of real examples (`batch["mask"]`). That needs losses that are means over examples plus
-terms without any: see `decomposition` for a check, `BATCH_AXES` for BatchNorm's `axis_name`.
+number of real examples (`minibatches.example_mask`). That needs losses that are means over examples
+plus terms without any: see `decomposition` for a check, `BATCH_AXES` for BatchNorm's `axis_name`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import whole
 from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
@@ -142,7 +143,7 @@ def _evaluate(
             real[side] = _share(part, axes, mesh)
         if by_row:
             count = data["inner"]["index"].shape[0]
-            data["inner"] = data["inner"] | {"index": jnp.arange(count, dtype=jnp.int32)}
+            data["inner"] = {**data["inner"], "index": jnp.arange(count, dtype=jnp.int32)}
         part = Batch(data["inner"], data["outer"])
         if axes:
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
@@ -220,9 +221,11 @@ def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
     """This device's share of the real examples; a number where there is no mask."""
     if not axes or part is None:
         return 1.0
-    if isinstance(part, dict) and "mask" in part:
-        mine = jnp.sum(part["mask"].astype(jnp.float32))
-        return mine / jnp.maximum(lax.psum(mine, axes), 1)
+    mask = example_mask(part, "data_parallel")
+    if mask is not None:
+        mine = jnp.sum(mask.astype(jnp.float32))
+        total = lax.psum(mine, axes)
+        return mine / jnp.where(total > 0, total, 1)
     return 1.0 / batch_share(mesh)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from bilevel_flax import oracles
 from bilevel_flax.base import Batch, Problem, PyTree
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles import losses
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import bound
@@ -60,9 +61,8 @@ def decomposition(
         each = loss
         for name in reversed(BATCH_AXES):
             each = jax.vmap(each, (in_axes,), axis_name=name)
-        weight = jnp.ones(shares)
-        if isinstance(parts, dict) and "mask" in parts:
-            weight = parts["mask"].sum(-1)
+        mask = example_mask(side, "the mesh")
+        weight = jnp.ones(shares) if mask is None else mask.reshape(*shares, -1).sum(-1)
         # Where a share is padding alone its loss may be anything.
         values = jnp.where(weight > 0, each(parts) * weight, 0.0)
         return bound(loss, BATCH_AXES)(side), values.sum() / weight.sum()

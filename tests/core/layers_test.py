@@ -20,7 +20,8 @@ PACKAGE = ROOT / "bilevel_flax"
 LAYERS = (
     {"base", "deprecated"},
     {"tree", "data"},
-    {"per_sample", "minibatches"},
+    {"minibatches"},
+    {"per_sample"},
     {"oracles", "linear_models"},
     {"checks"},
     {"outer"},

@@ -1,0 +1,190 @@
+"""Which examples of a minibatch are real, and that nothing else is taken for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+
+import bilevel_flax as bf
+from bilevel_flax import oracles
+from bilevel_flax.minibatches import example_mask, repeat_real
+
+ROWS = jnp.arange(4)
+TOKENS = jnp.array([[1.0, 2.0, 0.5], [3.0, 1.0, 0.0], [0.2, 0.0, 0.0], [2.0, 1.5, 0.0]])
+POINT = bf.Variables(jnp.array(0.3), jnp.array(1.0), jnp.array([2.0, -2.0, 0.5, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (TOKENS, None),
+        ({"x": TOKENS}, None),
+        ({"x": TOKENS, "mask": None}, None),
+        ({"x": TOKENS, "mask": jnp.ones(4)}, 4),
+        ({"x": TOKENS, "mask": np.ones(4, bool)}, 4),
+        (FrozenDict({"x": TOKENS, "mask": jnp.ones(4, int)}), 4),
+        ({"mask": jnp.ones(4)}, 4),
+        ({"x": (TOKENS, TOKENS), "mask": TOKENS}, None),
+        ({"x": TOKENS, "mask": jnp.ones((4, 1))}, None),
+        ({"x": TOKENS, "mask": jnp.ones(3)}, None),  # of features
+        ({"x": TOKENS, "scale": jnp.ones(3), "index": ROWS, "mask": jnp.ones(3)}, None),
+        ({"x": TOKENS, "mask": jnp.ones(()), "index": ROWS}, None),
+        ({"x": TOKENS, "mask": TOKENS, "example_mask": jnp.ones(4)}, 4),
+        ({"x": TOKENS, "mask": jnp.ones(4), "example_mask": None}, None),
+    ],
+)
+def test_the_mask_of_the_examples(batch, expected):
+    mask = example_mask(batch)
+    assert (None if mask is None else len(mask)) == expected
+
+
+def test_a_chosen_mask_of_another_shape_is_an_error():
+    with pytest.raises(ValueError, match=r'"example_mask"\] has shape \(3,\).*must be \[4\]'):
+        example_mask({"x": TOKENS, "example_mask": jnp.ones(3)})
+
+
+def by_sequence(z, batch, name):
+    mask = batch[name]
+    return (((z * batch["x"] - 1) ** 2) * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize("name", ["mask", "visible"])
+def test_a_mask_of_tokens_is_data(name):
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.mean(jax.nn.sigmoid(x) * by_sequence(z, batch, name)),
+        lambda z, x, batch: jnp.mean(by_sequence(z, batch, name)),
+        per_sample=True,
+    )
+    data = {"x": TOKENS, name: (TOKENS > 0).astype(jnp.float32), "index": ROWS}
+    found = oracles.evaluate(problem, POINT, bf.Batch(data, data))
+    z, v, x = (np.asarray(leaf, np.float64) for leaf in POINT)
+    mask, tokens, weight = (
+        np.asarray(data[name]),
+        np.asarray(TOKENS, np.float64),
+        1 / (1 + np.exp(-x)),
+    )
+    slope = (2 * tokens * (z * tokens - 1) * mask).sum(1) / mask.sum(1)
+    curvature = (2 * tokens**2 * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(found.inner_grad, (weight * slope).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.hvp, (weight * curvature).mean() * v, rtol=1e-5)
+    assert found.cross_jvp.index.tolist() == [0, 1, 2, 3]
+    cross = weight * (1 - weight) * slope * v / 4
+    np.testing.assert_allclose(found.cross_jvp.values, cross, rtol=1e-5)
+
+
+def mean_of(loss, **options):
+    """The mean of `loss(z, x, row)` over the real examples, as both losses."""
+
+    def mean(z, x, batch):
+        values = jax.vmap(lambda row: loss(z, x, row))(batch["x"])
+        return bf.masked_mean(values, example_mask(batch))
+
+    return bf.Problem(mean, mean, **options)
+
+
+LOSSES = {  # finite at real examples, without a finite derivative at padding of zeros
+    "log": lambda z, x, row: jnp.log(x * z * row[0]) ** 2,
+    "norm": lambda z, x, row: jnp.linalg.norm(x * row) * z**2,
+    "division": lambda z, x, row: (z * x / row[0]) ** 2,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("mask", [[1.0, 1, 1, 0], [0.0, 1, 1, 0], [True, False, False, False]])
+def test_padding_without_a_derivative_leaves_no_trace(loss, mask):
+    mask = np.array(mask)
+    x = np.where(mask[:, None] > 0, np.asarray(TOKENS) + 0.1, 0).astype(np.float32)
+    at = POINT._replace(outer=jnp.array(1.5))
+    problem = mean_of(LOSSES[loss])
+    real = {"x": x[mask > 0]}
+    expected = oracles.evaluate(problem, at, bf.Batch(real, real))
+    padded = {"x": x, "mask": mask}
+    for parts in (1, 2):
+        split = dataclasses.replace(problem, microbatches=parts)
+        found = oracles.evaluate(split, at, bf.Batch(padded, padded))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+    blocks = [
+        oracles.evaluate_block(problem, at, bf.Batch(padded, padded), block=i, parts=2).oracles
+        for i in range(2)
+    ]
+    np.testing.assert_allclose((blocks[0].hvp + blocks[1].hvp) / 2, expected.hvp, rtol=1e-5)
+
+
+def test_padding_made_by_partition_stays_as_it_is():
+    side = bf.data.partition({"x": np.arange(10.0), "key": np.arange(10)}, 4, seed=3)
+    for i in range(side.num_batches):
+        minibatch = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), side.batches)
+        jax.tree.map(np.testing.assert_array_equal, repeat_real(minibatch), minibatch)
+
+
+def test_masked_mean_weighs():
+    values, mask = jnp.array([1.0, 5.0, jnp.nan]), jnp.array([0.25, 0.5, 0.0])
+    assert float(bf.masked_mean(values, mask)) == pytest.approx(2.75 / 0.75)
+    assert float(bf.masked_mean(values, jnp.zeros(3))) == 0
+
+
+def over_tokens(z, x, batch):
+    mask = batch["mask"]
+    return jnp.sum(x * (z * batch["x"] - 1) ** 2 * mask) / jnp.sum(mask)
+
+
+def over_sequences(z, x, batch):
+    return jnp.mean(x * by_sequence(z, batch, "mask"))
+
+
+@pytest.mark.parametrize("loss", [over_tokens, over_sequences])
+def test_parts_of_a_mean_over_tokens_count_by_their_tokens(loss):
+    whole = bf.Problem(loss, loss)
+    split = dataclasses.replace(whole, microbatches=2)
+    at = POINT._replace(outer=jnp.array(1.5))
+    mask = (TOKENS > 0).astype(jnp.float32)
+    data = {"x": TOKENS, "mask": mask}
+    expected = oracles.evaluate(whole, at, bf.Batch(data, data))
+    with pytest.raises(ValueError, match=r'microbatches=2 cannot tell.*batch\["example_mask"\]'):
+        oracles.evaluate(split, at, bf.Batch(data, data))
+    with pytest.raises(ValueError, match="subsample of 1/2 cannot tell"):
+        oracles.evaluate_block(whole, at, bf.Batch(data, data), block=0, parts=2)
+    data["example_mask"] = mask.sum(1) if loss is over_tokens else jnp.ones(4)
+    found = oracles.evaluate(split, at, bf.Batch(data, data))
+    np.testing.assert_allclose(found.inner_grad, expected.inner_grad, rtol=1e-5)
+    np.testing.assert_allclose(found.cross_jvp, expected.cross_jvp, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32", "int32"])
+def test_an_index_of_any_integer_finds_its_row(dtype):
+    count = 300
+    rows = np.array([0, 44, 100, 127])
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.mean(x * (z - 1) ** 2), lambda z, x, batch: z**2, per_sample=True
+    )
+    data = {"index": rows.astype(dtype), "mask": jnp.array([1, 1, 1, 0])}
+    x = jnp.arange(count, dtype=jnp.float32)
+    at = bf.Variables(jnp.array(0.5), jnp.array(1.0), x)
+    cross = oracles.evaluate(problem, at, bf.Batch(data, data)).cross_jvp
+    assert cross.index.tolist() == [0, 44, 100, count]  # padding moves no row
+    assert cross.index.dtype == jnp.int32
+    found = oracles.inner_grad(problem, *at[::2], data)
+    np.testing.assert_allclose(found, -(x[rows] * jnp.array([1, 1, 1, 0])).sum() / 4)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [(TOKENS, TOKENS), {"left": TOKENS, "right": TOKENS}, {0: TOKENS, 1: TOKENS}, [TOKENS, None]],
+    ids=["tuple", "dict", "int keys", "None"],
+)
+@pytest.mark.parametrize("container", [dict, FrozenDict])
+def test_minibatches_of_any_pytree(views, container):
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.mean(x * z * jax.tree.leaves(batch["views"])[0][:, 0]),
+        lambda z, x, batch: z**2,
+        per_sample=True,
+    )
+    data = container({"views": views, "mask": None, "index": ROWS})
+    grad = jax.jit(lambda data: oracles.inner_grad(problem, *POINT[::2], data))(data)
+    np.testing.assert_allclose(grad, (POINT.outer * TOKENS[:, 0]).mean(), rtol=1e-6)
