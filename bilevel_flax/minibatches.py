@@ -128,14 +128,19 @@ def repeat_real(batch: PyTree) -> PyTree:
     real, place = mask > 0, jnp.arange(len(mask))
     again = place % jnp.maximum(jnp.sum(real), 1)
     source = jnp.where(real, place, jnp.where(real[again], again, jnp.argmax(real)))
-    return {
-        key: value
-        if key in ("example_mask", "mask")
-        else jax.tree.map(
-            lambda leaf: leaf[source] if jnp.shape(leaf)[:1] == mask.shape else leaf, value
-        )
-        for key, value in batch.items()
-    }
+    leaves, treedef = jax.tree.flatten(batch)
+    by_example = [i for i, leaf in enumerate(leaves) if jnp.shape(leaf)[:1] == (len(mask),)]
+    # Most minibatches have no padding, and a gather of them all costs more than a copy.
+    repeated = jax.lax.cond(
+        jnp.all(real),
+        lambda leaves: leaves,
+        lambda leaves: [leaf[source] for leaf in leaves],
+        [jnp.asarray(leaves[i]) for i in by_example],
+    )
+    for i, leaf in zip(by_example, repeated, strict=True):
+        leaves[i] = leaf
+    named = treedef.unflatten(leaves)
+    return {**named, **{key: batch[key] for key in ("example_mask", "mask") if key in batch}}
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
