@@ -1,4 +1,4 @@
-"""The command line: `bilevel-flax train | report | bench | plan | solvers`.
+"""The command line: `bilevel-flax new | train | report | bench | plan | solvers`.
 
 What ends in one line, and what in a stack trace:
 
@@ -18,11 +18,14 @@ from __future__ import annotations
 import argparse
 import dis
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from bilevel_flax.distribution import extras, recipes, shipped
 
 _OVERRIDE = "--config."
 
@@ -31,7 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bilevel-flax", description="Learn hyperparameters while a deep network trains."
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="of this and of what it runs on"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    new = commands.add_parser(
+        "new",
+        help="copy a config and its example into a folder, to be edited; no NAME: what there is",
+        description="Copy a config and the example that it names into DIR, ready to be edited. "
+        "Without NAME: what there is.",
+    )
+    new.add_argument("name", nargs="?", metavar="NAME")
+    new.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR")
     train = commands.add_parser(
         "train",
         help="run a config; the same command again resumes",
@@ -53,6 +67,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     commands.add_parser("solvers", help="the methods: cost, memory, when to use which")
     return parser
+
+
+class _Version(argparse.Action):
+    """`--version`: the line that a report of a bug needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        import bilevel_flax
+
+        stack = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
+        print(f"bilevel-flax {bilevel_flax.__version__} (Python {platform.python_version()}, {stack})")
+        parser.exit()
+
+
+def _new(name: str | None, folder: Path) -> None:
+    """Copies a recipe, or lists them."""
+    if name is None:
+        print(recipes.table())
+        print("\nbilevel-flax new NAME [DIR] copies one into DIR, ready to be edited")
+        return
+    files = recipes.copy(name, folder.expanduser())
+    print("\n".join(map(str, files)) or f"{name} is there already, unchanged")
+    there = "" if folder == Path() else f"cd {folder}\n    "
+    print(f"\nnow:\n    {there}bilevel-flax train --config configs/{name}.py --workdir runs/{name}")
 
 
 def _add_bench(commands: Any) -> None:
@@ -115,7 +154,9 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    # Imported late: `--help` and a mistyped command must not wait for JAX.
+    if arguments.command == "new":
+        _new(arguments.name, arguments.folder)
+        return 0
     if arguments.command == "solvers":
         from bilevel_flax.solvers import table as solver_table
 
@@ -186,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # The folder the command is given in, as for `python -m`: reports name `examples...`.
     sys.path.insert(0, os.getcwd())
+    shipped.make_importable()
     try:
         code = _run(parsed, overrides)
     except (Exception, KeyboardInterrupt) as error:
@@ -199,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-    if parsed.command == "train":
+    if parsed.command == "train" and "bilevel_flax.train.multihost" in sys.modules:
         from bilevel_flax.train import multihost as distributed
 
         distributed.leave(code)
@@ -208,6 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verdict(error: BaseException) -> tuple[str | None, int]:
     """(the line that says all, or None where a stack trace is needed; the exit code)."""
+    if missing := extras.explain(error):
+        return f"error: {missing}", 2
+    if isinstance(error, recipes.RecipeError):
+        return f"error: {error}", 2
     from bilevel_flax.checkpoints.checkpointer import CheckpointError
     from bilevel_flax.checks import UserError
     from bilevel_flax.train.errors import Diverged, Interrupted

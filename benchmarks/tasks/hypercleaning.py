@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from bilevel_flax.bench.tasks import BenchTask, Context, Measured, Optimizers, Setting
+from bilevel_flax.distribution import shipped
 from bilevel_flax.outer import normalized_sgd
 from bilevel_flax.train import config as configs
 
@@ -66,8 +67,7 @@ def make(name: str, context: Context) -> BenchTask:
     """
     module = "examples.mnist_hypercleaning"
     make_task = configs.imported(f"{module}.task:make_task")
-    root = Path(make_task.__code__.co_filename).parents[2]
-    config = configs.load(f"{root / 'configs' / 'mnist_hypercleaning.py'}:soba")
+    config = configs.load(f"{shipped.root() / 'configs' / 'mnist_hypercleaning.py'}:soba")
     config.update({"seed": context.seed, "baselines": False, "corruption": CORRUPTION[name]})
     if context.manual_dir is None:
         examples = configs.imported(f"{module}.task:load_examples")(config)

@@ -19,6 +19,7 @@ from bilevel_flax.bench.options import CLOCKS, Options, grid
 from bilevel_flax.bench.results import DIVERGED, SCREENED, Key, Row, Runs, params_text
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import BenchTask, Context
+from bilevel_flax.distribution import shipped
 from bilevel_flax.train.config import imported
 
 
@@ -41,7 +42,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Any:
     """
     options.check_shared()
     if options.task in tasks.PROTOCOLS:
-        tasks.find_examples()
+        shipped.make_importable()
         return imported(tasks.PROTOCOLS[options.task])(options, say)
     return _compare(options, say)
 

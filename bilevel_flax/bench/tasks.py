@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,9 +9,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-import bilevel_flax
-from benchmarks.tasks.tuned import TUNED
 from bilevel_flax.base import TrainState
+from bilevel_flax.distribution import shipped
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.task import Task
 
@@ -138,20 +136,13 @@ def check_name(name: str) -> None:
         )
 
 
-def find_examples() -> None:
-    """Makes `examples` importable: an editable install finds it beside the package."""
-    root = str(Path(bilevel_flax.__file__).resolve().parent.parent)
-    if (Path(root) / "examples").is_dir() and root not in sys.path:
-        sys.path.append(root)
-
-
 def make(name: str, context: Context) -> BenchTask:
     """Makes the task called `name`.
 
     Raises:
-        ConfigError: unknown name; missing data; the examples are not there.
+        ConfigError: unknown name; missing data.
     """
     check_name(name)
-    find_examples()
-    made = configs.imported(TASKS[name])(name, context)
-    return made._replace(tuned=TUNED.get(name, {}))
+    shipped.make_importable()
+    task = configs.imported(TASKS[name])(name, context)
+    return task._replace(tuned=configs.imported("benchmarks.tasks.tuned:TUNED").get(name, {}))

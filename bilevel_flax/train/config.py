@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 
 from bilevel_flax.checks import UserError
+from bilevel_flax.distribution import extras
 
 CALL = "call"
 
@@ -210,6 +211,7 @@ def imported(name: str) -> Any:
 
     Raises:
         ConfigError: it cannot be imported, or the module has no such attribute.
+        ModuleNotFoundError: it needs an extra that is not installed.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -217,6 +219,8 @@ def imported(name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if extras.explain(error):
+            raise
         raise ConfigError(
             f'"{name}": {error}; give the command in the folder that holds it, or put that folder '
             "on PYTHONPATH"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "bilevel_flax"
 
 # Lowest first; a file may import its own room and those below, never one beside or above it.
 LAYERS = (
-    {"base", "deprecated"},
+    {"base", "deprecated", "distribution"},
     {"tree", "data"},
     {"minibatches"},
     {"per_sample"},

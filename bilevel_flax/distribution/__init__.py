@@ -1,0 +1,1 @@
+"""What comes with the package (configs, examples, tasks of the bench) and what is an extra."""
