@@ -78,7 +78,9 @@ class _Version(argparse.Action):
         import bilevel_flax
 
         stack = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
-        print(f"bilevel-flax {bilevel_flax.__version__} (Python {platform.python_version()}, {stack})")
+        print(
+            f"bilevel-flax {bilevel_flax.__version__} (Python {platform.python_version()}, {stack})"
+        )
         parser.exit()
 
 
@@ -289,7 +291,8 @@ def _is_raised_by_us(error: BaseException) -> bool:
     )
     # int("x") of a task's own line has that line as its last frame too, but it raised nothing.
     is_raise = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return is_raise and (module == "bilevel_flax" or not foreign)
+    ours = module == "bilevel_flax" or Path(code.co_filename).is_relative_to(shipped.root())
+    return is_raise and (ours or not foreign)
 
 
 if __name__ == "__main__":
