@@ -16,8 +16,8 @@ test accuracy against the best of the 625, below 0.01, and a rank_percentile bel
 import ml_collections
 from ml_collections import config_dict
 
-from examples.darts import micro_methods
-from examples.darts.micro_space import OPERATIONS
+from examples.darts.micro import methods as micro_methods
+from examples.darts.micro.space import OPERATIONS
 
 
 def get_config(method: str = "soba") -> ml_collections.ConfigDict:
@@ -40,15 +40,15 @@ def get_config(method: str = "soba") -> ml_collections.ConfigDict:
     config.mesh = config_dict.placeholder(str)
     config.collectives = config_dict.placeholder(str)
     config.rules = config_dict.placeholder(tuple)
-    config.task = {"call": "examples.darts.micro_task:make_task"}
+    config.task = {"call": "examples.darts.micro.task:make_task"}
     config.problem = {
         "remat": False,
         "microbatches": 1,
         "compute_dtype": config_dict.placeholder(str),
     }
-    config.report = "examples.darts.micro_task:sections"
+    config.report = "examples.darts.micro.task:sections"
     config.solver = {
-        "call": "examples.darts.micro_methods:make_solver",
+        "call": "examples.darts.micro.methods:make_solver",
         "method": config.get_oneway_ref("method"),
         "steps": config.get_oneway_ref("steps"),
     }

@@ -26,7 +26,7 @@ TASKS = {
     "mnist_hypercleaning_p90": "benchmarks.tasks.hypercleaning:make",
 }
 # Tasks with a protocol, and columns, of their own: `run(options, say)`.
-PROTOCOLS = {"darts_micro": "examples.darts.bench:run"}
+PROTOCOLS = {"darts_micro": "examples.darts.micro.bench:run"}
 
 
 class Context(NamedTuple):

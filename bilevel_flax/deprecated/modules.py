@@ -90,4 +90,13 @@ MODULES = {
     "bilevel_flax.writers.jsonl": "bilevel_flax.train.metrics.writers",
     "bilevel_flax.writers.many": "bilevel_flax.train.metrics.many",
     "bilevel_flax.writers.tensorboard": "bilevel_flax.train.metrics.tensorboard",
+    "examples.darts.micro_data": "examples.darts.micro.data",
+    "examples.darts.micro_methods": "examples.darts.micro.methods",
+    "examples.darts.micro_network": "examples.darts.micro.network",
+    "examples.darts.micro_run": "examples.darts.micro.run",
+    "examples.darts.micro_scores": "examples.darts.micro.scores",
+    "examples.darts.micro_search": "examples.darts.micro.search",
+    "examples.darts.micro_space": "examples.darts.micro.space",
+    "examples.darts.micro_table": "examples.darts.micro.table",
+    "examples.darts.micro_task": "examples.darts.micro.task",
 }

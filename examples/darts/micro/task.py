@@ -23,11 +23,13 @@ from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
 from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.workdir import read_json, write_json
-from examples.darts import micro_methods, micro_scores, micro_table
-from examples.darts.micro_network import MicroNetwork
-from examples.darts.micro_run import derive
-from examples.darts.micro_search import CELL, make_search, mixture, one_hot
-from examples.darts.micro_space import EDGES, OPERATIONS, check
+from examples.darts.micro import methods as micro_methods
+from examples.darts.micro import scores as micro_scores
+from examples.darts.micro import table as micro_table
+from examples.darts.micro.network import MicroNetwork
+from examples.darts.micro.run import derive
+from examples.darts.micro.search import CELL, make_search, mixture, one_hot
+from examples.darts.micro.space import EDGES, OPERATIONS, check
 
 SELECTIONS = ("strongest", "perturbation")
 _PREFIX = "_share"  # for the files alone, see `Task.evaluate`

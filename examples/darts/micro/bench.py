@@ -24,10 +24,12 @@ from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
-from examples.darts import micro_methods, micro_scores, micro_table
-from examples.darts.micro_run import Searcher
-from examples.darts.micro_search import make_search
-from examples.darts.micro_space import check as check_genotype
+from examples.darts.micro import methods as micro_methods
+from examples.darts.micro import scores as micro_scores
+from examples.darts.micro import table as micro_table
+from examples.darts.micro.run import Searcher
+from examples.darts.micro.search import make_search
+from examples.darts.micro.space import check as check_genotype
 
 SEEDS = 10
 

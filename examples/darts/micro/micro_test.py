@@ -17,12 +17,15 @@ from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.config import ConfigError, load, plain
 from bilevel_flax.train.experiment import HARMLESS
-from examples.darts import bench as darts_bench
-from examples.darts import micro_data, micro_methods, micro_run, micro_scores
-from examples.darts import micro_search as searching
-from examples.darts import micro_table as tables
-from examples.darts.micro_network import MicroNetwork
-from examples.darts.micro_space import OPERATIONS, canonical, distinct, genotypes, paths
+from examples.darts.micro import bench as darts_bench
+from examples.darts.micro import data as micro_data
+from examples.darts.micro import methods as micro_methods
+from examples.darts.micro import run as micro_run
+from examples.darts.micro import scores as micro_scores
+from examples.darts.micro import search as searching
+from examples.darts.micro import table as tables
+from examples.darts.micro.network import MicroNetwork
+from examples.darts.micro.space import OPERATIONS, canonical, distinct, genotypes, paths
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
 OPTIONS: Any = {"xla_backend_optimization_level": 0}

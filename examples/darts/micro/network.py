@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from examples.darts import operations
-from examples.darts.micro_space import EDGES, NODES, OPERATIONS
+from examples.darts.micro.space import EDGES, NODES, OPERATIONS
 
 
 class Edge(nn.Module):

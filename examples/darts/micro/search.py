@@ -15,9 +15,9 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.data import split
 from bilevel_flax.outer import architecture
-from examples.darts import micro_data
-from examples.darts.micro_network import MicroNetwork
-from examples.darts.micro_space import EDGES, OPERATIONS, Genotype
+from examples.darts.micro import data as micro_data
+from examples.darts.micro.network import MicroNetwork
+from examples.darts.micro.space import EDGES, OPERATIONS, Genotype
 
 CELL = "cell"
 BATCH_SIZE = 64

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from examples.darts import micro_table
-from examples.darts.micro_space import Genotype, distinct, paths
+from examples.darts.micro import table as micro_table
+from examples.darts.micro.space import Genotype, distinct, paths
 
 CONVOLUTIONS = ("nor_conv_1x1", "nor_conv_3x3")
 
@@ -52,7 +52,7 @@ def check_complete(table: np.ndarray) -> None:
     if np.isnan(table).any():
         raise ValueError(
             f"the table of the micro-space lacks {int(np.isnan(table).sum())} of {table.size} "
-            "accuracies: finish it with `python -m examples.darts.micro_table --manual-dir DIR`"
+            "accuracies: finish it with `python -m examples.darts.micro.table --manual-dir DIR`"
         )
 
 

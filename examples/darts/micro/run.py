@@ -13,9 +13,9 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.outer import architecture
 from bilevel_flax.train.errors import Diverged
-from examples.darts import micro_methods
-from examples.darts.micro_search import CELL, Search
-from examples.darts.micro_space import OPERATIONS, Genotype, check
+from examples.darts.micro import methods as micro_methods
+from examples.darts.micro.search import CELL, Search
+from examples.darts.micro.space import OPERATIONS, Genotype, check
 
 # A record of x and of the signals every so many steps.
 RECORD_EVERY = 10

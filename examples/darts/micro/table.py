@@ -1,6 +1,6 @@
 """The test accuracy of all 625 networks of the micro-space: trains what is missing in the table.
 
-    python -m examples.darts.micro_table --manual-dir DIR
+    python -m examples.darts.micro.table --manual-dir DIR
 
 DIR holds MNIST's original files. Each of the 195 networks that differ is trained three times on the
 5,000 digits of mnist5k and tested on MNIST's 10,000 test digits; the other 430 are one of these
@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.darts import micro_data, micro_space
-from examples.darts.micro_network import MicroNetwork
-from examples.darts.micro_space import Genotype
+from examples.darts.micro import data as micro_data
+from examples.darts.micro import space as micro_space
+from examples.darts.micro.network import MicroNetwork
+from examples.darts.micro.space import Genotype
 
-PATH = Path(__file__).with_name("micro_table.csv")
+PATH = Path(__file__).with_name("table.csv")
 SEEDS = 3
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 500, 64, 0.02, 1e-3
 _EDGES = tuple(f"edge_{start}_{end}" for start, end in micro_space.EDGES)
