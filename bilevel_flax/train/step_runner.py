@@ -42,6 +42,8 @@ class StepRunner:
         target_seconds: how long a chunk should take, so that signals and logs are served.
         layout: where state and minibatches lie on many devices: hand over states placed by
             `layout.place_state`. None: on JAX's default device.
+        compiled_as: one with the same solver and settings, over data of the same shapes, whose
+            compiled programs serve here, too.
 
     Raises:
         ValueError: the layout's devices do not divide a minibatch.
@@ -69,6 +71,7 @@ class StepRunner:
         capacity: int = 1000,
         target_seconds: float = 0.5,
         layout: Layout | None = None,
+        compiled_as: Loop | None = None,
     ):
         if layout is not None:
             for name, side in (("inner", inner), ("outer", outer)):
@@ -96,8 +99,8 @@ class StepRunner:
         self._capacity = capacity
         self._target_seconds = target_seconds
         self._count = 1  # the next chunk's length, adapted to the measured speed
-        self._chunk: Any = None
-        self._passes: dict[str, Any] = {}
+        self._chunk: Any = None if compiled_as is None else compiled_as._chunk
+        self._passes: dict[str, Any] = {} if compiled_as is None else compiled_as._passes
 
     @property
     def compiled(self) -> bool:

@@ -221,25 +221,39 @@ def test_a_search_step_costs_at_most_four_gradients():
     assert 2 < soba <= 4.05 and first <= 2.05 and second <= 4.05
 
 
-def check_searches(method, budget, units):
+def check_searches(method, budget, units, monkeypatch):
+    traces = []
+
+    def make_solver(problem, *args):
+        def inner_loss(*point):
+            traces.append(point)
+            return problem.inner_loss(*point)
+
+        return made(bf.Problem(inner_loss, problem.outer_loss), *args)
+
+    made = micro_methods.make_solver
+    monkeypatch.setattr(micro_methods, "make_solver", make_solver)
     search = small_search()
     searcher = micro_run.Searcher(method, budget=budget)
-    found = [searcher(search, seed) for seed in (0, 1, 0)]
-    assert searcher.traces == 1
+    results = [searcher(search, 0)]
+    once = len(traces)
+    results += [searcher(search, seed) for seed in (1, 0)]
+    assert len(traces) == once
     assert searcher.steps == budget / micro_methods.UNITS[method]
-    assert found[0].oracle_units == units
-    assert set(found[0].genotype) <= {SKIP, CONV3}
-    assert not np.array_equal(found[0].weights, found[1].weights)
-    np.testing.assert_array_equal(found[2].weights, found[0].weights)
+    assert results[0].oracle_units == units
+    assert set(results[0].genotype) <= {SKIP, CONV3}
+    assert not np.array_equal(results[0].weights, results[1].weights)
+    np.testing.assert_array_equal(results[2].weights, results[0].weights)
 
 
-def test_one_trace_for_all_searches():
-    check_searches("darts1", 40, 40)
+def test_one_trace_for_all_searches(monkeypatch):
+    check_searches("darts1", 40, 40, monkeypatch)
 
 
 @pytest.mark.slow
-def test_full_passes_are_counted():
-    check_searches("srba", 48, 4 * 8 + 2 * (3 + 1))  # 2 minibatches on each side
+def test_full_passes_are_counted(monkeypatch):
+    # 2 minibatches on each side
+    check_searches("srba", 48, 4 * 8 + 2 * (3 + 1), monkeypatch)
 
 
 def test_all_methods_have_the_same_budget():
@@ -268,8 +282,7 @@ def fake(monkeypatch):
         def __call__(self, search, seed):
             calls.append((self.method, seed))
             genotype = (CONV3,) * 4 if self.method == "soba" else (SKIP,) * 4
-            blank = np.zeros((4, 5))
-            return micro_run.Found(genotype, blank, blank[None], np.ones(1), 0.5, 1000.0, 1.5, {})
+            return micro_run.Result(genotype, np.zeros((4, 5)), 1000.0, 1.5)
 
     table = np.full((625, 3), 0.5)
     table[tables.number((CONV3,) * 4)] = 0.9
