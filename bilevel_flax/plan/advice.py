@@ -1,28 +1,52 @@
 """The cheapest change that would make a step fit, estimated from what its memory holds.
 
 From cheap to dear: rematerialisation costs about a fifth more operations, microbatches repeat the
-gathers of sharded parameters, more fsdp and XLA's partitioner gather more, bfloat16 moments change
+gathers of sharded parameters, XLA's partitioner and more fsdp gather more, bfloat16 moments change
 the numbers, and more chips cost money. Estimates, to be confirmed by planning again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+_MAX_CHANGES = 3  # at once
+_STATE = ("z", "v", "moments of z", "moments of v", "tables")
+_MOMENTS = ("moments of z", "moments of v")
 
 
 class Change(NamedTuple):
     """A way to need less memory.
 
     Attributes:
+        setting: what it sets; of two changes of one setting only one can be made.
         how: what to give to the command.
         cost: what it costs.
-        bytes: that would then be needed on a chip, about.
+        factors: part of the memory -> what its bytes are multiplied by.
     """
 
+    setting: str
     how: str
     cost: str
-    bytes: int
+    factors: Mapping[str, float]
+
+
+def split_activations(
+    parts: Mapping[str, int], *, reduces_once: bool, parameter_bytes: int
+) -> dict[str, int]:
+    """The parts with "activations" divided into what a smaller minibatch helps, and "gathered".
+
+    Args:
+        parts: `memory.composition`.
+        reduces_once: as `Lowered.reduces_once`.
+        parameter_bytes: of the whole of z.
+    """
+    # The parameters as they are used and three directions stay, whatever the minibatch.
+    whole = 4 * (parameter_bytes if reduces_once else parts["z"])
+    gathered = min(parts["activations"], whole)
+    return {**parts, "activations": parts["activations"] - gathered, "gathered": gathered}
 
 
 def changes(
@@ -31,72 +55,81 @@ def changes(
     mesh: Mapping[str, int],
     batch_size: int,
     *,
-    floor: bool,
+    reduces_once: bool,
     parameter_bytes: int,
 ) -> list[Change]:
-    """What could be changed, from cheap to dear, each with what would then be needed.
+    """What could be changed, from cheap to dear.
 
     Args:
         parts: `memory.composition`.
         config: of the run.
         mesh: axis -> size.
         batch_size: of an inner minibatch.
-        floor: as `Traced.floor`.
+        reduces_once: as `Lowered.reduces_once`.
         parameter_bytes: of the whole of z.
     """
-    total = sum(parts.values())
     problem = config.get("problem") or {}
-    found = []
-    remat = bool(config.get("remat")) or bool(problem.get("remat"))
-    # Directions and gathered parameters stay, whatever becomes of the activations.
-    whole = 4 * parameter_bytes if floor else 4 * parts["z"]
-    loose = max(0, parts["activations"] - whole)
-    if not remat:
+    listed = []
+    if not (config.get("remat") or problem.get("remat")):
         key = "remat" if "remat" in config else "problem.remat"
-        found.append(
-            Change(f"--config.{key}=True", "about 1.2 times the FLOPs", total - loose // 2)
-        )
+        cost = "about 1.2 times the FLOPs"
+        listed.append(Change("remat", f"--config.{key}=True", cost, {"activations": 1 / 2}))
     share = max(1, batch_size // (mesh["data"] * mesh["fsdp"]))
-    now = problem.get("microbatches") or 1
-    factor = 2
+    now, factor = problem.get("microbatches") or 1, 2
     while share % (now * factor) == 0:
-        found.append(
-            Change(
-                f"--config.problem.microbatches={now * factor}",
-                "as many passes over the parameters",
-                total - loose + loose // factor,
-            )
-        )
+        how = f"--config.problem.microbatches={now * factor}"
+        cost = "as many passes over the parameters"
+        listed.append(Change("microbatches", how, cost, {"activations": 1 / factor}))
         factor *= 2
-    if floor and mesh["fsdp"] > 1:
-        saved = min(parts["activations"], 4 * (parameter_bytes - parts["z"]))
-        found.append(
-            Change("--config.collectives=xla", "parameters gathered layer by layer", total - saved)
-        )
-    state = sum(parts[name] for name in ("z", "v", "moments of z", "moments of v", "tables"))
+    if reduces_once and mesh["fsdp"] > 1:
+        cost = "parameters gathered layer by layer"
+        factors = {"gathered": parts["z"] / parameter_bytes}
+        listed.append(Change("collectives", "--config.collectives=xla", cost, factors))
     fsdp, data = mesh["fsdp"], mesh["data"]
     while data % 2 == 0:
         fsdp, data = 2 * fsdp, data // 2
-        saved = state - state * mesh["fsdp"] // fsdp
-        found.append(Change(f"--mesh data={data},fsdp={fsdp}", "longer gathers", total - saved))
-    moments = parts["moments of z"] + parts["moments of v"]
-    if moments >= 2 * parts["z"]:
-        found.append(
-            Change(
-                "--config.solver.inner.mu_dtype=bfloat16",
-                "first moments of 8 bits' precision",
-                total - moments // 4,
-            )
+        factors = dict.fromkeys(_STATE, mesh["fsdp"] / fsdp)
+        listed.append(Change("mesh", f"--mesh data={data},fsdp={fsdp}", "longer gathers", factors))
+    if sum(parts[name] for name in _MOMENTS) >= 2 * parts["z"]:
+        how, cost = "--config.solver.inner.mu_dtype=bfloat16", "first moments of 8 bits' precision"
+        listed.append(Change("mu_dtype", how, cost, dict.fromkeys(_MOMENTS, 3 / 4)))
+    how = "twice the chips, all of them along fsdp"
+    listed.append(Change("mesh", how, "money", dict.fromkeys(_STATE, 1 / 2)))
+    return listed
+
+
+def needed(parts: Mapping[str, int], chosen: Iterable[Change]) -> int:
+    """Bytes on a chip after changes, about; `parts` from `split_activations`."""
+    chosen = list(chosen)
+    return round(
+        sum(
+            size * math.prod(change.factors.get(name, 1) for change in chosen)
+            for name, size in parts.items()
         )
-    found.append(Change("twice the chips, all of them along fsdp", "money", total - state // 2))
-    return found
+    )
 
 
-def cheapest(candidates: list[Change], available: int) -> str:
-    """One line: the first change that suffices, or the two that help most."""
-    for one in candidates:
-        if one.bytes <= available:
-            return f"{one.how}: about {one.bytes / 2**30:.1f} GiB ({one.cost})"
-    best = sorted(candidates, key=lambda one: one.bytes)[:2]
-    listed = " and ".join(f"{one.how} (alone: {one.bytes / 2**30:.1f} GiB)" for one in best)
-    return f"none alone; together {listed}"
+def cheapest(parts: Mapping[str, int], candidates: list[Change], available: int) -> str:
+    """One line: the first change that suffices, else the first few that do so together.
+
+    Args:
+        parts: from `split_activations`.
+        candidates: from `changes`.
+        available: bytes of a chip.
+    """
+    possible = [
+        chosen
+        for count in range(1, _MAX_CHANGES + 1)
+        for chosen in itertools.combinations(candidates, count)
+        if len({change.setting for change in chosen}) == count
+    ]
+    for chosen in possible:
+        if needed(parts, chosen) <= available:
+            return _described(parts, chosen)
+    best = min(possible, key=lambda chosen: needed(parts, chosen))
+    return f"none of these suffices; the most that {_MAX_CHANGES} help: {_described(parts, best)}"
+
+
+def _described(parts: Mapping[str, int], chosen: Iterable[Change]) -> str:
+    listed = " and ".join(f"{change.how} ({change.cost})" for change in chosen)
+    return f"{listed}: about {needed(parts, chosen) / 2**30:.1f} GiB"

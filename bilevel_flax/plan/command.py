@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bilevel_flax.train.config import ConfigError
+
+_PROGRESS_SECONDS = 10.0
 
 
 class Options(NamedTuple):
@@ -51,8 +57,8 @@ def run(options: Options) -> int:
     except RuntimeError:  # JAX has started
         if len(jax.devices("cpu")) < count:
             return _elsewhere(options, count)
-    found = make(options, wanted)
-    print(json.dumps(found) if options.as_json else render(found))
+    plan = make(options, wanted)
+    print(json.dumps(plan) if options.as_json else render(plan))
     return 0
 
 
@@ -63,16 +69,39 @@ def _elsewhere(options: Options, count: int) -> int:
     arguments += [f"--config.{override}" for override in options.overrides]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
     command = [sys.executable, "-m", "bilevel_flax.cli", "plan", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    sys.stdout.write(done.stdout)
-    sys.stderr.write(done.stderr)
-    return done.returncode
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:  # progress, as it comes; the plan itself is short
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        sys.stdout.write(process.stdout.read())
+    return process.returncode
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Says on stderr, now and then, what is being waited for, and for how long."""
+    began, finished = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not finished.wait(_PROGRESS_SECONDS):
+            seconds = time.monotonic() - began
+            print(f"{what}: {seconds:.0f} s so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 def make(options: Options, wanted: Any) -> dict[str, Any]:
     """The plan as one object; see docs/plan.md for its keys."""
     from bilevel_flax import sharding
-    from bilevel_flax.plan import advice, memory, roofline, step, topology
+    from bilevel_flax.plan import advice, memory, step, topology
     from bilevel_flax.plan.collectives import by_kind
     from bilevel_flax.train import config as configs
 
@@ -85,49 +114,64 @@ def make(options: Options, wanted: Any) -> dict[str, Any]:
             f"e.g. --mesh data={wanted.count}"
         )
     mesh = sharding.make_mesh(text, topology.devices(wanted))
-    traced = step.trace(config, mesh)
-    compiled = step.compiled(traced)
-    parts = memory.composition(traced, compiled)
+    with _progress(f"tracing the step of {options.config}"):
+        lowered = step.lower(config, mesh)
+    with _progress(f"compiling the step for {options.topology} (a decoder takes minutes)"):
+        compiled = step.compiled(lowered)
+    parts = memory.composition(lowered, compiled)
     chip = wanted.chip
     available = compiled.limit or (chip.hbm_bytes if chip else _host_memory() // wanted.count)
-    fits = compiled.limit is None and compiled.hbm_bytes_needed <= available
-    state_bytes = compiled.argument_bytes - parts["minibatch"]
-    estimate = None
-    if chip is not None and compiled.limit is None:
-        estimate = roofline.estimate(
-            chip, wanted.count, traced.flops, state_bytes, compiled.collectives
+    on_cpu = topology.virtual_devices_needed(wanted) > 0
+    needed, fits = verdict(compiled, available, another_compiler=on_cpu and chip is not None)
+    whole = memory.parameter_bytes(lowered)
+    suggestion = None
+    if fits is False and needed is not None:
+        facts = {"reduces_once": lowered.reduces_once, "parameter_bytes": whole}
+        batch_size = next(iter(_leaves(lowered.batch.inner))).shape[0]
+        suggestion = advice.cheapest(
+            advice.split_activations(parts, **facts),
+            advice.changes(parts, config, dict(mesh.shape), batch_size, **facts),
+            available,
         )
-    whole = memory.parameter_bytes(traced)
-    inner = next(iter(_leaves(traced.batch.inner)))
-    candidates = advice.changes(
-        parts,
-        config,
-        dict(mesh.shape),
-        inner.shape[0],
-        floor=traced.floor,
-        parameter_bytes=whole,
-    )
     return {
         "config": options.config,
         "topology": options.topology,
         "mesh": text,
-        "compiler": "cpu" if topology.virtual_devices_needed(wanted) else "tpu",
+        "compiler": "cpu" if on_cpu else "tpu",
         "chips": wanted.count,
         "parameter_bytes": whole,
-        "hbm_bytes_needed": compiled.hbm_bytes_needed,
+        "hbm_bytes_needed": needed,
+        "hbm_bytes_at_least": compiled.argument_bytes,
         "hbm_bytes_available": available,
         "fits": fits,
-        "advice": None if fits else advice.cheapest(candidates, available),
+        "advice": suggestion,
         "memory": parts,
-        "flops": traced.flops,
-        "flops_per_chip": traced.flops / wanted.count,
-        "gradient_units": traced.flops / traced.gradient_flops,
+        "flops": lowered.flops,
+        "flops_per_chip": lowered.flops / wanted.count,
+        "gradient_units": lowered.flops / lowered.gradient_flops,
         "collectives": by_kind(compiled.collectives),
         "collectives_known": compiled.limit is None,
-        "reductions": "floor" if traced.floor else "xla",
-        "roofline_seconds": None if estimate is None else estimate._asdict(),
+        "reductions": "floor" if lowered.reduces_once else "xla",
         "compile_seconds": compiled.seconds,
     }
+
+
+def verdict(
+    compiled: Any, available: int, *, another_compiler: bool
+) -> tuple[int | None, bool | None]:
+    """(bytes that a chip needs, whether it has them); None: not known.
+
+    Args:
+        compiled: from `step.compiled`.
+        available: bytes of a chip.
+        another_compiler: it is not the chip's own. A CPU's keeps several times the temporaries of
+            a TPU's, so only what the step is handed is sure to be there.
+    """
+    if another_compiler:
+        return None, False if compiled.argument_bytes > available else None
+    return compiled.hbm_bytes_needed, compiled.limit is None and (
+        compiled.hbm_bytes_needed <= available
+    )
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -140,51 +184,49 @@ def _host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def render(found: dict[str, Any]) -> str:
+def render(plan: dict[str, Any]) -> str:
     """The plan as text for a terminal."""
-    from bilevel_flax.plan.roofline import ASSUMPTIONS, Roofline
-
-    chips = found["chips"]
+    chips = plan["chips"]
+    known = plan["hbm_bytes_needed"] is not None
+    needed = plan["hbm_bytes_needed"] if known else plan["hbm_bytes_at_least"]
     lines = [
-        f"{found['config']} on {found['topology']}: {chips} chips, mesh {found['mesh']}",
-        f"parameters of z            {_size(found['parameter_bytes'])} in all",
+        f"{plan['config']} on {plan['topology']}: {chips} chips, mesh {plan['mesh']}",
+        f"parameters of z            {_size(plan['parameter_bytes'])} in all",
         "",
-        f"memory of a chip           {_size(found['hbm_bytes_needed'])} needed, "
-        f"{_size(found['hbm_bytes_available'])} there",
+        f"memory of a chip           {_size(needed)} needed{'' if known else ' at the least'}, "
+        f"{_size(plan['hbm_bytes_available'])} there",
     ]
-    for name, size in found["memory"].items():
-        if size:
+    for name, size in plan["memory"].items():
+        if size and not (name in ("activations", "other") and not known):
             lines.append(f"  {name:24s} {_size(size)}")
-    if found["compiler"] == "cpu" and not found["topology"].startswith("cpu"):
-        lines.append("  (compiled for virtual CPU devices, whose temporaries differ from a TPU's:")
-        lines.append("  pip install 'bilevel-flax[plan]' for libtpu)")
+    if not known:
+        lines.append("  activations              not known without libtpu")
     lines += [
         "",
-        f"operations of a step       {found['flops']:.3g} FLOPs, {found['flops_per_chip']:.3g} a "
-        f"chip; {found['gradient_units']:.2f} gradient units (one gradient of G: 1)",
+        f"operations of a step       {plan['flops']:.3g} FLOPs, {plan['flops_per_chip']:.3g} a "
+        f"chip; {plan['gradient_units']:.2f} gradient units (one gradient of G: 1)",
         "",
         "collectives of a step, per chip "
-        + ("(one reduction)" if found["reductions"] == "floor" else "(placed by XLA)"),
+        + ("(one reduction)" if plan["reductions"] == "floor" else "(placed by XLA)"),
     ]
-    for kind, total in found["collectives"].items():
+    for kind, total in plan["collectives"].items():
         lines.append(f"  {kind:24s} {total['count']:6d} times {_size(total['bytes'])}")
-    if not found["collectives_known"]:
+    if not plan["collectives_known"]:
         lines.append("  unknown: the compiler gave up for want of memory")
-    elif not found["collectives"]:
+    elif not plan["collectives"]:
         lines.append("  none")
-    if found["roofline_seconds"]:
-        bounds = Roofline(**found["roofline_seconds"])
-        lines += [
-            "",
-            f"a step takes at least      {max(bounds):.3g} s (bound by {bounds.bound}), "
-            f"{sum(bounds):.3g} s if nothing overlaps",
-            *(f"  {name:24s} {value:.3g} s" for name, value in bounds._asdict().items()),
-            f"  assumed: {ASSUMPTIONS}",
-        ]
-    lines += ["", f"fits: {'yes' if found['fits'] else 'no'}"]
-    if found["advice"]:
-        lines.append(f"cheapest change: {found['advice']}")
+    lines += ["", f"fits: {_VERDICTS[plan['fits']]}"]
+    if plan["advice"]:
+        lines.append(f"cheapest change: {plan['advice']}")
     return "\n".join(lines)
+
+
+_VERDICTS = {
+    True: "yes",
+    False: "no",
+    None: "not known: TPUs' compiler is not here, and a CPU's says nothing about activations; "
+    "pip install 'bilevel-flax[plan]' (libtpu, Linux) and plan again",
+}
 
 
 def _size(count: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from bilevel_flax.plan.step import Compiled, Traced, bytes_on_a_chip
+from bilevel_flax.plan.step import Compiled, Lowered, bytes_on_a_chip
 
 # Name -> fields of the state, in the order of the table.
 _PARTS = {
@@ -20,7 +20,7 @@ _PARTS = {
 }
 
 
-def composition(traced: Traced, compiled: Compiled) -> dict[str, int]:
+def composition(lowered: Lowered, compiled: Compiled) -> dict[str, int]:
     """Bytes on one chip by what they are; they add up to what is needed.
 
     Returns:
@@ -29,21 +29,21 @@ def composition(traced: Traced, compiled: Compiled) -> dict[str, int]:
     """
     found = {
         name: sum(
-            _bytes(getattr(traced.state, field), getattr(traced.shardings, field))
+            _bytes(getattr(lowered.state, field), getattr(lowered.shardings, field))
             for field in fields
         )
         for name, fields in _PARTS.items()
     }
-    found["minibatch"] = _bytes(traced.batch, traced.batch_shardings)
+    found["minibatch"] = _bytes(lowered.batch, lowered.batch_shardings)
     found["activations"] = int(compiled.temporary_bytes)
     other = compiled.hbm_bytes_needed - sum(found.values())
     return found | {"other": max(0, other)}
 
 
-def parameter_bytes(traced: Traced) -> int:
+def parameter_bytes(lowered: Lowered) -> int:
     """Bytes of the whole of z."""
     return sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(traced.state.inner_params)
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(lowered.state.inner_params)
     )
 
 

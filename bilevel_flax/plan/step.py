@@ -25,7 +25,7 @@ from bilevel_flax.train.task import Task
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Traced(NamedTuple):
+class Lowered(NamedTuple):
     """A step before it is compiled.
 
     Attributes:
@@ -35,8 +35,8 @@ class Traced(NamedTuple):
         batch_shardings: where these lie.
         flops: of a step, on all chips together.
         gradient_flops: of one gradient of G on an inner minibatch, on all chips together.
-        floor: its gradients are reduced once; else XLA's partitioner places the reductions.
-        lowered: for `compiled`.
+        reduces_once: its gradients are; else XLA's partitioner places the reductions.
+        program: for `compiled`.
     """
 
     state: TrainState
@@ -45,8 +45,8 @@ class Traced(NamedTuple):
     batch_shardings: Batch
     flops: float
     gradient_flops: float
-    floor: bool
-    lowered: Any
+    reduces_once: bool
+    program: Any
 
 
 class Compiled(NamedTuple):
@@ -69,8 +69,8 @@ class Compiled(NamedTuple):
     limit: int | None = None
 
 
-def trace(config: configs.Config, mesh: Any) -> Traced:
-    """Traces the step of a config on a mesh.
+def lower(config: configs.Config, mesh: Any) -> Lowered:
+    """Traces and lowers the step of a config on a mesh.
 
     Args:
         config: as for `train_and_evaluate`; it is not changed.
@@ -87,8 +87,8 @@ def trace(config: configs.Config, mesh: Any) -> Traced:
         config.steps = max(1, round(config.epochs * task.inner.num_batches))
     problem = task.problem
     layout = sharding.Layout(mesh, config.get("rules") or task.rules, problem)
-    floor = at_the_floor(config, mesh)
-    if floor:
+    once = reduces_once(config, mesh)
+    if once:
         problem = sharding.data_parallel(problem, mesh, layout.rules)
     elif mesh.size > 1:
         problem = in_mesh(sharding.whole(problem), mesh)
@@ -111,19 +111,19 @@ def trace(config: configs.Config, mesh: Any) -> Traced:
         donate_argnums=0,
     )
     traced = step.trace(state, batch)
-    return Traced(
+    return Lowered(
         state,
         shardings,
         batch,
         batch_shardings,
         flop_count.of(traced.jaxpr),
         _gradient_flops(task.problem, state, batch, solver.batches[0]),
-        floor,
+        once,
         traced.lower(),
     )
 
 
-def compiled(traced: Traced) -> Compiled:
+def compiled(lowered: Lowered) -> Compiled:
     """Compiles; a step that does not fit is an answer, not an error.
 
     Raises:
@@ -133,31 +133,31 @@ def compiled(traced: Traced) -> Compiled:
     arguments = sum(
         bytes_on_a_chip(leaf, sharding)
         for leaf, sharding in zip(
-            jax.tree.leaves((traced.state, traced.batch)),
-            jax.tree.leaves((traced.shardings, traced.batch_shardings)),
+            jax.tree.leaves((lowered.state, lowered.batch)),
+            jax.tree.leaves((lowered.shardings, lowered.batch_shardings)),
             strict=True,
         )
     )
     try:
-        program = traced.lowered.compile()
+        program = lowered.program.compile()
     except Exception as error:
         needed = out_of_memory(str(error))
         if needed is None:
             raise
         seconds = time.perf_counter() - began
         return Compiled(needed[0], arguments, needed[0] - arguments, [], seconds, needed[1])
-    found = program.memory_analysis()
+    memory = program.memory_analysis()
     needed = (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.generated_code_size_in_bytes
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
     )
     return Compiled(
         int(needed),
-        int(found.argument_size_in_bytes),
-        float(found.temp_size_in_bytes),
+        int(memory.argument_size_in_bytes),
+        float(memory.temp_size_in_bytes),
         instructions(program.as_text()),
         time.perf_counter() - began,
     )
@@ -182,13 +182,13 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
         rf"memory space hbm\. Used {size} of {size} hbm",
     )
     for form in forms:
-        if found := re.search(form, message):
-            used, used_unit, there, there_unit = found.groups()
+        if match := re.search(form, message):
+            used, used_unit, there, there_unit = match.groups()
             return int(float(used) * _UNITS[used_unit]), int(float(there) * _UNITS[there_unit])
     return None
 
 
-def at_the_floor(config: configs.Config, mesh: Any) -> bool:
+def reduces_once(config: configs.Config, mesh: Any) -> bool:
     """Whether the step reduces once, as `run_mesh` decides; that losses decompose is assumed."""
     return mesh.size > 1 and mesh.shape["tensor"] == 1 and config.get("collectives") != "xla"
 

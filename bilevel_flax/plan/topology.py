@@ -1,9 +1,7 @@
 """What can be planned for: TPU slices, by libtpu or on virtual CPU devices, and CPUs.
 
 References:
-    Google Cloud TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (2026): peak
-    compute, HBM capacity and bandwidth, interchip interconnect. Of the interconnect's figures a
-    ring along one axis of the torus has two links, in both directions.
+    Google Cloud TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (2026).
 """
 
 from __future__ import annotations
@@ -27,25 +25,19 @@ class Chip(NamedTuple):
 
     Attributes:
         hbm_bytes: memory that a program may use.
-        flops: multiply-adds count two, a second, bfloat16.
-        hbm_bandwidth: bytes a second.
-        ring_bandwidth: bytes a second that a chip can send along one axis of the torus.
         axes: of the torus.
     """
 
     hbm_bytes: int
-    flops: float
-    hbm_bandwidth: float
-    ring_bandwidth: float
     axes: int
 
 
 # Memory as libtpu 0.0.52 says it is there: the runtime keeps a little of it back.
 CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 100e9, 3),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 100e9, 2),
-    "v5p": Chip(int(95.73 * GIB), 459e12, 2765e9, 200e9, 3),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1640e9, 200e9, 2),
+    "v4": Chip(int(30.75 * GIB), 3),
+    "v5e": Chip(int(15.75 * GIB), 2),
+    "v5p": Chip(int(95.73 * GIB), 3),
+    "v6e": Chip(int(31.24 * GIB), 2),
 }
 _SMALL_SLICES = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
 _EXAMPLES = "such as v5e:16x16, v5p:8x8x8 or cpu:8"

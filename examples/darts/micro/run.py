@@ -10,7 +10,7 @@ import numpy as np
 from bilevel_flax.base import BilevelSolver
 from bilevel_flax.outer import architecture
 from bilevel_flax.train.errors import raise_if_diverged
-from bilevel_flax.train.step_runner import Loop
+from bilevel_flax.train.step_runner import StepRunner
 from examples.darts.micro import methods
 from examples.darts.micro.search import CELL, Search
 from examples.darts.micro.space import OPERATIONS, Genotype, check
@@ -47,7 +47,7 @@ class Searcher:
         self.method = method
         self.steps = methods.steps_of(method, budget)
         self._solver: BilevelSolver | None = None
-        self._compiled: Loop | None = None
+        self._compiled: StepRunner | None = None
 
     def __call__(self, search: Search, seed: int) -> Result:
         """One search.
@@ -64,7 +64,7 @@ class Searcher:
             counts = (search.inner.num_batches, search.outer.num_batches)
             self._solver = methods.make_solver(search.problem, self.method, self.steps, *counts)
         solver = self._solver
-        loop = Loop(solver, search.inner, search.outer, seed=seed, compiled_as=self._compiled)
+        loop = StepRunner(solver, search.inner, search.outer, seed=seed, compiled_as=self._compiled)
         init_rng, run_rng = jax.random.split(jax.random.key(seed))
         state, step, units = solver.init(*search.init(init_rng), rng=run_rng), 0, 0.0
         while step < self.steps:
