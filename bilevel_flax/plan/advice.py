@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 _MAX_CHANGES = 3  # at once
-_STATE = ("z", "v", "moments of z", "moments of v", "tables")
-_MOMENTS = ("moments of z", "moments of v")
+_STATE: tuple[str, ...] = ("z", "v", "moments of z", "moments of v", "tables")
+_MOMENTS: tuple[str, ...] = ("moments of z", "moments of v")
 
 
 class Change(NamedTuple):

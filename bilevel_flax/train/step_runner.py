@@ -71,7 +71,7 @@ class StepRunner:
         capacity: int = 1000,
         target_seconds: float = 0.5,
         layout: Layout | None = None,
-        compiled_as: Loop | None = None,
+        compiled_as: StepRunner | None = None,
     ):
         if layout is not None:
             for name, side in (("inner", inner), ("outer", outer)):
