@@ -4,7 +4,12 @@ A Flax/Optax training-loop plugin for stochastic bilevel optimization,
 min_x F(z*(x), x) with z*(x) = argmin_z G(z, x).
 """
 
-from bilevel_flax import contrib, data, deprecated, diagnostics, nnx, oracles, outer, sharding
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bilevel_flax import data, deprecated, oracles, outer
 from bilevel_flax.base import (
     Aux,
     Batch,
@@ -37,6 +42,9 @@ from bilevel_flax.solvers import (
     storm,
     unrolled,
 )
+
+if TYPE_CHECKING:
+    from bilevel_flax import contrib, diagnostics, nnx, sharding
 
 __version__ = "0.1.0"
 
@@ -76,5 +84,15 @@ __all__ = [
     "unrolled",
 ]
 
-__getattr__ = deprecated.names(__name__)
+# Imported when they are first asked for: flax.nnx alone takes a tenth of a second.
+_LATE = ("contrib", "diagnostics", "nnx", "sharding")
+_old_name = deprecated.names(__name__)
 deprecated.find_old_modules()
+
+
+def __getattr__(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}") if name in _LATE else _old_name(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

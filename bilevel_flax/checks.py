@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
@@ -46,7 +46,8 @@ def parameters(name: str, tree: PyTree) -> None:
         TypeError: a leaf is no array, or there is an NNX module in it.
         ValueError: nothing in it can be learned.
     """
-    is_module = lambda node: isinstance(node, (nnx.Pytree, nnx.State))
+    nnx: Any = sys.modules.get("flax.nnx")  # where it was never imported, there is no module of it
+    is_module = lambda node: nnx is not None and isinstance(node, (nnx.Pytree, nnx.State))
     for node in jax.tree.leaves(tree, is_leaf=is_module):
         if is_module(node):
             raise TypeError(
