@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 PyTree = Any
@@ -257,15 +258,25 @@ class TrainState(struct.PyTreeNode):
         return self.inner_params
 
 
+class Finite(Variables):
+    """Bools for z, v and x; true where all of them are, as a whole and in every entry."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return all(bool(np.all(side)) for side in self)
+
+
 class Info(NamedTuple):
     """Diagnostics of one update, apart from the state; all scalars.
+
+    `info.ok` says whether all went well: three finite directions and two finite losses.
 
     Attributes:
         inner_loss: G on the minibatch, at the point before the update.
         outer_loss: F on the minibatch.
         norms: Variables of float32, the Euclidean norms of the three directions.
-        finite: Variables of bool, whether each direction is finite. Where one is not, the state
-            did not move.
+        finite: `Finite`, whether each direction is. Where one is not, the state did not move.
         adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ on the minibatch; where `sharding.data_parallel`
             reduces directions alone, an estimate (docs/sharding.md).
         oracle_units: what the update cost; a gradient, an HVP and a cross-JVP count 1 each.
@@ -275,10 +286,16 @@ class Info(NamedTuple):
     inner_loss: jax.Array
     outer_loss: jax.Array
     norms: Variables
-    finite: Variables
+    finite: Finite
     adjoint_residual: jax.Array
     oracle_units: jax.Array
     metrics: Metrics
+
+    @property
+    def ok(self) -> jax.Array:
+        """Bool, whether the three directions and both losses are finite."""
+        losses = jnp.isfinite(self.inner_loss) & jnp.isfinite(self.outer_loss)
+        return self.finite.inner & self.finite.adjoint & self.finite.outer & losses
 
 
 class Init(Protocol):

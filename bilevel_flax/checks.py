@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
@@ -84,7 +85,7 @@ def per_sample(problem: Problem, outer_params: PyTree) -> None:
 
 
 def check_finite(info: Info, step: Any = None) -> None:
-    """Raises where an update met a direction that is not finite, so that the state stood still.
+    """Raises where an update met a direction or a loss that is not finite (`not info.ok`).
 
     It waits for the device: in a loop of your own call it every so often.
 
@@ -93,25 +94,87 @@ def check_finite(info: Info, step: Any = None) -> None:
         step: its number, for the message.
 
     Raises:
-        FloatingPointError: names the directions and the likely causes.
+        FloatingPointError: names the directions and losses, and the likely causes.
     """
-    good = [bool(np.all(side)) for side in info.finite]
-    if all(good):
+    directions = ("inner (D_z)", "adjoint (D_v)", "outer (D_x)")
+    lost = [side for side, fine in zip(directions, info.finite, strict=True) if not np.all(fine)]
+    losses = [name for name in ("inner_loss", "outer_loss") if not _all_finite(getattr(info, name))]
+    if not lost and not losses:
         return
-    sides = ("inner (D_z)", "adjoint (D_v)", "outer (D_x)")
-    lost = ", ".join(side for side, fine in zip(sides, good, strict=True) if not fine)
-    causes = (
-        'NaN in the data, a batch["index"] outside the n rows of a per-sample leaf, or too long '
-        "an inner step"
-        if not good[0]
-        else "too long an adjoint step (above 2 over the inner loss's largest curvature)"
-        if not good[1]
-        else "too long an outer step"
-    )
+    if losses:
+        causes = (
+            "NaN in the data, a label outside the classes, or an id that points at nothing: "
+            'batch["index"] outside the rows of a per-sample leaf, batch.inner_id or outer_id '
+            "outside the weights' minibatches, a domain that there is not"
+        )
+    elif not np.all(info.finite.inner):
+        causes = (
+            "batch.inner_id or outer_id outside the method's minibatches, a loss without a finite "
+            "derivative (sqrt or log at 0), or too long an inner step"
+        )
+    elif not np.all(info.finite.adjoint):
+        causes = (
+            "too long an adjoint step (above 2 over the inner loss's largest curvature), or "
+            "batch.outer_id outside the method's minibatches"
+        )
+    else:
+        causes = "too long an outer step"
+    parts = [f"the direction of {', '.join(lost)}"] if lost else []
+    parts += losses
     raise FloatingPointError(
-        f"{'update' if step is None else f'step {step}'}: not finite: the direction of {lost}; the "
-        f"state stands still since; likely {causes}"
+        f"{'update' if step is None else f'step {step}'}: not finite: {' and '.join(parts)}; "
+        f"{'the state stands still since; ' if lost else ''}likely {causes}"
     )
+
+
+def _all_finite(values: Any) -> bool:
+    return bool(np.all(np.isfinite(np.asarray(values, np.float64))))
+
+
+def optimizer(name: str, value: Any) -> None:
+    """Raises unless `value` is an Optax optimiser.
+
+    Args:
+        name: the argument's, for the error.
+        value: what was passed.
+
+    Raises:
+        TypeError: an optimiser that was not called, a learning rate, a training state, or anything
+            else without `init` and `update`.
+    """
+    if isinstance(value, optax.GradientTransformation):
+        return
+    fix = f"pass {name}=optax.adam(1e-3), or another Optax optimiser"
+    if isinstance(value, numbers.Real):
+        fix = f"pass an optimiser with this step, {name}=optax.sgd({value!r})"
+    elif isinstance(getattr(value, "tx", None), optax.GradientTransformation):
+        fix = f"pass the optimiser in it, {name}=state.tx"
+    elif callable(value):
+        called = getattr(value, "__name__", type(value).__name__)
+        fix = f"call it with its step, {name}={called}(1e-3); a schedule goes into an optimiser"
+    elif callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+        return
+    raise TypeError(f"{name}={value!r:.60} is no optimiser: {fix}")
+
+
+def batch(value: Any, *, sides: tuple[str, ...] = ("inner", "outer")) -> None:
+    """Raises unless `value` is a `Batch` with data on the sides that are needed.
+
+    Raises:
+        TypeError: a tuple, a dict, or anything else.
+        ValueError: a side without data.
+    """
+    if not isinstance(value, Batch):
+        raise TypeError(
+            f"batch is a {type(value).__name__}, but must be "
+            "bf.Batch(training_minibatch, validation_minibatch)"
+        )
+    for side in sides:
+        if getattr(value, side) is None:
+            raise ValueError(
+                f"batch.{side} is None, but an update takes a minibatch of each side: "
+                "bf.Batch(training_minibatch, validation_minibatch)"
+            )
 
 
 def outer_is_used(
@@ -169,13 +232,20 @@ def outer_loss_sees_all(
 
 
 def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
-    """Raises where `needed[side]` and the side has data but no id.
+    """Raises where `needed[side]` and the side has data but no id, or an id is no integer.
 
     Raises:
+        TypeError: names the id that is no integer.
         ValueError: names the missing one.
     """
     for side, needs in needed.items():
-        if needs and getattr(batch, f"{side}_id") is None and getattr(batch, side) is not None:
+        position = getattr(batch, f"{side}_id")
+        if position is not None and not jnp.issubdtype(jnp.result_type(position), jnp.integer):
+            raise TypeError(
+                f"batch.{side}_id={position!r:.40} must be an integer, the minibatch's position in "
+                f"the partition, got {jnp.result_type(position)}"
+            )
+        if needs and position is None and getattr(batch, side) is not None:
             raise ValueError(
                 f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
                 "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"

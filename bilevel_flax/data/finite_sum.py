@@ -15,7 +15,7 @@ import numpy as np
 from bilevel_flax.data import draws
 
 _STREAM = 1  # keeps the permutation apart from the sampler's and the label noise's draws
-_RESERVED = ("index", "mask")
+_RESERVED = ("index", "example_mask")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class FiniteSum:
       batches: the user's arrays, leaves [num_batches, batch_size, ...]; `"index"` int32
         [num_batches, batch_size], each example's position in the original arrays; and, only when
         the last minibatch is ragged, `"mask"` float32 [num_batches, batch_size], 1 for an example
-        and 0 for padding. Padding repeats examples of the same minibatch, index included.
+        and 0 for padding (`"example_mask"` where the user has a `"mask"`, of tokens say). Padding
+        repeats examples of the same minibatch, index included.
       weights: float32 [num_batches], each minibatch's share of the samples; they sum to 1.
       num_samples: examples, padding not counted.
       num_batches: minibatches, N.
@@ -49,7 +50,7 @@ class FiniteSum:
     @property
     def ragged(self) -> bool:
         """Whether the last minibatch is padded."""
-        return "mask" in self.batches
+        return self.num_samples < self.num_batches * self.batch_size
 
 
 def partition(
@@ -69,7 +70,7 @@ def partition(
     Raises:
       TypeError: `arrays` is no dict, a leaf is no numeric array, `batch_size` is no integer.
       ValueError: leading lengths differ, there are no examples, `batch_size` is out of range, or a
-        reserved name ("index", "mask") is taken.
+        reserved name is taken: "index", "example_mask", a "mask" with one number an example.
 
     Example:
       >>> import numpy as np
@@ -96,7 +97,7 @@ def partition(
     batches = {**jax.tree.map(cut, arrays), "index": cut(np.arange(n, dtype=np.int32))}
     if len(padding):
         mask = (np.arange(batch_size) < counts[:, None]).astype(np.float32)
-        batches["mask"] = mask
+        batches["example_mask" if "mask" in arrays else "mask"] = mask
     weights = (counts / n).astype(np.float32)
     return FiniteSum(batches, weights, n, num_batches, batch_size)
 
@@ -131,6 +132,8 @@ def _checked(arrays: Mapping[str, Any]) -> dict[str, Any]:
             'pass {"image": images, "label": labels}'
         )
     taken = [name for name in _RESERVED if name in arrays]
+    if np.ndim(arrays.get("mask", [[]])) == 1:
+        taken.append("mask")  # one number an example would be taken for the mask of padding
     if taken:
         raise ValueError(
             f'arrays has the key "{taken[0]}", a name that partition fills in itself: rename it'

@@ -94,7 +94,7 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> 
 def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Shifts and scales every feature by the training set's mean and standard deviation.
 
-    A feature that never varies in training is only shifted. Images are flattened by the caller or
+    A feature that does not vary in training, beyond rounding, is only shifted. Images are flattened by the caller or
     not, as it likes: each entry beyond the leading axis is a feature.
 
     Args:
@@ -117,8 +117,10 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
         raise ValueError("train must hold at least one example: its statistics set the scale")
     mean = train.mean(axis=0, dtype=np.float64)
     std = train.std(axis=0, dtype=np.float64)
-    std = np.where(std > 0, std, 1.0)
-    shift, scale = mean.astype(np.float32), (1.0 / std).astype(np.float32)
+    # The mean of equal numbers need not be that number, which leaves a deviation that is no zero.
+    constant = train.min(0) == train.max(0)
+    constant |= std <= 8 * np.finfo(np.float64).eps * np.abs(mean)
+    mean, scale = np.where(constant, train[0], mean), 1.0 / np.where(constant, 1.0, std)
 
     def apply(array: np.ndarray) -> np.ndarray:
         array = np.asarray(array)
@@ -127,9 +129,10 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
                 f"features differ: train has {list(train.shape[1:])} an example, "
                 f"another array {list(array.shape[1:])}"
             )
-        out = array.astype(np.float32)
-        out -= shift
-        out *= scale
-        return out
+        # Wide numbers are shifted as they are: in float32 a large mean would swallow what varies.
+        out = array.astype(np.result_type(array.dtype, np.float32))
+        out -= mean.astype(out.dtype)
+        out *= scale.astype(out.dtype)
+        return out.astype(np.float32, copy=False)
 
     return tuple(apply(array) for array in (train, *others))

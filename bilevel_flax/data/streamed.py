@@ -8,6 +8,7 @@ into a checkpoint but the sampler's three numbers and the step.
 from __future__ import annotations
 
 import collections
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,8 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
 
     Args:
         dataset: a `grain.MapDataset` of minibatches (its last step is `.batch(...)`): dicts of
-            arrays that agree in their leading length.
+            arrays that agree in their leading length. The last may be shorter; it is padded with
+            its own examples and marked by a mask, as by `partition`.
         num_batches: how many of them there are in the sum; None: the dataset's own number. A
             repeated dataset has no end and needs it.
 
@@ -88,9 +90,9 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
         As `partition` gives it, but for `index`, with leaves that read on demand.
 
     Raises:
-        TypeError: no length or items, or an item is no dict.
-        ValueError: no minibatches, an endless dataset without `num_batches`, or an item without
-            arrays.
+        TypeError: no length or items, `num_batches` is no integer, or an item is no dict.
+        ValueError: no minibatches, an endless dataset without `num_batches`, an item without
+            arrays, or (when it is read) one that is not as long as the first and not the last.
 
     Example:
         >>> import grain, numpy as np
@@ -104,7 +106,10 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
             f"dataset must have __len__ and __getitem__, got {type(dataset).__name__}: "
             "use a grain.MapDataset rather than an IterDataset"
         )
-    count = len(dataset) if num_batches is None else num_batches
+    try:
+        count = len(dataset) if num_batches is None else operator.index(num_batches)
+    except TypeError:
+        raise TypeError(f"num_batches must be an integer, got {num_batches!r}") from None
     if num_batches is None and count >= 2**31:
         raise ValueError("dataset has no end: say how many minibatches with num_batches=...")
     if count < 1:
@@ -112,14 +117,10 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
     first = dataset[0]
     if not isinstance(first, dict):
         raise TypeError(f"dataset[0] must be a dict of arrays, got {type(first).__name__}")
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(first)]
-    if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(
-            f"dataset[0] holds arrays of shapes {shapes}: they must agree in a leading length; "
-            "end the pipeline with .batch(...)"
-        )
-    read = _Reader(dataset, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first)))
     leaves, structure = jax.tree.flatten(first)
+    size = _length(leaves, 0)
+    last = _length(jax.tree.leaves(dataset[count - 1]), count - 1)
+    read = _Reader(dataset, count, size, sum(np.asarray(leaf).nbytes for leaf in leaves))
     batches = jax.tree.unflatten(
         structure,
         [
@@ -131,24 +132,52 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
             for number, leaf in enumerate(leaves)
         ],
     )
-    size = shapes[0][0]
-    weights = np.full(count, 1 / count, np.float32)
-    return FiniteSum(batches, weights, count * size, count, size, streamed=True)
+    counts = np.full(count, size)
+    counts[-1] = last
+    if last < size:
+        mask = (np.arange(size) < counts[:, None]).astype(np.float32)
+        batches["example_mask" if "mask" in first else "mask"] = mask
+    num_samples = int(counts.sum())
+    weights = (counts / num_samples).astype(np.float32)
+    return FiniteSum(batches, weights, num_samples, count, size, streamed=True)
+
+
+def _length(leaves: list, i: int) -> int:
+    """How many examples minibatch i has."""
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"dataset[{i}] holds arrays of shapes {shapes}: they must agree in a leading length; "
+            "end the pipeline with .batch(...)"
+        )
+    return shapes[0][0]
 
 
 class _Reader:
     """Minibatch i, as a list of leaves; the last ones are kept, for each leaf asks on its own."""
 
-    def __init__(self, dataset: Any, nbytes: int):
-        self._dataset = dataset
-        self._kept: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
-        self._most = max(2, _CACHED_BYTES // max(1, nbytes))
+    def __init__(self, dataset: Any, count: int, size: int, nbytes: int):
+        self._dataset, self._count, self._size = dataset, count, size
+        self._cache: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
+        self._max_cached = max(2, _CACHED_BYTES // max(1, nbytes))
         self._lock = threading.Lock()
 
     def __call__(self, i: int) -> list[np.ndarray]:
         with self._lock:
-            if i not in self._kept:
-                self._kept[i] = [np.asarray(leaf) for leaf in jax.tree.leaves(self._dataset[i])]
-                if len(self._kept) > self._most:
-                    self._kept.popitem(last=False)
-            return self._kept[i]
+            if i not in self._cache:
+                self._cache[i] = self._padded(i)
+                if len(self._cache) > self._max_cached:
+                    self._cache.popitem(last=False)
+            return self._cache[i]
+
+    def _padded(self, i: int) -> list[np.ndarray]:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self._dataset[i])]
+        length = _length(leaves, i)
+        if length > self._size or (length < self._size and i != self._count - 1):
+            raise ValueError(
+                f"dataset[{i}] has {length} examples and dataset[0] has {self._size}: only the "
+                "last minibatch may be shorter; end the pipeline with "
+                ".batch(..., drop_remainder=True)"
+            )
+        again = np.resize(np.arange(length), self._size)
+        return leaves if length == self._size else [leaf[again] for leaf in leaves]

@@ -18,6 +18,7 @@ from bilevel_flax.base import (
     Batch,
     BilevelSolver,
     Estimator,
+    Finite,
     Info,
     Metrics,
     Problem,
@@ -217,7 +218,7 @@ def single_loop(
             found, (_, *moves) = staged(evaluate, (*estimator.less, estimator.update), due)
         else:
             found, moves = evaluate(estimator.update), (None, None)
-        finite = Variables(*(jnp.isfinite(value) for value in found.norms))
+        finite = Finite(*(jnp.isfinite(value) for value in found.norms))
         alive = finite.inner & finite.adjoint & finite.outer
 
         d_z, _, d_x = found.directions

@@ -87,6 +87,25 @@ def test_standardize_uses_the_training_sets_statistics():
     np.testing.assert_allclose(scaled_other, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [0.1, -1 / 3, 1e6 + 0.1, 0.0, 1e-300])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("n", [3, 10_001])
+def test_a_feature_that_does_not_vary_is_only_shifted(value, dtype, n):
+    train = np.full((n, 2), value).astype(dtype)
+    train[:, 1] = np.arange(n) % 3
+    other = train[:2] + np.array([2, 0], dtype)
+    scaled, scaled_other = data.standardize(train, other)
+    assert not scaled[:, 0].any()
+    np.testing.assert_allclose(scaled_other[:, 0], 2.0, rtol=np.finfo(dtype).eps * (1 + abs(value)))
+
+
+def test_rounding_is_no_variation_and_a_large_mean_swallows_none():
+    train = np.array([[0.1 + 0.2, 1.7e9], [0.3, 1.7e9 + 4]])
+    scaled, other = data.standardize(train, np.array([[1.3, 1.7e9 + 6]]))
+    np.testing.assert_allclose(scaled, [[0, -1], [0, 1]], atol=1e-6)
+    np.testing.assert_allclose(other, [[1, 2]], rtol=1e-6)
+
+
 def test_standardize_errors():
     with pytest.raises(ValueError, match=r"train has \[3\] an example, another array \[4\]"):
         data.standardize(np.ones((2, 3)), np.ones((2, 4)))

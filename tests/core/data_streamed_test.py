@@ -57,6 +57,35 @@ def test_it_reads_what_is_asked_for_and_that_once():
     assert sorted(source.read) == [14, 15, 800, 801]
 
 
+@pytest.mark.parametrize(("n", "batch"), [(5, 2), (7, 4), (9, 4)])
+def test_a_short_last_minibatch_is_padded_as_partition_pads(n, batch):
+    x = np.arange(3) + 10 * np.arange(n)[:, None]
+    side = side_of(Counted(n), batch)
+    arrays = {"x": x, "y": np.arange(n, dtype=np.float32)}
+    expected = data.partition(arrays, batch, shuffle=False)
+    assert side.ragged and sorted(side.batches) == ["mask", "x", "y"]
+    for name in side.batches:
+        np.testing.assert_array_equal(np.asarray(side.batches[name]), expected.batches[name])
+    np.testing.assert_allclose(side.weights, expected.weights)
+    assert side.num_samples == n
+
+
+def test_another_minibatch_that_is_short_is_an_error():
+    ragged = grain.MapDataset.source(Counted(3)).batch(2).repeat()
+    side = data.streamed(ragged, num_batches=4)
+    with pytest.raises(ValueError, match=r"dataset\[1\] has 1 examples and dataset\[0\] has 2"):
+        data.gather(side, np.array([1]))
+
+
+def test_a_mask_of_tokens_is_the_users_own():
+    tokens = [{"x": np.ones((2, 3)), "mask": np.ones((2, 3))}]
+    side = data.streamed([*tokens, jax.tree.map(lambda leaf: leaf[:1], tokens[0])])
+    assert side.batches["mask"].shape == (2, 2, 3)
+    assert side.batches["example_mask"].tolist() == [[1, 1], [1, 0]]
+    side = data.partition({"x": np.ones(3), "mask": np.ones((3, 2))}, 2)
+    assert side.ragged and side.batches["example_mask"].tolist() == [[1, 1], [1, 0]]
+
+
 def test_an_endless_one_needs_a_number():
     endless = grain.MapDataset.source(Counted(4)).repeat().batch(2)
     with pytest.raises(ValueError, match="num_batches"):

@@ -21,6 +21,7 @@ from bilevel_flax.base import (
     Aux,
     Batch,
     BilevelSolver,
+    Finite,
     Info,
     Oracles,
     Problem,
@@ -188,7 +189,7 @@ def nested(
 
         new, found = step(Pieces(problem, transforms, state.model_state), state, *samples)
         every = Variables(jnp.atleast_1d(found.inner_norms), found.adjoint_norm, norm(found.d_x))
-        finite = Variables(*(jnp.isfinite(value).all() for value in every))
+        finite = Finite(*(jnp.isfinite(value).all() for value in every))
         alive = finite.inner & finite.adjoint & finite.outer
         d_x = found.d_x
         if not moves_outer:
