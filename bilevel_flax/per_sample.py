@@ -15,6 +15,7 @@ import optax
 
 from bilevel_flax.base import PyTree, Rows, Table
 from bilevel_flax.minibatches import example_mask
+from bilevel_flax.tree import rows_at
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -74,22 +75,6 @@ def _minibatch_index(batch: PyTree) -> jax.Array:
         )
     # n, which stands for "no row", may not fit into a narrow integer.
     return index.astype(jnp.promote_types(index.dtype, jnp.int32))
-
-
-def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
-    """`leaf[index]`, NaN where the index is outside [0, n): never another example's row.
-
-    Args:
-        leaf: float [n, ...].
-        index: integers, any shape.
-
-    Returns:
-        [*index.shape, ...].
-    """
-    index = jnp.asarray(index)
-    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
-    inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
-    return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)
 
 
 def gather(per_sample: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:

@@ -69,3 +69,24 @@ def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
     return jnp.where(
         bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
     )
+
+
+def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
+    """`leaf[index]`, NaN where the index is outside [0, n): never the row of another.
+
+    Args:
+        leaf: float [n, ...].
+        index: integers, any shape.
+
+    Returns:
+        [*index.shape, ...].
+
+    Example:
+        >>> rows_at(jnp.array([5.0, 6.0]), jnp.array([1, 2, -1])).tolist()
+        [6.0, nan, nan]
+    """
+    index = jnp.asarray(index)
+    # n, which stands for "no row", may not fit into a narrow integer.
+    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
+    inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
+    return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)

@@ -94,8 +94,8 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> 
 def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Shifts and scales every feature by the training set's mean and standard deviation.
 
-    A feature that does not vary in training, beyond rounding, is only shifted. Images are flattened by the caller or
-    not, as it likes: each entry beyond the leading axis is a feature.
+    A feature that does not vary in training, beyond rounding, is only shifted. Images are
+    flattened by the caller or not, as it likes: each entry beyond the leading axis is a feature.
 
     Args:
       train: numbers [n, ...]; sets the statistics.

@@ -35,6 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.base import PyTree
+from bilevel_flax.checks import check_count
+from bilevel_flax.minibatches import example_mask
+from bilevel_flax.tree import rows_at
 
 
 class DataMixture(NamedTuple):
@@ -65,6 +68,21 @@ class Selected(NamedTuple):
     ratio: jax.Array
 
 
+def _domains(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+    """The examples' domains [batch], 0 for padding, and which examples are real (None: all)."""
+    if "domain" not in batch:
+        raise ValueError(
+            'domain weights need batch["domain"] (int32 [batch]); '
+            f"the batch has {sorted(map(str, batch))}"
+        )
+    domain, mask = jnp.asarray(batch["domain"]), example_mask(batch)
+    if not jnp.issubdtype(domain.dtype, jnp.integer):
+        raise TypeError(f'batch["domain"] must be integers, got {domain.dtype}')
+    if mask is None:
+        return domain, None
+    return jnp.where(mask > 0, domain, 0), mask > 0
+
+
 def domain_weights(
     num_domains: int, proposal: Sequence[float] | None = None, *, temperature: float = 1.0
 ) -> DataMixture:
@@ -78,7 +96,8 @@ def domain_weights(
             short run the mixture is else still under way when the run ends.
 
     Returns:
-        x is float32 [K]; `weights` reads `batch["domain"]`, int32 [batch] in 0 .. K - 1.
+        x is float32 [K]; `weights` reads `batch["domain"]`, integers [batch] in 0 .. K - 1 (one
+        outside gives NaN, which stops the run). Padding has weight 0.
 
     Raises:
         ValueError: fewer than two domains, `proposal` is not K positive numbers, `temperature` is
@@ -92,8 +111,7 @@ def domain_weights(
         >>> mixture.weights(mixture.init(), {"domain": jnp.array([0, 1, 1])}).round(3).tolist()
         [1.0, 1.0, 1.0]
     """
-    if not isinstance(num_domains, int) or num_domains < 2:
-        raise ValueError(f"num_domains={num_domains!r} must be an integer of at least 2")
+    check_count("num_domains", num_domains, 2)
     given = np.ones(num_domains) if proposal is None else np.asarray(proposal, np.float64)
     if given.shape != (num_domains,) or not (given > 0).all() or not np.isfinite(given).all():
         raise ValueError(f"proposal={proposal!r} must be {num_domains} positive numbers")
@@ -102,12 +120,9 @@ def domain_weights(
     share = jnp.asarray(given / given.sum(), jnp.float32)
 
     def weights(outer_params, batch):
-        if "domain" not in batch:
-            raise ValueError(
-                'domain weights need batch["domain"] (int32 [batch]); '
-                f"the batch has {sorted(batch)}"
-            )
-        return (jax.nn.softmax(outer_params / temperature) / share)[batch["domain"]]
+        domain, real = _domains(batch)
+        each = rows_at(jax.nn.softmax(outer_params / temperature) / share, domain)
+        return each if real is None else jnp.where(real, each, 0.0)
 
     def shares(outer_params, batch=None):
         del batch
@@ -131,7 +146,8 @@ def network_weights(
         w_i = C softmax(V(φ; x))_i over the C examples of the minibatch
 
     V has one hidden layer of tanh and starts flat, so that every weight is 1. The mean over a
-    minibatch stands for that over the data: take minibatches of some dozens at least.
+    minibatch stands for that over the data: take minibatches of some dozens at least. C counts
+    real examples; padding has weight 0.
 
     Args:
         features: φ, `features(batch) -> float [batch, num_features]`, of order 1.
@@ -146,30 +162,38 @@ def network_weights(
     Raises:
         ValueError: a size below 1.
     """
-    for name, value in (
-        ("num_features", num_features),
-        ("num_domains", num_domains),
-        ("hidden", hidden),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    check_count("num_features", num_features)
+    check_count("num_domains", num_domains)
+    check_count("hidden", hidden)
 
     def init():
         first = jax.random.normal(jax.random.PRNGKey(seed), (num_features, hidden))
         return {"first": first, "last": jnp.zeros(hidden)}
 
     def weights(outer_params, batch):
-        seen = jax.lax.stop_gradient(features(batch))
-        units = jnp.tanh(seen @ outer_params["first"] / np.sqrt(num_features))
+        inputs, mask = jax.lax.stop_gradient(features(batch)), example_mask(batch)
+        if inputs.ndim != 2 or inputs.shape[1] != num_features:
+            raise ValueError(
+                f"features(batch) has shape {inputs.shape}, but num_features={num_features}: "
+                "return [batch, num_features]"
+            )
+        if mask is not None:
+            inputs = jnp.where(mask[:, None] > 0, inputs, 0.0)  # padding need not be finite
+        units = jnp.tanh(inputs @ outer_params["first"] / np.sqrt(num_features))
         # Divided here, not in the start: a step of x moves a logit as it moves one of a domain.
         logits = units @ outer_params["last"] / hidden
-        return len(logits) * jax.nn.softmax(logits)
+        if mask is None:
+            return len(logits) * jax.nn.softmax(logits)
+        return jnp.sum(mask > 0) * jax.nn.softmax(logits, where=mask > 0)
 
     def shares(outer_params, batch=None):
         if batch is None:
             raise ValueError("shares of a network need a batch: shares(outer_params, batch)")
-        total = jnp.zeros(num_domains).at[batch["domain"]].add(weights(outer_params, batch))
-        return total / total.sum()
+        domain, _ = _domains(batch)
+        # A domain that there is not makes all shares NaN: `rows_at` says so, a scatter would not.
+        inside = rows_at(jnp.ones(num_domains), domain)
+        total = jnp.zeros(num_domains).at[domain].add(inside * weights(outer_params, batch))
+        return jnp.where(jnp.isfinite(inside).all(), total / total.sum(), jnp.nan)
 
     return DataMixture(init, weights, shares)
 
@@ -199,8 +223,7 @@ def select(key: jax.Array, weights: jax.Array, count: int) -> Selected:
         >>> chosen.index.tolist(), chosen.ratio.tolist()
         ([1, 3], [1.0, 1.0])
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count={count!r} must be an integer of at least 1")
+    check_count("count", count)
     return comb(jax.random.uniform(key), weights, count)
 
 

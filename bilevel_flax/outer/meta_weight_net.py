@@ -16,6 +16,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bilevel_flax.checks import check_count
+from bilevel_flax.minibatches import example_mask
 from bilevel_flax.outer.sample_weights import SampleWeights
 
 
@@ -40,8 +42,7 @@ def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> Samp
         >>> [float(w) for w in net.apply(net.init(), {}, jnp.array([0.1, 5.0]))]
         [0.5, 0.5]
     """
-    if not isinstance(hidden, int) or hidden < 1:
-        raise ValueError(f"hidden={hidden!r} must be a positive integer")
+    check_count("hidden", hidden)
 
     def start():
         at, scale = jax.random.split(jax.random.PRNGKey(seed))
@@ -64,7 +65,9 @@ def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> Samp
         return jax.nn.sigmoid(out @ last["kernel"] / jnp.sqrt(float(hidden)) + last["bias"])
 
     def apply(outer_params, batch, losses=None):
-        del batch
+        mask = example_mask(batch)
+        if losses is not None and mask is not None:
+            losses = jnp.where(mask > 0, losses, 0.0)  # the loss of padding need not be finite
         return weights(outer_params, losses)
 
     return SampleWeights(start, apply, weights, per_sample=False, by_loss=True)

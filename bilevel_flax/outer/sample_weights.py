@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import PyTree
+from bilevel_flax.checks import check_count
+from bilevel_flax.minibatches import example_mask
+from bilevel_flax.tree import rows_at
 
 
 class SampleWeights(NamedTuple):
@@ -38,12 +41,6 @@ class SampleWeights(NamedTuple):
     by_loss: bool = False
 
 
-def _checked(num_samples: int) -> int:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}")
-    return num_samples
-
-
 def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
     """w_i = σ(x_i) in (0, 1), each row on its own.
 
@@ -54,7 +51,7 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
     Raises:
         ValueError: n is not a positive integer.
     """
-    n = _checked(num_samples)
+    check_count("num_samples", num_samples)
 
     def apply(outer_params, batch, losses=None):
         del batch, losses
@@ -64,7 +61,7 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
         del losses
         return jax.nn.sigmoid(outer_params)
 
-    return SampleWeights(lambda: jnp.full((n,), init), apply, weights, True)
+    return SampleWeights(lambda: jnp.full((num_samples,), init), apply, weights, True)
 
 
 def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
@@ -80,11 +77,11 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
     Raises:
         ValueError: n is not a positive integer; at trace time `batch["index"]` is missing.
     """
-    n = _checked(num_samples)
+    check_count("num_samples", num_samples)
 
     def weights(outer_params, losses=None):
         del losses
-        return n * jax.nn.softmax(outer_params)
+        return num_samples * jax.nn.softmax(outer_params)
 
     def apply(outer_params, batch, losses=None):
         del losses
@@ -93,9 +90,10 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
                 'softmax weights need batch["index"] (int32 [batch]); '
                 f"the batch has {sorted(batch)}"
             )
-        index = batch["index"]
-        inside = jnp.where((index >= 0) & (index < n), index, n)
-        logits = outer_params.at[inside].get(mode="fill", fill_value=jnp.nan)
-        return n * jnp.exp(logits - jax.nn.logsumexp(outer_params))
+        index, mask = batch["index"], example_mask(batch)
+        if mask is not None:
+            index = jnp.where(mask > 0, index, 0)  # a padded example may point anywhere
+        logits = rows_at(outer_params, index)
+        return num_samples * jnp.exp(logits - jax.nn.logsumexp(outer_params))
 
-    return SampleWeights(lambda: jnp.full((n,), init), apply, weights, False)
+    return SampleWeights(lambda: jnp.full((num_samples,), init), apply, weights, False)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 
 from examples.darts import genotype, selection
 from examples.darts.shares import named_shares, read_shares
+
+NAMES = ("none", "skip", "conv")
 
 
 def shares_at(step: int) -> dict[str, np.ndarray]:
@@ -51,3 +54,44 @@ def test_perturbation_keeps_what_hurts_most_and_the_edges_strength():
         np.testing.assert_array_equal(rows[:, 1:].argmax(1) + 1, useful[cell])
         np.testing.assert_allclose(rows[:, 1:].max(1), weights[cell][:, 1:].max(1))
     genotype.derive(found)
+
+
+def test_the_strongest_of_each_edge():
+    weights = [[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]]
+    assert selection.strongest(weights, NAMES) == ["none", "skip"]
+    assert selection.strongest(weights, NAMES, ("none",)) == ["conv", "skip"]
+    with pytest.raises(ValueError, match="leaves no operation"):
+        selection.strongest(weights, NAMES, NAMES)
+    with pytest.raises(ValueError, match="have shape"):
+        selection.strongest(weights, NAMES[:2])
+
+
+def test_selection_by_perturbation_asks_the_network_not_the_weights():
+    """The largest weight is an operation that nobody needs."""
+    weights = np.array([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1]], np.float32)
+    needed = np.array([[0.0, 0.1, 0.9], [0.0, 0.5, 0.2]])
+    calls = []
+
+    def score(mixture):
+        np.testing.assert_allclose(mixture.sum(-1), 1, rtol=1e-5)
+        calls.append(mixture)
+        return float((needed * (mixture > 0)).sum())
+
+    assert selection.strongest(weights, NAMES) == ["skip", "skip"]
+    assert selection.select_by_perturbation(score, weights, NAMES) == ["conv", "skip"]
+    assert len(calls) == 6
+    # The edge with the most one-sided weights is decided first, and stays so.
+    assert all((mixture[1] == [0, 1, 0]).all() for mixture in calls[3:])
+
+
+def test_stopping_before_a_signal_rises():
+    fall, rise = np.linspace(2, 1, 50), np.linspace(1, 3, 50)
+    signal = np.concatenate([fall, rise])
+    stop = selection.stop_before_rise(signal, window=5, ratio=1.3)
+    assert 50 <= stop < 75
+    assert signal[stop - 4 : stop + 1].mean() <= 1.3 * 1.05
+    assert selection.stop_before_rise(fall, window=5) == 49
+    noisy = fall + 0.05 * np.random.default_rng(0).normal(size=50)
+    assert selection.stop_before_rise(noisy, window=10) == 49
+    with pytest.raises(ValueError, match="ratio"):
+        selection.stop_before_rise(fall, window=5, ratio=1.0)

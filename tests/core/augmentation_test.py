@@ -12,7 +12,7 @@ import pytest
 import bilevel_flax as bf
 from bilevel_flax import oracles
 from bilevel_flax.outer import augmentation
-from bilevel_flax.outer.augmentation import draws, pixels
+from bilevel_flax.outer.augmentation import operation, pixels
 
 KEY = jax.random.PRNGKey(3)
 SIZE = 9
@@ -135,7 +135,7 @@ def test_signals_shift_in_time_and_frequency(x64):
 @pytest.mark.parametrize("rows, batch", [(1, 1), (5, 64)])
 def test_draws_are_spread_evenly(rows, batch):
     seed = 3
-    drawn = np.asarray(draws.spread(jax.random.PRNGKey(seed), rows, batch))
+    drawn = np.asarray(operation.spread(jax.random.PRNGKey(seed), rows, batch))
     assert drawn.min() > 0 and drawn.max() < 1
     parts = np.sort(np.floor(drawn * batch).astype(int), axis=1)
     np.testing.assert_array_equal(parts, np.tile(np.arange(batch), (rows, 1)))
@@ -144,7 +144,7 @@ def test_draws_are_spread_evenly(rows, batch):
 def test_hard_draws_are_applied_as_often_as_the_probability_says():
     policy = augmentation.image_policy(("flip", "rotate"), hard=True)
     x = policy.at({"flip": {"probability": 0.3}, "rotate": {"magnitude": 40.0}})
-    drawn = draws.draw(KEY, 2, 1000)
+    drawn = operation.draw(KEY, 2, 1000)
     amounts = policy.amounts(x, drawn)
     assert set(np.unique(amounts["flip"])) == {0.0, 1.0}
     assert float(amounts["flip"].mean()) == pytest.approx(0.3, abs=2e-3)

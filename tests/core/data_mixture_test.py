@@ -139,16 +139,60 @@ def goal_to_centre(x, mixture, batch, kind):
     return ((best - CENTRES[1]) ** 2).sum()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8"])
+def test_a_domain_that_there_is_not_makes_its_weight_nan(dtype):
+    ids = [0, 2, 3, 255 if dtype == "uint8" else -1]
+    batch = {"domain": jnp.array(ids, dtype), "features": jnp.ones((4, 2))}
+    by_domain = bf.outer.domain_weights(3)
+    assert jnp.isnan(by_domain.weights(LOGITS, batch)).tolist() == [False, False, True, True]
+    net = bf.outer.network_weights(lambda batch: batch["features"], 2, 3)
+    assert jnp.isnan(net.shares(net.init(), batch)).all()
+    slope = jax.grad(lambda x: by_domain.weights(x, batch)[:2].sum())(LOGITS)
+    assert jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("kind", ["domain", "network"])
+def test_padding_has_no_weight_and_no_say(kind):
+    features = jnp.array([[1.0, -1.0], [0.5, 2.0], [0.1, 0.3], [jnp.nan, jnp.inf]])
+    domain, mask = jnp.array([2, 0, 1, 99]), jnp.array([1.0, 1.0, 1.0, 0.0])
+    if kind == "domain":
+        mixture, x = bf.outer.domain_weights(3), LOGITS
+    else:
+        mixture = bf.outer.network_weights(lambda batch: batch["features"], 2, 3)
+        x = mixture.init() | {"last": jnp.linspace(-1.0, 1.0, 32)}
+    real = {"features": features[:3], "domain": domain[:3]}
+    padded = {"features": features, "domain": domain, "mask": mask}
+    expected, found = mixture.weights(x, real), mixture.weights(x, padded)
+    np.testing.assert_allclose(found, [*expected, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(mixture.shares(x, padded), mixture.shares(x, real), rtol=1e-6)
+    each = jnp.array([0.3, 0.7, 0.2, jnp.nan])
+    value = lambda x, batch, n: bf.masked_mean(
+        mixture.weights(x, batch) * each[:n], batch.get("mask")
+    )
+    slope = jax.grad(lambda x: value(x, padded, 4))(x)
+    for a, b in zip(
+        *map(jax.tree.leaves, (slope, jax.grad(lambda x: value(x, real, 3))(x))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: bf.outer.domain_weights(1), "at least 2"),
+        (lambda: bf.outer.domain_weights(1), "num_domains must be an integer >= 2"),
         (lambda: bf.outer.domain_weights(2, proposal=(1, 0)), "2 positive numbers"),
         (lambda: bf.outer.domain_weights(2, temperature=0.0), "temperature=0.0"),
         (lambda: bf.outer.domain_weights(2).weights(jnp.zeros(2), {"text": 1}), "domain"),
-        (lambda: bf.outer.network_weights(len, 3, 2, hidden=0), "hidden=0"),
+        (lambda: bf.outer.network_weights(len, 3, 2, hidden=0), "hidden must be an integer >= 1"),
         (lambda: bf.outer.network_weights(len, 3, 2).shares({}), "need a batch"),
-        (lambda: bf.outer.select(jax.random.PRNGKey(0), jnp.ones(3), 0), "count=0"),
+        (
+            lambda: bf.outer.network_weights(lambda _: jnp.ones((4, 2)), 3, 2).weights({}, {}),
+            "num_features=3",
+        ),
+        (
+            lambda: bf.outer.select(jax.random.PRNGKey(0), jnp.ones(3), 0),
+            "count must be an integer >= 1",
+        ),
     ],
 )
 def test_mistakes_are_named(call, says):

@@ -76,7 +76,7 @@ def test_it_learns_to_distrust_large_losses():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="hidden=0 must be a positive integer"):
+    with pytest.raises(ValueError, match="hidden must be an integer >= 1, got 0"):
         bf.outer.meta_weight_net(hidden=0)
     with pytest.raises(ValueError, match="weighs by the loss"):
         NET.apply(NET.init(), {})

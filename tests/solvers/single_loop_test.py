@@ -496,7 +496,7 @@ def test_softmax_weights_have_mean_one_and_couple_all_examples():
 @pytest.mark.parametrize("count", [0, -1, 2.0, "3"])
 def test_a_number_of_samples_that_is_none(count):
     for make in (outer.sigmoid, outer.softmax):
-        with pytest.raises(ValueError, match="num_samples must be a positive integer"):
+        with pytest.raises(ValueError, match="num_samples must be an integer >= 1"):
             make(count)
 
 

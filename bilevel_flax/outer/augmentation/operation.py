@@ -1,4 +1,4 @@
-"""What a policy knows of an operation: its unit, its range, and whether it goes both ways."""
+"""What a policy knows of an operation, its unit and range, and what is drawn to apply it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 
 class Operation(NamedTuple):
@@ -15,7 +18,7 @@ class Operation(NamedTuple):
         name: as users write it.
         unit: of its amounts.
         limit: the largest magnitude that a policy can learn, unless told otherwise, in `unit`.
-        most: the largest limit that makes sense.
+        max_limit: the largest limit that makes sense.
         signed: amounts are drawn from [-magnitude, magnitude], else from [0, magnitude].
         graded: False: it is applied or not, its magnitude is 1 and is not learned.
     """
@@ -23,7 +26,7 @@ class Operation(NamedTuple):
     name: str
     unit: str
     limit: float
-    most: float
+    max_limit: float
     signed: bool = True
     graded: bool = True
 
@@ -66,10 +69,48 @@ def limits_of(
                 f"limits[{name!r}]={limit}: the policy has no such operation with a magnitude, "
                 f"only {', '.join(graded) or 'none'}"
             )
-        if not (math.isfinite(limit) and 0 < limit <= graded[name].most):
+        if not (math.isfinite(limit) and 0 < limit <= graded[name].max_limit):
             raise ValueError(
-                f"limits[{name!r}]={limit} must lie in (0, {graded[name].most:g}] "
+                f"limits[{name!r}]={limit} must lie in (0, {graded[name].max_limit:g}] "
                 f"({graded[name].unit})"
             )
     given = {name: float(limit) for name, limit in limits.items() if limit is not None}
     return tuple(given.get(operation.name, operation.limit) for operation in operations)
+
+
+class Draws(NamedTuple):
+    """The random part of a policy's application; x comes in afterwards.
+
+    Attributes:
+        amount: float32 [operations, batch] in (0, 1), uniform.
+        applied: float32 [operations, batch] in (0, 1), uniform.
+        key: of what operations draw themselves (noise, places).
+    """
+
+    amount: jax.Array
+    applied: jax.Array
+    key: jax.Array
+
+
+def spread(key: jax.Array, rows: int, batch: int) -> jax.Array:
+    """Uniform draws in (0, 1), [rows, batch], spread evenly over each row.
+
+    A Latin hypercube: every entry is uniform, but of the `batch` equal parts of (0, 1) each holds
+    exactly one entry of a row. The mean over a minibatch then varies less than with independent
+    draws, and with it D_x.
+
+    References:
+        M. D. McKay, R. J. Beckman, W. J. Conover. A comparison of three methods for selecting
+        values of input variables in the analysis of output from a computer code. Technometrics
+        1979.
+    """
+    order, within = jax.random.uniform(key, (2, rows, batch))
+    place = jnp.argsort(order, axis=1).astype(within.dtype)
+    return (place + jnp.clip(within, 1e-4, 1 - 1e-4)) / batch
+
+
+def draw(key: jax.Array, operations: int, batch: int) -> Draws:
+    """All that one minibatch needs."""
+    spread_key, own_key = jax.random.split(key)
+    both = spread(spread_key, 2 * operations, batch)
+    return Draws(both[:operations], both[operations:], own_key)

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.base import PyTree
-from bilevel_flax.outer.augmentation import draws
-from bilevel_flax.outer.augmentation.operation import Operation
+from bilevel_flax.checks import check_count
+from bilevel_flax.outer.augmentation.operation import Draws, Operation, draw
+from bilevel_flax.tree import rows_at
 
 # A fraction of exactly 0 or 1 has no finite logit.
 _ALMOST = 1e-6
@@ -75,9 +76,8 @@ class Policy:
                 )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be > 0")
-        count = self.num_classes
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"num_classes={count!r} must be an integer >= 1, or None")
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class Policy:
         Args:
             outer_params: x.
         """
-        found = {}
+        values = {}
         for each, limit in zip(self.operations, self.limits, strict=True):
             leaves = outer_params[each.name]
             probability = np.asarray(jax.nn.sigmoid(leaves["probability"]), np.float64)
@@ -161,11 +161,11 @@ class Policy:
                 magnitude = limit * np.asarray(jax.nn.sigmoid(leaves["magnitude"]), np.float64)
             else:
                 magnitude = np.ones_like(probability)
-            found[each.name] = {
+            values[each.name] = {
                 "magnitude": magnitude.tolist(),
                 "probability": probability.tolist(),
             }
-        return found
+        return values
 
     def strengths(self, outer_params: PyTree) -> dict[str, np.ndarray]:
         """Probability times magnitude as a fraction of its limit, in [0, 1]: [] or [num_classes].
@@ -173,16 +173,16 @@ class Policy:
         Args:
             outer_params: x.
         """
-        found = self.learned(outer_params)
+        values = self.learned(outer_params)
         return {
-            each.name: np.asarray(found[each.name]["probability"])
-            * np.asarray(found[each.name]["magnitude"])
+            each.name: np.asarray(values[each.name]["probability"])
+            * np.asarray(values[each.name]["magnitude"])
             / (limit if each.graded else 1.0)
             for each, limit in zip(self.operations, self.limits, strict=True)
         }
 
     def amounts(
-        self, outer_params: PyTree, drawn: draws.Draws, labels: jax.Array | None = None
+        self, outer_params: PyTree, drawn: Draws, labels: jax.Array | None = None
     ) -> dict[str, jax.Array]:
         """How much of each operation each example gets, float32 [batch], in the units.
 
@@ -194,9 +194,9 @@ class Policy:
         batch = drawn.amount.shape[1]
 
         def of_examples(leaf):
-            return jnp.broadcast_to(leaf, (batch,)) if labels is None else leaf[labels]
+            return jnp.broadcast_to(leaf, (batch,)) if labels is None else rows_at(leaf, labels)
 
-        found = {}
+        amounts = {}
         for number, (each, limit) in enumerate(zip(self.operations, self.limits, strict=True)):
             leaves = outer_params[each.name]
             chance, size = drawn.applied[number], drawn.amount[number]
@@ -208,8 +208,8 @@ class Policy:
             if each.graded:
                 size = 2 * size - 1 if each.signed else size
                 gate = gate * limit * jax.nn.sigmoid(of_examples(leaves["magnitude"])) * size
-            found[each.name] = gate
-        return found
+            amounts[each.name] = gate
+        return amounts
 
     def apply(
         self,
@@ -226,7 +226,7 @@ class Policy:
                 [batch, time, channels].
             key: of all draws. A stateful loss is handed one key a step; with it primal and
                 tangents see the same draw.
-            labels: int [batch], for a policy by class.
+            labels: int [batch], for a policy by class; NaN comes of one outside the classes.
 
         Returns:
             As `examples`.
@@ -236,7 +236,7 @@ class Policy:
             ValueError: examples of a wrong rank, labels that are missing or of a wrong shape.
         """
         self._check(examples, labels)
-        drawn = draws.draw(key, len(self.operations), len(examples))
+        drawn = draw(key, len(self.operations), len(examples))
         by_class = None if self.num_classes is None else labels
         amounts = self.amounts(outer_params, drawn, by_class)
         amounts = {name: amount.astype(examples.dtype) for name, amount in amounts.items()}

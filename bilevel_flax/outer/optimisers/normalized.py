@@ -22,7 +22,7 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Rows, Table
-from bilevel_flax.outer import visited
+from bilevel_flax.outer.optimisers.robust import mean_over_rows
 from bilevel_flax.per_sample import RowTransformation
 
 
@@ -67,7 +67,7 @@ def normalized_sgd(
         del extra_args
         if params is None:
             raise ValueError("normalized_sgd needs params: update(updates, state, params)")
-        square = functools.partial(visited.mean, size=jnp.square)
+        square = functools.partial(mean_over_rows, size=jnp.square)
         now = jax.tree.map(square, updates, params, is_leaf=rows.is_rows)
         mean_square = jax.tree.map(
             lambda old, new: decay * old + (1 - decay) * new, state.mean_square, now

@@ -26,6 +26,7 @@ References:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,6 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Rows, Table
-from bilevel_flax.outer import visited
 from bilevel_flax.per_sample import RowTransformation
 
 
@@ -46,6 +46,24 @@ class RobustState(NamedTuple):
     start: Any  # the same, mean of x_0
     spread: Any  # the same, mean of |x_0 - start|
     distance: Any  # the same, running mean of |x - start|, of rows
+
+
+def mean_over_rows(node: Any, leaf: jax.Array, size: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The mean of `size(values)` over a dense leaf, or over the visited rows of a per-sample one.
+
+    Args:
+        node: a direction's leaf, dense or `Rows`.
+        leaf: x's leaf; a row's index of its length stands for "no row".
+        size: of an array of float32, entry by entry.
+
+    Returns:
+        A float32 scalar; 0 where no row was visited.
+    """
+    if not rows.is_rows(node):
+        return jnp.mean(size(node.astype(jnp.float32)))
+    real = node.index < leaf.shape[0]
+    by_row = size(node.values.astype(jnp.float32)).reshape(len(node.index), -1).mean(1)
+    return jnp.sum(jnp.where(real, by_row, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
 
 def robust_sgd(
@@ -118,7 +136,7 @@ def robust_sgd(
             if not rows.is_rows(node):
                 return jnp.zeros(())
             here = Rows(node.index, leaf.at[node.index].get(mode="fill", fill_value=0))
-            return visited.mean(here, leaf, lambda values: jnp.abs(values - start))
+            return mean_over_rows(here, leaf, lambda values: jnp.abs(values - start))
 
         def row_rate(node, leaf, spread, distance):
             rate = now(learning_rate)
@@ -143,7 +161,7 @@ def robust_sgd(
         def over(function, *trees):
             return jax.tree.map(function, *trees, is_leaf=rows.is_rows)
 
-        typical = over(functools.partial(visited.mean, size=jnp.abs), updates, params)
+        typical = over(functools.partial(mean_over_rows, size=jnp.abs), updates, params)
         size = jax.tree.map(running, state.size, typical)
         distance = jax.tree.map(running, state.distance, over(gone, updates, params, state.start))
         moved = over(step, updates, size, params, state.spread, distance)

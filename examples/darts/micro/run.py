@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from bilevel_flax.base import BilevelSolver
-from bilevel_flax.outer import architecture
 from bilevel_flax.train.errors import raise_if_diverged
 from bilevel_flax.train.step_runner import StepRunner
+from examples.darts import selection
 from examples.darts.micro import methods
 from examples.darts.micro.search import CELL, Search
 from examples.darts.micro.space import OPERATIONS, Genotype, check
@@ -88,5 +88,5 @@ def derive(weights: np.ndarray, names: tuple[str, ...] = OPERATIONS) -> Genotype
     Normalisation undoes the scale of an edge, so that the weight of `none` says little about it,
     and one `none` in the row of edges disconnects them all.
     """
-    chosen = architecture.strongest(weights, names, leave_out=("none",))
+    chosen = selection.strongest(weights, names, leave_out=("none",))
     return check(chosen, "the derived genotype")

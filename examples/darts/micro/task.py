@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 import bilevel_flax as bf
-from bilevel_flax.outer import architecture
 from bilevel_flax.train.config import ConfigError, nearest
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
 from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.workdir import read_json, write_json
+from examples.darts import selection
 from examples.darts.micro import methods as micro_methods
 from examples.darts.micro import scores as micro_scores
 from examples.darts.micro import table as micro_table
@@ -87,7 +87,7 @@ def make_task(config: Any) -> Task:
         found = shares(state)
         return {
             "validation_error": 1 - search.accuracy(state.inner_params, found),
-            "mixture_entropy": float(architecture.entropy(found)),
+            "mixture_entropy": float(selection.entropy(found)),
         } | {
             f"{_PREFIX}/{start}-{end}/{name}": float(share)
             for (start, end), row in zip(EDGES, found, strict=True)
@@ -100,7 +100,7 @@ def make_task(config: Any) -> Task:
         found, z = shares(state), state.inner_params
         if config.selection == "perturbation":
             accuracy = lambda weights: search.accuracy(z, weights)
-            chosen = architecture.select_by_perturbation(accuracy, found, names, ("none",))
+            chosen = selection.select_by_perturbation(accuracy, found, names, ("none",))
             genotype = check(chosen, "the derived genotype")
         else:
             genotype = derive(found, names)
