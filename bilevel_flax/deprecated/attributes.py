@@ -13,7 +13,9 @@ ATTRIBUTES = {
     "bilevel_flax.masoba": "bilevel_flax.contrib:masoba",
     "bilevel_flax.mrbo": "bilevel_flax.contrib:mrbo",
     "bilevel_flax.outer.architecture.entropy": "examples.darts.selection:entropy",
-    "bilevel_flax.outer.architecture.select_by_perturbation": "examples.darts.selection:select_by_perturbation",
+    "bilevel_flax.outer.architecture.select_by_perturbation": (
+        "examples.darts.selection:select_by_perturbation"
+    ),
     "bilevel_flax.outer.architecture.stop_before_rise": "examples.darts.selection:stop_before_rise",
     "bilevel_flax.outer.architecture.strongest": "examples.darts.selection:strongest",
     "bilevel_flax.random_search": "bilevel_flax.bench.search_baselines:random_search",
