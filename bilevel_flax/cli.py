@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
     report = commands.add_parser("report", help="write report.html anew from a run's files")
     report.add_argument("workdir", type=Path, metavar="DIR")
+    report.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the sections that DIR/config.json names out of the working directory's modules",
+    )
     _add_bench(commands)
     _add_plan(commands)
     commands.add_parser("solvers", help="the methods: cost, memory, when to use which")
@@ -197,7 +202,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from bilevel_flax.train import multihost as distributed
 
     if arguments.command == "report":
-        print(train.make_report(arguments.workdir.expanduser()))
+        print(train.make_report(arguments.workdir.expanduser(), trust=arguments.trust))
         return 0
     distributed.start(_processes(arguments))
     # Loaded by all or by none: a slip in one process's command ends all of them at once.
@@ -227,8 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and parsed.command not in ("train", "plan"):
         print(f"error: {parsed.command} takes no --config overrides", file=sys.stderr)
         return 2
-    # The folder the command is given in, as for `python -m`: reports name `examples...`.
-    sys.path.insert(0, os.getcwd())
+    # The folder the command is given in, as for `python -m`: configs name `examples...`. A report
+    # is made of a folder that may be somebody else's, and one may stand in it.
+    if parsed.command != "report" or parsed.trust:
+        sys.path.insert(0, os.getcwd())
     shipped.make_importable()
     try:
         code = _run(parsed, overrides)

@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 100
     config.eval_every = 200
     config.checkpoint = {"every": 1000, "keep": 3}
-    config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
+    config.health = {"every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
     config.mesh = config_dict.placeholder(str)
     config.collectives = config_dict.placeholder(str)

@@ -55,7 +55,6 @@ def get_config(size: str = "1b") -> ml_collections.ConfigDict:
     config.eval_every = 100
     config.checkpoint = {"every": 500, "keep": 3}
     config.health = {
-        "share": 0.03,
         "every": config_dict.placeholder(int),
         "summary": False,
     }

@@ -54,7 +54,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     config.log_every = 100
     config.eval_every = 200
     config.checkpoint = {"every": 1000, "keep": 3}
-    config.health = {"share": 0.03, "every": config_dict.placeholder(int), "summary": True}
+    config.health = {"every": config_dict.placeholder(int), "summary": True}
     config.on_device = config_dict.placeholder(bool)
     config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
     config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow

@@ -15,6 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
+from bilevel_flax.data import FiniteSum
 
 INNER_SHAPES = {"b": (3,), "w": (2, 2)}
 OUTER_SHAPES = {"s": (2, 1), "u": (2,)}
@@ -166,6 +167,20 @@ class Quadratics:
         return bf.Variables(
             self._as_inner(draw(p)), self._as_inner(draw(p)), self._as_outer(draw(d))
         )
+
+
+def finite_sums(source: Any) -> tuple[FiniteSum, FiniteSum]:
+    """A problem's minibatches as the data that loops and diagnostics take."""
+    sums = []
+    for batches, weights in (
+        (source.inner_batches, source.inner_weights),
+        (source.outer_batches, source.outer_weights),
+    ):
+        num_batches, size = batches["index"].shape
+        leaves = jax.tree.map(np.asarray, batches)
+        count = round(leaves["mask"].sum()) if "mask" in leaves else num_batches * size
+        sums.append(FiniteSum(leaves, np.asarray(weights), count, num_batches, size))
+    return sums[0], sums[1]
 
 
 def _inner_quadratic(z, x, batch):

@@ -95,6 +95,7 @@ def make(name: str, context: Context) -> BenchTask:
         measure=measure,
         optimizers=optimizers,
         quantity="test error",
+        unit="fraction",
         default=DEFAULT,
         seconds=30.0,
         published=(_HEADER, _PUBLISHED),

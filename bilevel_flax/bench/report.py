@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from bilevel_flax.bench.results import DIVERGED, Row, Runs, score, time_below
 from bilevel_flax.bench.tasks import BenchTask
+from bilevel_flax.train.metrics.units import FRACTION
 from bilevel_flax.train.report import page as report
-from bilevel_flax.train.report.plots import COLOURS, PERCENT, as_title, is_rate, new_figure
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, as_title, new_figure
 from bilevel_flax.train.report.sections import figure_html, note_html
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -55,7 +56,7 @@ def _number(value: float, rate: bool = False) -> str:
 
 def table(bench_task: BenchTask, runs: Runs, clock: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows, a method a row, best final gap first."""
-    rate = is_rate(bench_task.quantity)
+    rate = bench_task.unit == FRACTION
     header = ["solver", "ρ, ρ/γ", f"final {bench_task.quantity}", "20-80 %"]
     published = bench_task.published_finals
     header += ["published"] if published else []
@@ -127,7 +128,7 @@ def write(
     sections = [report.table_section("Methods", *table(bench_task, chosen, name), _TABLE_NOTE)]
     grid = "".join(
         f"<div><h3>against {_LABELS[axis]}</h3>"
-        f"{figure_html(curves(bench_task.quantity, chosen, axis), f'bench {axis}')}</div>"
+        f"{figure_html(curves(bench_task, chosen, axis), f'bench {axis}')}</div>"
         for axis in ("seconds", "cpu_seconds", "oracle_units")
     )
     note = note_html("Line: median over seeds. Band: 20 to 80 %. A curve ends where runs diverged.")
@@ -150,9 +151,7 @@ def write(
         for section in sections
     )
     path = out / "bench.html"
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(report.page(f"{bench_task.name} · bilevel_flax bench", body), encoding="utf-8")
-    return fresh.replace(path)
+    return report.write_page(path, report.page(f"{bench_task.name} · bilevel_flax bench", body))
 
 
 _TABLE_NOTE = (
@@ -163,7 +162,7 @@ _TABLE_NOTE = (
 
 
 def _grid_section(bench_task: BenchTask, runs: Runs) -> report.Section:
-    rate = is_rate(bench_task.quantity)
+    rate = bench_task.unit == FRACTION
     rows = [
         [key.solver, key.params, _number(rows[-1].gap, rate), _number(score(rows)), rows[-1].status]
         for key, rows in sorted(runs.items(), key=lambda item: (item[0].solver, score(item[1])))
@@ -199,9 +198,9 @@ def band(group: list[list[Row]], axis: str) -> np.ndarray:
     return np.concatenate([points[None], summary])
 
 
-def curves(quantity: str, runs: Runs, axis: str) -> Figure:
+def curves(bench_task: BenchTask, runs: Runs, axis: str) -> Figure:
     """The gap of every method against time or oracle units."""
-    rate = is_rate(quantity)
+    rate = bench_task.unit == FRACTION
     figure, axes = new_figure(6.2, 4.0)
     empty = True
     for number, (solver, group) in enumerate(by_solver(runs).items()):
@@ -224,6 +223,6 @@ def curves(quantity: str, runs: Runs, axis: str) -> Figure:
     else:
         axes.set_yscale("log")
     axes.set_xlabel(_LABELS[axis])
-    axes.set_ylabel(quantity)
+    axes.set_ylabel(bench_task.quantity)
     figure.legend(loc="outside upper left", ncols=5, frameon=False)
     return figure

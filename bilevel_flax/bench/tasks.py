@@ -98,6 +98,7 @@ class BenchTask(NamedTuple):
         measure: `measure(state) -> Measured`.
         optimizers: `optimizers(setting) -> Optimizers`.
         quantity: what `gap` is, for axes and tables.
+        unit: what it is measured in, as `Task.units`; "fraction" is shown in percent.
         default: (ρ, ratio) for all other solvers.
         seconds: the default budget of a run.
         tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them: `make` fills it.
@@ -115,6 +116,7 @@ class BenchTask(NamedTuple):
     quantity: str
     default: tuple[float, float]
     seconds: float = 30.0
+    unit: str = ""
     tuned: Mapping[str, tuple[float, float]] = MappingProxyType({})
     box: tuple[float, float] | None = None
     published: tuple[Sequence[str], Sequence[Sequence[Any]]] = ((), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from bilevel_flax.train import metrics as writers
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.errors import Diverged, Interrupted
+from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import page as report
+from bilevel_flax.train.report import trusted
 from bilevel_flax.train.run_mesh import make_layout
 from bilevel_flax.train.setup import check_counts, make_solver, make_task
 from bilevel_flax.train.task import Task
@@ -63,7 +66,11 @@ def _hush(line: str) -> None:
     del line
 
 
-def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: configs.Config,
+    workdir: str | Path,
+    metric_writers: Sequence[writers.MetricWriter] = (),
+) -> dict[str, Any]:
     """Runs a config to its end, or resumes it; a finished run returns at once.
 
     Args:
@@ -73,11 +80,11 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
             `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True, False, or None to
             decide by size), `mesh`, `rules` and `collectives` (many devices, see
             docs/sharding.md), `report` (`module:function` that gives the report's sections),
-            `health` (optional: `share` of the run's cost for its measurements, `every`, `summary`;
-            see docs/health.md), `distributed` (optional: as `distributed.start` takes it; see
-            docs/multi_host.md).
+            `health` (optional: `every`, `summary`; see docs/health.md), `distributed` (optional: as
+            `distributed.start` takes it; see docs/multi_host.md).
         workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard
             events, `checkpoints/` and `report.html`.
+        metric_writers: further ones, with the methods of clu's `MetricWriter`.
 
     Returns:
         The summary, as in `summary.json`.
@@ -101,7 +108,7 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
         if processes.broadcast((workdir / "summary.json").exists()):
             say(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
             if leads and not (workdir / "report.html").exists():
-                make_report(workdir)
+                make_report(workdir, config.get("report"))
             return workdirs.read_json(workdir / "summary.json")
 
         task = processes.run_on_each(lambda: make_task(config))
@@ -112,7 +119,7 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
         if said:
             say(said)
         solver = processes.run_on_each(lambda: make_solver(config.solver, task))
-        trained = train_loop(config, workdir, task, solver, record, layout)
+        trained = train_loop(config, workdir, task, solver, record, layout, metric_writers)
         whole = trained._replace(state=distributed.gather_to_host(trained.state))
         # What follows may take as long as the training did; the others wait.
         results = distributed.Channel("conclusion", seconds=_WEEK).run_on_leader(
@@ -121,7 +128,9 @@ def train_and_evaluate(config: configs.Config, workdir: str | Path) -> dict[str,
         trained.loop.close()
     numbers = config_diff.flatten(results)
     for name in task.headline:
-        say(f"{name:28s} {numbers[name]:.4f}")
+        say(f"{name:28s} {format_value(numbers[name], unit_of(name, task.units))}")
+    if "conclusion" in results:
+        say(results["conclusion"])
     say(f"report: {workdir / 'report.html'}")
     return results
 
@@ -189,7 +198,7 @@ def _conclude(
         "versions": summary.versions(),
     }
     workdirs.write_json(workdir / "summary.json", results)
-    make_report(workdir)
+    make_report(workdir, config.get("report"))
     return results
 
 
@@ -198,8 +207,21 @@ def _readable(side: data.FiniteSum) -> data.FiniteSum:
     return data.subsample(side, _OF_A_STREAM) if side.streamed else side
 
 
-def make_report(workdir: Path) -> Path:
+def make_report(
+    workdir: Path,
+    sections: str | None = None,
+    *,
+    trust: bool = False,
+    say: Callable[[str], None] = _say,
+) -> Path:
     """Writes `report.html` from the files of a workdir.
+
+    Args:
+        workdir: of a run.
+        sections: `module:function` that gives the task's sections, out of the caller's own config;
+            None: what the folder's config names, as far as it is trusted (SECURITY.md).
+        trust: also run code of the working directory that the folder's config names.
+        say: prints a line, where the task's sections are left out.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -209,9 +231,16 @@ def make_report(workdir: Path) -> Path:
         raise FileNotFoundError(
             f"{workdir} holds no run (no config.json): give the --workdir of one"
         )
-    name = workdirs.read_json(path).get("report")
-    sections = configs.imported(name)(workdir) if name else ()
-    return report.write_report(workdir, sections=sections)
+    parts: Sequence[report.Section] = ()
+    named = workdirs.read_json(path).get("report")
+    if sections is not None:
+        parts = configs.imported(sections)(workdir)
+    elif named is not None:
+        try:
+            parts = trusted.find_sections(named, workdir, trust=trust)(workdir)
+        except trusted.UntrustedError as error:
+            say(f"the report's own sections are left out: {error}")
+    return report.write_report(workdir, sections=parts)
 
 
 __getattr__ = deprecated.names(__name__)

@@ -51,9 +51,10 @@ class Task:
         init: `init(rng) -> InitialValues`.
         inner: the inner data.
         outer: the outer data.
-        evaluate: `evaluate(state) -> {name: float}`, at every `eval_every` steps. It must not
-            look at test data. Names that begin with "_" go to the files alone, for
-            a report of the task's own: they are neither printed nor drawn among the curves.
+        evaluate: `evaluate(state)`, at every `eval_every` steps: a dict of numbers by name, or a
+            `clu.metrics.Collection`. It must not look at test data. Names that begin with "_" go
+            to the files alone, for a report of the task's own: they are neither printed nor drawn
+            among the curves.
         final_metrics: `final_metrics(state, workdir, log) -> {name: value}`, once, after the last
             step: what else belongs into `summary.json` (final errors, baselines). It may write
             files into the workdir; what takes long is stored there as it comes, so that a killed
@@ -66,6 +67,10 @@ class Task:
         headline: names in the summary, in the order in which a person wants to read them: printed
             at the end of a run, and the report's cards. A dot leads into a mapping: `"test.soba"`.
         rules: on a mesh, which axes of z's leaves are cut, as for `sharding.state_shardings`.
+        units: what the values of `evaluate` and `final_metrics` are measured in, by name:
+            "fraction" (a number in [0, 1], shown in percent), "count", "seconds", or any text to
+            stand behind the number ("nats"). A name without one is shown as it is; the name of a
+            family, what precedes a slash or a dot, stands for its members.
     """
 
     problem: Problem
@@ -80,6 +85,7 @@ class Task:
     best_metric: str | None = None
     headline: Sequence[str] = ()
     rules: Any = None
+    units: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Task.__init__ = deprecated.renamed_arguments(finish="final_metrics", select="best_metric")(

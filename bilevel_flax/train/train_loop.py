@@ -8,9 +8,8 @@ may differ between them (a signal, a clock, a disk) goes through a channel befor
 
 from __future__ import annotations
 
-import functools
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.errors import Interrupted, raise_if_diverged
 from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.health import thresholds as health_ranges
-from bilevel_flax.train.metrics.mean import Window
+from bilevel_flax.train.metrics.accumulator import MetricAccumulator
 from bilevel_flax.train.metrics.progress_bar import Progress
 from bilevel_flax.train.preemption import PreemptionGuard
 from bilevel_flax.train.step_runner import StepRunner
@@ -61,6 +60,7 @@ def train_loop(
     solver: BilevelSolver,
     record: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    metric_writers: Sequence[writers.MetricWriter] = (),
 ) -> Trained:
     """The loop itself: all steps from the newest checkpoint, or from the start.
 
@@ -72,6 +72,8 @@ def train_loop(
         record: the config as the user gave it, for `config.json` and the checkpoints; None: as
             `config` is now.
         layout: of many devices (`run_mesh.make_layout`); None: one device.
+        metric_writers: further ones, with the methods of clu's `MetricWriter`; process 0 calls
+            them, and closes them at the end.
 
     Raises:
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
@@ -93,18 +95,16 @@ def train_loop(
         on_device=config.on_device,
         layout=layout,
     )
-    step, window, totals = 0, Window(), dict.fromkeys(("oracle_units", *StepRunner.CLOCKS), 0.0)
+    step, window = 0, MetricAccumulator()
+    totals = dict.fromkeys(("oracle_units", *StepRunner.CLOCKS), 0.0)
     progress = Progress(config.steps, quiet=not leads)
     messages: list[str] = []
-    settings = config.get("health") or {}
     monitor = health.Monitor(
         task,
-        solver,
-        loop,
         config.steps,
         start.outer_params,
-        settings,
-        config.log_every,
+        config.eval_every,
+        config.get("health") or {},
         messages.append,
     )
     with (
@@ -121,29 +121,25 @@ def train_loop(
             state, step = restored.state, restored.step
             for sampler, saved in zip(loop.samplers, restored.meta["samplers"], strict=True):
                 sampler.check(saved)
-            window, totals = Window(**restored.meta["window"]), restored.meta["totals"]
+            window, totals = MetricAccumulator(**restored.meta["window"]), restored.meta["totals"]
             messages.append(f"resuming {workdir} at step {step}")
         if step == 0 and leads:  # of a run that ended before its first checkpoint
             (workdir / "best.npz").unlink(missing_ok=True)
         best = BestCheckpoint(workdir / "best.npz")
-        kept, history = [], []
+        writer, watch = writers.MultiWriter([]), health_ranges.Watch()
         if leads:
             workdirs.write_json(workdir / "config.json", record)
-            kept.append(writers.JsonlWriter(workdir / "metrics.jsonl"))
-            kept[0].truncate_after(step)
-            kept.append(writers.TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1))
-            history = writers.read_metrics(workdir / "metrics.jsonl")
-        writer = writers.MultiWriter(kept)
+            workdirs.write_json(workdir / "units.json", task.units)
+            writer = writers.open_writers(workdir, step, metric_writers, messages.append)
+            watch = health_ranges.Watch(writers.read_metrics(workdir / "metrics.jsonl"))
 
         def write(step: int, values: dict[str, float]) -> None:
             writer.write_scalars(step, values)
-            history.append({"step": step, **values})
-            said = health_ranges.warnings(history)
-            if said:
-                messages.extend(f"step {step}: warning: {text}" for text in said.values())
-                texts = {health_ranges.PREFIX + name: text for name, text in said.items()}
-                writer.write_texts(step, texts)
-                history.append({"step": step, **texts})
+            texts = watch({"step": step, **values})
+            messages.extend(f"step {step}: warning: {text}" for text in texts.values())
+            if texts:
+                named = {health_ranges.PREFIX + name: text for name, text in texts.items()}
+                writer.write_texts(step, named)
 
         def totals_now() -> dict[str, float]:
             return totals | {name: totals[name] + getattr(loop, name) for name in StepRunner.CLOCKS}
@@ -170,8 +166,9 @@ def train_loop(
                 f"{name}: saved at step {step}; the same command resumes", signal.Signals(received)
             )
 
+        first = step
         every = [config.log_every, config.eval_every, config.checkpoint.every]
-        every += [monitor.plan.every] if monitor.plan.every else []
+        every += [monitor.every] if monitor.every else []
         try:
             if step < config.steps:
                 messages += [summary.cost_line(solver)]
@@ -199,11 +196,12 @@ def train_loop(
                 shown = {}
                 if step % config.log_every == 0 or step == config.steps:
                     shown = window.means() | {"oracle_units": totals["oracle_units"]}
-                    window = Window()
+                    window = MetricAccumulator()
                 if step % config.eval_every == 0 or step == config.steps:
                     whole = distributed.gather_to_host(state)
-                    found = processes.run_on_each(functools.partial(task.evaluate, whole))
-                    shown |= {k: float(v) for k, v in found.items()}
+                    shown |= processes.run_on_each(
+                        lambda whole=whole: writers.as_scalars(task.evaluate(whole))
+                    )
                     if task.best_metric is not None and leads:
                         network = (whole.inner_params, whole.model_state)
                         best.maybe_save(step, shown[task.best_metric], network)
@@ -211,17 +209,18 @@ def train_loop(
                     shown |= monitor(state, step)
                 if shown:
                     write(step, shown)
-                progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)})
+                pace = (step - first) / loop.seconds if loop.seconds else None
+                progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)}, pace)
                 if step % config.checkpoint.every == 0 or step == config.steps:
                     save(state, step)
                 stop_if_asked(state, step)
             checkpointer.wait()
         finally:
+            writer.close()
             while messages:
                 progress.say(messages.pop(0))
             progress.close()
             loop.close()
-            writer.close()
     return Trained(state, totals_now(), loop, monitor)
 
 

@@ -238,4 +238,5 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=tuple(f"test_error.{name}" for name in shown),
+        units={"validation_error": "fraction", "test_error": "fraction"},
     )

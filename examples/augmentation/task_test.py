@@ -15,7 +15,7 @@ from examples.augmentation import compared, images, signals, task
 CONFIG = Path(__file__).parents[2] / "configs" / "augmentation.py"
 SHORT = ["data.name=signals", "data.splits=(128,128,128)", "health.summary=False", "steps=4"]
 SHORT += [
-    "health.share=0.0",
+    "health.every=0",
     "eval_every=2",
     "uniform_magnitudes=(0.2,)",
     "operations=('time_shift','sign_flip')",

@@ -77,7 +77,7 @@ def make_task(config: Any, images: Images | None = None) -> Task:
 
     Args:
         config: keys `network` (`width`, `cells`, `reductions`, `stem_stride`, `as_matrix`), `data`,
-            `batch_size`, `selection`, `stop`, `health.share`, `seed`.
+            `batch_size`, `selection`, `stop`, `health.every`, `seed`.
         images: the data; None: what `config.data` asks for.
 
     Raises:
@@ -90,10 +90,10 @@ def make_task(config: Any, images: Images | None = None) -> Task:
                 f"--config.{key}={config[key]}: choose one of {', '.join(known)}"
                 f"{nearest(config[key], known)}"
             )
-    if config.stop == "residual" and not config.health.share:
+    if config.stop == "residual" and config.health.every == 0:
         raise ConfigError(
             "--config.stop=residual needs the run's measurements of the adjoint: set "
-            "--config.health.share=0.03"
+            "--config.health.every=100"
         )
     images = load_images(config) if images is None else images
     stack = stack_of(config, images.train.image.shape[1])
@@ -151,4 +151,7 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=("supernet_validation_error", "skip_fraction"),
+        units=dict.fromkeys(
+            ("validation_error", "supernet_validation_error", "skip_fraction"), "fraction"
+        ),
     )

@@ -153,6 +153,7 @@ def make_task(config: Any) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=("nats_per_token",),
+        units={"nats_per_token": "nats", "mixture": "fraction"},
         rules=RULES,
     )
 

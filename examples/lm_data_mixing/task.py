@@ -239,6 +239,7 @@ def make_task(config: Any) -> Task:
             for name in (baselines.METHODS if config.baselines else ("soba",))
             for when in ("before", "after")
         ],
+        units={"validation_nats_per_byte": "nats", "nats_per_byte": "nats", "mixture": "fraction"},
         rules=RULES,
     )
 

@@ -35,6 +35,11 @@ _ERRORS = (
     ("test_error_refit", "refit: that and the validation data"),
     ("test_error_clean", "true labels"),
 )
+# What one could have without any learned weight.
+_PLAIN = (
+    ("test_error_validation_only", "the clean validation data alone"),
+    ("test_error_no_weights", "all labels as they are"),
+)
 _LEARNED = ("test_error", "test_error_retrained", "test_error_refit")
 _REQUIRED = (
     "weights",
@@ -133,6 +138,31 @@ def write_suspicious_csv(
     return fresh.replace(path)
 
 
+def conclusion(summary: Mapping[str, Any]) -> str:
+    """One sentence: which network to hand over, and what it is worth beside plain training.
+
+    Args:
+        summary: with the errors of the baselines, in [0, 1].
+    """
+    errors = {label: summary[key] for key, label in _PLAIN if key in summary}
+    ours = summary["test_error_refit"]
+    if not errors:
+        return f"The network to hand over (refit) has a test error of {100 * ours:.2f} %."
+    better = min(errors, key=lambda label: errors[label])
+    beside = ", ".join(f"{100 * error:.2f} % with {label}" for label, error in errors.items())
+    if errors[better] < ours:
+        return (
+            f"Cleaning did not pay here: {better} did better, with a test error of "
+            f"{100 * errors[better]:.2f} % against {100 * ours:.2f} % of the network that was "
+            "trained on all data with the learned weights (refit). Hand over the former, or train "
+            "for longer (epochs)."
+        )
+    return (
+        "The network to hand over was trained on all data with the learned weights (refit): a test "
+        f"error of {100 * ours:.2f} %, against {beside}."
+    )
+
+
 def _errors(summary: Mapping[str, Any]) -> list[Section]:
     bars = [
         (label, summary[key], key)
@@ -156,6 +186,8 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     axes.set_xlabel("test error")
     caption = "Same training budget for all, each stopped early on the validation data"
     caption += ", but for refit." if "test_error_refit" in keys else "."
+    if "test_error_refit" in keys and "conclusion" not in summary:  # a run of version 0.1
+        caption = f"{conclusion(summary)} {caption}"
     if "test_error_clean" in keys:
         caption += " True labels are what perfect cleaning would give."
     return [figure_section("Test error against the baselines", figure, caption)]

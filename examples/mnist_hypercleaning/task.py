@@ -53,9 +53,9 @@ FIXED = bf.outer.SampleWeights(
     per_sample=False,
 )
 HEADLINE = (
-    "test_error",
+    "test_error_refit",  # the network that one would hand over
     "test_error_retrained",
-    "test_error_refit",
+    "test_error",
     "test_error_no_weights",
     "test_error_validation_only",
     "test_error_clean",
@@ -232,7 +232,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
 
     def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         found = learned(state)
-        results = {
+        results: dict[str, Any] = {
             **evaluate(state),
             "test_error": error(model, state, examples.test_images, examples.test_labels),
         }
@@ -250,6 +250,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 workdir,
                 log,
             )
+            results["conclusion"] = report.conclusion(results)
         return results
 
     return Task(
@@ -266,6 +267,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         final_metrics=final_metrics,
         best_metric="validation_error",  # as the baselines: stopped early on validation data
         headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
+        units={name: "fraction" for name in (*HEADLINE[:-1], "validation_error")},
     )
 
 

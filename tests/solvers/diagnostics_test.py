@@ -9,26 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import logistic, quadratics
+from problems import finite_sums, logistic, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import data, diagnostics
 from bilevel_flax.solvers.soba import directions
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def finite_sums(source: Any) -> tuple[data.FiniteSum, data.FiniteSum]:
-    sums = []
-    for batches, weights in (
-        (source.inner_batches, source.inner_weights),
-        (source.outer_batches, source.outer_weights),
-    ):
-        num_batches, size = batches["index"].shape
-        leaves = jax.tree.map(np.asarray, batches)
-        count = round(leaves["mask"].sum()) if "mask" in leaves else num_batches * size
-        sums.append(data.FiniteSum(leaves, np.asarray(weights), count, num_batches, size))
-    return sums[0], sums[1]
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diagnostics_test import finite_sums, flat, whole
+from diagnostics_test import flat, whole
 from jax.flatten_util import ravel_pytree
-from problems import logistic, quadratics
+from problems import finite_sums, logistic, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import diagnostics

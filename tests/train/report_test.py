@@ -21,8 +21,14 @@ from bilevel_flax.train.report.page import (
     table_section,
     write_report,
 )
-from bilevel_flax.train.report.plots import curve_figures, smooth
-from examples.mnist_hypercleaning.report import load_learned, sections, write_suspicious_csv
+from bilevel_flax.train.report.plots import PERCENT, curve_figures, smooth
+from examples.mnist_hypercleaning.report import (
+    conclusion,
+    load_learned,
+    sections,
+    write_suspicious_csv,
+)
+from examples.mnist_hypercleaning.task import HEADLINE
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -81,6 +87,8 @@ def make_run(workdir, corrupted=True):
         "versions": {"jax": "0.10.2"},
     }
     (workdir / "summary.json").write_text(json.dumps(summary))
+    units = {name: "fraction" for name in summary if name.startswith("test_error")}
+    (workdir / "units.json").write_text(json.dumps(units))
     config = {"name": "mnist_hypercleaning", "inner": {"learning_rate": 0.003}, "note": "<b>&</b>"}
     (workdir / "config.json").write_text(json.dumps(config))
 
@@ -118,6 +126,7 @@ def test_the_page_parses_and_needs_nothing_from_outside(tmp_path):
         "metrics.jsonl",
         "report.html",
         "summary.json",
+        "units.json",
     ]
 
 
@@ -129,6 +138,82 @@ def test_numbers_are_shown_as_a_reader_wants_them_and_text_is_escaped(tmp_path):
     assert "MNIST hypercleaning" in text
     assert "<b>&</b>" in text
     assert "<b>&</b>" not in (tmp_path / "report.html").read_text()
+
+
+def test_units_are_declared_and_never_read_from_a_name(tmp_path):
+    summary = {
+        "headline": ["squared_error", "accuracy", "deep.error.a", "loss"],
+        "squared_error": 0.3,
+        "accuracy": 0.5,
+        "deep": {"error": {"a": 0.25}},
+        "loss": 1.25,
+        "learning_time": 0.7,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+
+    def cards():
+        text = write_report(tmp_path).read_text()
+        return re.findall(r'<div class="card[^>]*><b>(.*?)</b>', text)
+
+    assert cards() == ["0.3", "0.5", "0.25", "1.25"]  # an old run stored no units
+    units = {"accuracy": "fraction", "deep.error": "fraction", "loss": "nats"}
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    assert cards() == ["0.3", "50.00 %", "25.00 %", "1.25 nats"]
+    assert "0.7 s" not in Page(write_report(tmp_path).read_text()).text
+    # The curves' axes follow them too.
+    rows = [{"step": i, "squared_error": 0.1 * i, "accuracy": 0.1 * i} for i in range(1, 4)]
+    figures = dict(curve_figures(rows, units))
+    is_percent = {
+        title: figure.axes[0].yaxis.get_major_formatter() is PERCENT
+        for title, figure in figures.items()
+    }
+    assert is_percent == {"Squared error": False, "Accuracy": True}
+
+
+HOSTILE = (
+    "$x_{1$",  # no TeX
+    "$\\frac$",
+    "cost in $ and $",
+    "<script>alert(1)</script>",
+    "</style></svg><img src=x onerror=alert(1)>",
+    "\"quoted' & more",
+    "",
+    " ",
+    "_",
+    "/",
+    "a/",
+    "a//$x_{1$",
+    "mixture/$\\alpha",
+    "mixture/<b>",
+    "mixture/",
+    "mixture/_hidden",
+    "\ud800",
+    "x" * 300,
+)
+
+
+def test_no_name_breaks_a_report_or_runs_in_it(tmp_path):
+    lines = [
+        json.dumps({"step": step, **{name: 0.1 * step + i for i, name in enumerate(HOSTILE)}})
+        for step in range(1, 5)
+    ]
+    lines.append(json.dumps({"step": 4, "warning/<script>": "<script>alert(1)</script>"}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    summary = {"headline": list(HOSTILE), "conclusion": "<script>", "solver": "<script>"}
+    numbers = {name: 0.5 for name in HOSTILE}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | numbers))
+    (tmp_path / "units.json").write_text(json.dumps(dict.fromkeys(HOSTILE, "<script>$x_{1$")))
+    (tmp_path / "config.json").write_text(json.dumps({"name": "$x_{1$ <script>"} | numbers))
+    figure = Figure()
+    figure.add_subplot().set_xlabel("$x_{1$")
+    own = [figure_section("<script>$x_{1$", figure, "<script>")]
+    text = write_report(tmp_path, sections=own).read_text()
+    page = Page(text)
+    assert not {"script", "img"} & {tag for tag, _ in page.loaded}
+    assert "<script" not in text
+    assert "onerror" not in re.sub(r"&lt;img src=x onerror=", "", text)
+    for shown in ("$x_{1$", "cost in $ and $", "(no name)"):
+        assert shown in page.text
 
 
 def test_a_report_of_the_same_files_is_the_same_file(tmp_path):
@@ -202,33 +287,33 @@ def test_a_folder_that_is_none_and_damaged_files_are_named(tmp_path):
         write_report(tmp_path)
 
 
-def test_curves_group_what_belongs_together_and_leave_clocks_out():
+def test_curves_group_what_belongs_together_and_leave_out_what_stands_still():
     rows = [
         {
             "step": step,
             "inner_loss": 2.0**-step,
             "outer_loss": "NaN",
-            "inner_norm": 1.0,
-            "adjoint_norm": 2.0,
+            "norm_inner": 1.0,
+            "norm_adjoint": 2.0,
             "test_error": 0.5 / (step + 1),
-            "wrong_label_auc": 0.01 * step,
-            "seconds": step,
+            "time_to_event": 1.0 + step,
+            "oracle_units": step,
             "constant": 1.0,
         }
         for step in range(10)
     ]
-    figures = dict(curve_figures(rows))
-    assert list(figures) == ["Losses", "Errors", "Norms of the directions", "Wrong label AUC"]
+    figures = dict(curve_figures(rows, {"test_error": "fraction"}))
+    assert list(figures) == ["Losses", "Norms of the directions", "Test error", "Time to event"]
     lines = {title: figure.axes[0].lines for title, figure in figures.items()}
-    assert [len(drawn) for drawn in lines.values()] == [1, 1, 2, 1]
+    assert [len(drawn) for drawn in lines.values()] == [1, 2, 1, 1]
     np.testing.assert_array_equal(lines["Losses"][0].get_ydata(), 2.0 ** -np.arange(10))
     assert figures["Losses"].axes[0].get_yscale() == "log"
-    assert figures["Errors"].axes[0].get_yscale() == "linear"
+    assert figures["Test error"].axes[0].get_yscale() == "linear"
     named = {
         title: [t.get_text() for g in f.legends for t in g.texts] for title, f in figures.items()
     }
-    assert named["Errors"] == ["test error"]
-    assert named["Wrong label AUC"] == []
+    assert named["Norms of the directions"] == ["norm inner", "norm adjoint"]
+    assert named["Test error"] == []
 
 
 def test_names_with_a_common_part_before_a_slash_share_a_panel():
@@ -274,6 +359,29 @@ def test_the_cleaning_sections_tell_the_story(tmp_path):
     assert len(gallery.loaded) == 6
     hits = wrong[arrays["suspicious_index"]].sum()
     assert made["Most suspicious examples"].count('class="hit"') == hits > 0
+
+
+def errors(refit, validation_only, no_weights):
+    return {
+        "test_error_refit": refit,
+        "test_error_validation_only": validation_only,
+        "test_error_no_weights": no_weights,
+    }
+
+
+def test_the_conclusion_names_the_network_to_hand_over():
+    good = conclusion(errors(0.08, 0.12, 0.18))
+    assert "network to hand over" in good
+    assert good.index("8.00 %") < good.index("12.00 %") < good.index("18.00 %")
+    for summary, better in (
+        (errors(0.245, 0.173, 0.189), "the clean validation data alone did better"),
+        (errors(0.245, 0.3, 0.189), "all labels as they are did better"),
+    ):
+        text = conclusion(summary)
+        assert text.startswith("Cleaning did not pay here")
+        assert better in text
+        assert "24.50 %" in text
+    assert HEADLINE[0] == "test_error_refit"
 
 
 def test_without_wrong_labels_there_is_no_roc_curve(tmp_path):

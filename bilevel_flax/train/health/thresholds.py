@@ -1,4 +1,4 @@
-"""Where the measurements of `health.py` are healthy, and what to try where they are not.
+"""Where the measurements of `monitor.py` are healthy, and what to try where they are not.
 
 Warnings follow from the lines of `metrics.jsonl` alone: a resumed run gives those that an
 uninterrupted one gives.
@@ -6,13 +6,15 @@ uninterrupted one gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 PREFIX = "warning/"  # of their names in metrics.jsonl and TensorBoard
 _ENOUGH = 2  # probes out of range, one after the other; one alone may be noise
 
-Values = Mapping[str, Any]
+Values = Mapping[str, float]
 
 
 class Range(NamedTuple):
@@ -21,53 +23,53 @@ class Range(NamedTuple):
     Attributes:
         name: of the warning.
         needs: names of the values that it looks at.
-        ill: `ill(values) -> bool`.
-        words: a template for the values.
-        probes: out of range one after the other, before it is said.
+        ill: `ill(probes) -> bool`, of the newest `probes` probes, the newest last.
+        words: a template for the newest values.
+        probes: how many it looks at.
     """
 
     name: str
     needs: tuple[str, ...]
-    ill: Callable[[Values], bool]
+    ill: Callable[[Sequence[Values]], bool]
     words: str
     probes: int = _ENOUGH
+
+
+def _each(ill: Callable[[Values], bool]) -> Callable[[Sequence[Values]], bool]:
+    return lambda probes: all(ill(values) for values in probes)
 
 
 RANGES = (
     Range(
         "adjoint_residual",
         ("adjoint_residual",),
-        lambda v: v["adjoint_residual"] > 1.5,
-        "v solves its system worse than v = 0 would (adjoint residual {adjoint_residual:.2g}, that "
-        "of 0 is 1, healthy below 1.5). Likely the step of v, which is as z's unless set apart, is "
-        "too long: lower the inner learning rate, or damp v (damping=)",
+        _each(lambda v: v["adjoint_residual"] > 0.9),
+        "v solves its system no better than v = 0 would (adjoint residual {adjoint_residual:.2g}; "
+        "v = 0 has 1, healthy below 0.9), so next to nothing of the hypergradient reaches x. Well "
+        "above 1 the step of v, which is as z's unless set apart, is too long: lower the inner "
+        "learning rate, or damp v (damping=). Near 1 v is too slow: train it for longer with x "
+        "frozen, or lower the outer learning rate",
     ),
     Range(
         "negative_curvature",
         ("health/negative_curvature",),
-        lambda v: v["health/negative_curvature"] > 0.5,
+        _each(lambda v: v["health/negative_curvature"] > 0.5),
         "the inner loss curves downwards along v on {health/negative_curvature:.0%} of the held "
         "minibatches (healthy below 50%): z is not near a minimum. Lower the outer learning rate, "
         "keep x frozen for longer at the start, or add weight decay to the inner loss or damping=",
     ),
     Range(
-        "inner_step",
-        ("health/step_inner",),
-        lambda v: v["health/step_inner"] > 0.1,
-        "z moves by {health/step_inner:.0%} of its length in a step (healthy below 10%): lower the "
-        "inner learning rate",
-    ),
-    Range(
         "outer_still",
-        ("health/step_outer",),
-        lambda v: v["health/step_outer"] == 0.0,
-        "x stands still: nothing is learned about it. Is the outer learning rate 0, does the "
-        "schedule of x end too early, or does outer_params not reach the inner loss?",
+        ("health/outer_size",),
+        lambda probes: len({v["health/outer_size"] for v in probes}) == 1 < len(probes),
+        "x stands still: its size, {health/outer_size:.6g} times that at the start, is the same as "
+        "at the last probe. Is the outer learning rate 0, does the schedule of x end too early, or "
+        "does outer_params not reach the inner loss?",
     ),
     Range(
         "outer_size",
         ("health/outer_size",),
-        lambda v: v["health/outer_size"] > 20.0,
+        _each(lambda v: v["health/outer_size"] > 20.0),
         "the entries of x are {health/outer_size:.3g} times what they were at the start (healthy "
         "below 20): x has run away, and weights made of it are all or nothing. Lower the outer "
         "learning rate",
@@ -77,7 +79,7 @@ RANGES = (
         "hypergradient_cosine",
         ("hypergradient_cosine", "health/reference_residual"),
         # Against a reference that is itself far from solved, a low cosine says nothing.
-        lambda v: v["hypergradient_cosine"] < 0.3 and v["health/reference_residual"] < 0.5,
+        _each(lambda v: v["hypergradient_cosine"] < 0.3 and v["health/reference_residual"] < 0.5),
         "D_x points elsewhere than the hypergradient (cosine {hypergradient_cosine:.2g}, healthy "
         "above 0.3). v lags behind: lower the outer learning rate, or train v longer with x frozen",
         probes=1,
@@ -85,8 +87,11 @@ RANGES = (
     Range(
         "memorisation",
         ("health/loss_seen", "health/loss_held_out", "health/loss_gap_error"),
-        lambda v: (
-            v["health/loss_held_out"] - 2 * v["health/loss_gap_error"] > 1.5 * v["health/loss_seen"]
+        _each(
+            lambda v: (
+                v["health/loss_held_out"] - 2 * v["health/loss_gap_error"]
+                > 1.5 * v["health/loss_seen"]
+            )
         ),
         "x fits the outer data that it learns from: their loss is {health/loss_seen:.3g}, that of "
         "held-out ones {health/loss_held_out:.3g} (healthy below 1.5 times). Stop earlier, lower "
@@ -95,26 +100,56 @@ RANGES = (
 )
 
 
-def warnings(rows: Sequence[Values]) -> dict[str, str]:
-    """What the newest line gives reason to say.
+class Watch:
+    """Reads the lines of `metrics.jsonl` one by one, and says what a new one gives reason to say.
 
     The same is said again only when twice as many steps have passed, so a run has few warnings.
 
     Args:
-        rows: lines of `metrics.jsonl`, the newest last: values and earlier warnings.
+        rows: lines that are there already, values and warnings, the newest last.
 
-    Returns:
-        Texts by name, without `PREFIX`.
+    Example:
+        >>> watch = Watch([{"step": 100, "adjoint_residual": 12.0}])
+        >>> list(watch({"step": 200, "adjoint_residual": 12.0}))
+        ['adjoint_residual']
     """
-    step, found = rows[-1]["step"], {}
-    for one in RANGES:
-        measured = [row for row in rows if all(name in row for name in one.needs)]
-        if len(measured) < one.probes or measured[-1] is not rows[-1]:
-            continue
-        said = [row["step"] for row in rows if PREFIX + one.name in row]
-        if said and step < 2 * said[-1]:
-            continue
-        newest = [{name: float(row[name]) for name in one.needs} for row in measured]
-        if all(one.ill(values) for values in newest[-one.probes :]):
-            found[one.name] = one.words.format_map(newest[-1])
-    return found
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        # Only the newest probes: a run has too many lines to walk over at each of them.
+        self._probes = {one.name: collections.deque[Values](maxlen=one.probes) for one in RANGES}
+        self._last_step: dict[str, int] = {}
+        for row in rows:
+            self._read(row)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Reads a line of values; returns the warnings that it gives reason for, by name."""
+        texts = {}
+        for one in self._read(row):
+            probes = self._probes[one.name]
+            last = self._last_step.get(one.name)
+            is_due = last is None or row["step"] >= 2 * last
+            if is_due and len(probes) == one.probes and one.ill(probes):
+                texts[one.name] = one.words.format_map(probes[-1])
+                self._last_step[one.name] = row["step"]
+        return texts
+
+    def out_of_range(self) -> dict[str, str]:
+        """What the newest probes say, each by itself: the words for those that are out of range."""
+        return {
+            one.name: one.words.format_map(probes[-1])
+            for one in RANGES
+            if (probes := self._probes[one.name]) and one.ill(list(probes)[-1:])
+        }
+
+    def _read(self, row: Mapping[str, Any]) -> list[Range]:
+        """Takes a line in; returns the ranges that it has the values for."""
+        measured = []
+        for one in RANGES:
+            if PREFIX + one.name in row:
+                self._last_step[one.name] = row["step"]
+            if all(name in row for name in one.needs):
+                values = {name: float(row[name]) for name in one.needs}
+                if all(math.isfinite(value) for value in values.values()):
+                    self._probes[one.name].append(values)
+                    measured.append(one)
+        return measured

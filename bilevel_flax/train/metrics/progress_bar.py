@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import tqdm
 
-_BAR = "{bar:10} {n_fmt}/{total_fmt} {rate_noinv_fmt} {remaining} left  {desc}"
+_BAR = "{bar:10} {n_fmt}/{total_fmt} {remaining} left  {desc}"
 
 
 def _shown(scalars: Mapping[str, float], width: float = float("inf")) -> str:
@@ -27,8 +27,8 @@ def _shown(scalars: Mapping[str, float], width: float = float("inf")) -> str:
 class Progress:
     """Step, speed, time left and the newest values.
 
-    The clock starts with the first `update`: what came before (compilation) is not the speed of
-    the steps to come.
+    The speed is that of the updates, without evaluations, compilation and checkpoints; the time
+    left counts all of it from the first `update` on.
 
     Args:
         total: steps of the whole run.
@@ -50,12 +50,26 @@ class Progress:
         self._scalars: dict[str, float] = {}
         self._first: tuple[int, float] | None = None
         self._spoke = 0.0
+        self._pace = ""
         self._bar: Any = None
 
-    def update(self, step: int, scalars: Mapping[str, float] | None = None) -> None:
-        """Moves to `step`; new scalars are shown beside it until they are replaced."""
+    def update(
+        self,
+        step: int,
+        scalars: Mapping[str, float] | None = None,
+        pace: float | None = None,
+    ) -> None:
+        """Moves to `step`; what is given is shown beside it until it is replaced.
+
+        Args:
+            step: taken so far.
+            scalars: by name.
+            pace: updates a second.
+        """
         if self._quiet:
             return
+        if pace is not None:
+            self._pace = f"{pace:.4g} step/s"
         self._scalars |= scalars or {}
         now = time.monotonic()
         if self._first is None:
@@ -72,7 +86,7 @@ class Progress:
         if self._bar is not None:
             # The rest of the line takes about 35 columns and twice the number of steps.
             room = os.get_terminal_size(self._stream.fileno()).columns - 35
-            shown = _shown(self._scalars, room - 2 * len(str(self._total)))
+            shown = f"{self._pace}  " + _shown(self._scalars, room - 2 * len(str(self._total)))
             self._bar.set_description_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         elif now - self._spoke >= self._every or step == self._total:
@@ -80,11 +94,12 @@ class Progress:
             self._say_where(step, now, *self._first)
 
     def _say_where(self, step: int, now: float, first_step: int, began: float) -> None:
-        pace = ""
+        left = ""
         if step > first_step and now > began:
-            speed = (step - first_step) / (now - began)
-            pace = f"  {speed:.4g} step/s  {(self._total - step) / speed:.0f} s left"
-        self.say(f"step {step}/{self._total}{pace}  {_shown(self._scalars)}".rstrip())
+            seconds = (self._total - step) * (now - began) / (step - first_step)
+            left = f"{seconds:.0f} s left"
+        parts = [f"step {step}/{self._total}", self._pace, left, _shown(self._scalars)]
+        self.say("  ".join(filter(None, parts)))
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""

@@ -1,11 +1,13 @@
 """`report.html`: a run in one file, readable without a network, in light and in dark.
 
-Rates are fractions in [0, 1] in every file of a run and percentages here.
+A number is shown with the unit that its task declared for it (`Task.units`); one without a unit is
+shown as it is.
 
 Example:
     >>> import pathlib, tempfile
     >>> workdir = pathlib.Path(tempfile.mkdtemp())
     >>> _ = (workdir / "summary.json").write_text('{"solver": "soba", "test_error": 0.1501}')
+    >>> _ = (workdir / "units.json").write_text('{"test_error": "fraction"}')
     >>> sizes = table_section("Sizes", ["split", "examples"], [["train", 3000]])
     >>> "15.01 %" in write_report(workdir, sections=[sizes]).read_text()
     True
@@ -14,21 +16,22 @@ Example:
 import html
 import importlib.resources
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bilevel_flax.train.config_diff import flatten
 from bilevel_flax.train.metrics import read_metrics
+from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import health as health_report
-from bilevel_flax.train.report.plots import as_title, curve_figures, readable
+from bilevel_flax.train.report.plots import as_title, curve_figures, humanize
 from bilevel_flax.train.report.sections import (
     Section,
     curve_grid,
     figure_section,
     gallery_section,
     note_html,
-    show_value,
     table_section,
 )
 
@@ -38,11 +41,14 @@ __all__ = [
     "gallery_section",
     "page",
     "table_section",
+    "write_page",
     "write_report",
 ]
 
-# Cards of every run, after the task's own headline.
-_COST = ("steps", "seconds")
+# Cards of every run, after the task's own headline, and their labels.
+_COST = {"steps": "steps", "seconds": "time of all steps"}
+# Entries of the summary that are no number of the run.
+_ELSEWHERE = ("headline", "conclusion")
 
 
 def write_report(
@@ -50,9 +56,10 @@ def write_report(
 ) -> Path:
     """Builds `report.html` from what a run left behind.
 
-    Reads `summary.json` (its `headline` names the cards at the top), `config.json` (the run's
-    config) and `metrics.jsonl` (curves). Each may be missing, as in a run that is still going on:
-    the report then says so.
+    Reads `summary.json` (its `headline` names the cards at the top, its `conclusion` is the
+    sentence under them), `config.json` (the run's config), `units.json` (units by name) and
+    `metrics.jsonl` (curves). Each may be missing, as in a run that is still going on: the report
+    then says so.
 
     Args:
         workdir: The run's folder.
@@ -69,21 +76,36 @@ def write_report(
     if not workdir.is_dir():
         raise ValueError(f"workdir={str(workdir)!r} is not a folder: pass the folder of a run")
     summary, config = _read_object(workdir / "summary.json"), _read_object(workdir / "config.json")
+    units = {name: str(unit) for name, unit in _read_object(workdir / "units.json").items()}
     metrics = workdir / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
 
-    body = [_header(workdir, summary, config, rows)]
-    health = health_report.section(rows)
-    own = (_curves(rows), *([] if health is None else [health]))
+    body = [_header(workdir, summary, config, rows, units)]
+    health = health_report.section(rows, summary)
+    own = (_curves(rows, units), *([] if health is None else [health]))
     body += [_section(section) for section in (*own, *sections)]
-    numbers = {name: value for name, value in summary.items() if name != "headline"}
-    body += [_pairs("All numbers", numbers, rates=True), _pairs("Config", config, rates=False)]
+    numbers = {name: value for name, value in summary.items() if name not in _ELSEWHERE}
+    body += [
+        _pairs(
+            "All numbers",
+            {
+                humanize(name): format_value(value, unit_of(name, units))
+                for name, value in flatten(numbers).items()
+            },
+            is_open=True,
+        ),
+        _pairs("Config", {name: format_value(value) for name, value in flatten(config).items()}),
+    ]
     content = page(f"{_title(workdir, config)} · bilevel_flax", "\n".join(filter(None, body)))
+    return write_page(workdir / "report.html" if path is None else Path(path), content)
 
-    path = workdir / "report.html" if path is None else Path(path)
+
+def write_page(path: Path, content: str) -> Path:
+    """Writes a page in one step: a killed process leaves the old one or the new one."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(content, encoding="utf-8")
-    return fresh.replace(path)
+    fresh.write_text(content, encoding="utf-8", errors="replace")
+    os.replace(fresh, path)
+    return path
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -124,6 +146,7 @@ def _header(
     summary: Mapping[str, Any],
     config: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
+    units: Mapping[str, str],
 ) -> str:
     solver = summary.get("solver", config.get("solver"))
     facts = [f"solver {solver}"] if isinstance(solver, str) else []
@@ -134,25 +157,28 @@ def _header(
     numbers = flatten(summary)
     names = [name for name in (*summary.get("headline", ()), *_COST) if name in numbers]
     cards = "".join(
-        f'<div class="card{"" if number else " first"}"><b>{show_value(name, numbers[name])}'
-        f"</b><span>{html.escape(readable(name))}</span></div>"
+        f'<div class="card{"" if number else " first"}">'
+        f"<b>{html.escape(format_value(numbers[name], unit_of(name, units)))}</b>"
+        f"<span>{html.escape(_COST.get(name) or humanize(name))}</span></div>"
         for number, name in enumerate(names)
     )
+    conclusion = summary.get("conclusion")
     return (
         f'<header><p class="kicker">bilevel_flax run report</p>'
         f"<h1>{html.escape(_title(workdir, config))}</h1>"
         f'<p class="lead">{html.escape(" · ".join([*facts, workdir.resolve().name]))}</p></header>'
-    ) + (f'<div class="cards">{cards}</div>' if cards else "")
-
-
-def _curves(rows: Sequence[Mapping[str, Any]]) -> Section:
-    elsewhere = health_report.names()
-    figures = curve_figures(
-        [
-            {name: row[name] for name in row if name not in elsewhere and name[0] != "_"}
-            for row in rows
-        ]
+        + (f'<div class="cards">{cards}</div>' if cards else "")
+        + (f'<p class="conclusion">{html.escape(str(conclusion))}</p>' if conclusion else "")
     )
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> Section:
+    elsewhere = health_report.names()
+    shown = [
+        {name: row[name] for name in row if name not in elsewhere and not name.startswith("_")}
+        for row in rows
+    ]
+    figures = curve_figures(shown, units)
     if not figures:
         return Section(
             "Curves", note_html("metrics.jsonl holds fewer than two steps: nothing to draw")
@@ -165,15 +191,14 @@ def _section(section: Section) -> str:
     return f"<section><h2>{html.escape(section.title)}</h2>{section.html}</section>"
 
 
-def _pairs(title: str, values: Mapping[str, Any], *, rates: bool) -> str:
+def _pairs(title: str, values: Mapping[str, str], *, is_open: bool = False) -> str:
     if not values:
         return ""
     lines = "".join(
-        f"<div><dt>{html.escape(readable(name) if rates else name)}</dt>"
-        f"<dd>{show_value(name if rates else '', value)}</dd></div>"
-        for name, value in flatten(values).items()
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in values.items()
     )
     return (
-        f"<section><details{' open' if rates else ''}><summary>{html.escape(title)}</summary>"
+        f"<section><details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>"
         f'<dl class="pairs">{lines}</dl></details></section>'
     )

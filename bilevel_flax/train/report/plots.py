@@ -1,6 +1,7 @@
 """The curves of a run: what `metrics.jsonl` holds, drawn in a few panels that read together."""
 
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,42 +10,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bilevel_flax.train.metrics.units import COUNT, FRACTION, unit_of
+
 # Mid tones that read on white and on black.
 COLOURS = ("#3f87e5", "#e8833a", "#2fa36b", "#8f6fd6", "#e05252", "#2aa5a5", "#8a94a3", "#c2a018")
 
-_GROUPS = (
-    ("Losses", {"loss", "losses"}),
-    ("Errors", {"error", "errors", "accuracy", "regret"}),
-    ("Adjoint residual", {"residual"}),
-    ("Norms of the directions", {"norm", "norms"}),
-)
-# Clocks and counters: true of the run, but no curve to look at.
-_BOOKKEEPING = {"step", "steps", "seconds", "time", "units", "epoch", "calls", "finite", "eta"}
+# The values that every run logs, and the panels that they share.
+_LOSSES = ("inner_loss", "outer_loss")
+_NORMS = ("norm_inner", "norm_adjoint", "norm_outer")
+_NOT_DRAWN = ("step", "oracle_units")
 _RAW_POINTS = 800
 _ACRONYMS = re.compile(r"\b(auc|cifar|cnn|hvp|mlp|mnist|saba|soba|srba)\b")
 
 PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
 
 
-def is_rate(name: str) -> bool:
-    """Whether a quantity of this name is a fraction in [0, 1], to be shown in percent.
-
-    >>> is_rate("test_error_retrained"), is_rate("validation/accuracy"), is_rate("learning_rate")
-    (True, True, False)
-    """
-    words = _words(name)
-    rates = {"error", "accuracy", "regret", "fraction", "percentile"}
-    return bool(words & rates) and "relative" not in words
-
-
-def readable(name: str) -> str:
+def humanize(name: str) -> str:
     """A name as it is read.
 
-    >>> readable("inner_loss"), readable("wrong_label_auc")
-    ('inner loss', 'wrong label AUC')
+    >>> humanize("inner_loss"), humanize("wrong_label_auc"), humanize("")
+    ('inner loss', 'wrong label AUC', '(no name)')
     """
-    words = re.sub(r"[_/.]+", " ", name).strip()
-    return _ACRONYMS.sub(lambda match: match[0].upper(), words)
+    words = re.sub(r"[_/.\s]+", " ", name).strip()
+    return _ACRONYMS.sub(lambda match: match[0].upper(), words) or "(no name)"
 
 
 def as_title(name: str) -> str:
@@ -53,7 +41,7 @@ def as_title(name: str) -> str:
     >>> as_title("mnist_hypercleaning"), as_title("inner_loss")
     ('MNIST hypercleaning', 'Inner loss')
     """
-    words = readable(name)
+    words = humanize(name)
     return words[:1].upper() + words[1:]
 
 
@@ -77,56 +65,61 @@ def new_figure(width: float = 5.4, height: float = 3.2) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
-    """Draws a run's metrics: losses, errors, adjoint residual, direction norms, then the rest.
+def curve_figures(
+    rows: Sequence[Mapping[str, Any]], units: Mapping[str, str] = types.MappingProxyType({})
+) -> list[tuple[str, Figure]]:
+    """Draws a run's metrics: losses, norms of the directions, then the task's own.
 
-    Names with a common part before a slash (`mixture/english`, `mixture/code`) share a panel. Every
-    measured value is drawn lightly, a centred moving average (of the logarithm where the
-    axis is logarithmic) strongly. Values that are not finite are left out.
+    Names with a common part before a slash (`mixture/english`, `mixture/code`) share a panel, every
+    other metric has its own. Every measured value is drawn lightly, a centred moving average (of
+    the logarithm where the axis is logarithmic) strongly. Values that are not finite are left out,
+    and so are metrics that never change.
 
     Args:
         rows: Lines of `metrics.jsonl`, each with a `step`.
+        units: By name, as `Task.units`.
 
     Returns:
         Pairs of title and figure; a group without values is left out.
     """
     series = _series(rows)
     figures = []
-    for title, words in _GROUPS:
-        group = {name: series.pop(name) for name in list(series) if _words(name) & words}
+    for title, names in (("Losses", _LOSSES), ("Norms of the directions", _NORMS)):
+        group = {name: series.pop(name) for name in names if name in series}
         if group:
             figures.append((title, _draw(group, title)))
-    for title, members in _families(series):
-        lines = {name.rsplit("/", 1)[1]: series.pop(name) for name in members}
-        figures.append((title, _draw(lines, title)))
+    for name in _NOT_DRAWN:
+        series.pop(name, None)
+    for family, members in _families(series):
+        lines = {name[len(family) + 1 :]: series.pop(name) for name in members}
+        title = as_title(family)
+        figures.append((title, _draw(lines, title, unit_of(members[0], units))))
     for name, values in series.items():
-        if not _words(name) & _BOOKKEEPING and np.ptp(values[1]) > 0:
-            figures.append((as_title(name), _draw({name: values}, as_title(name))))
+        if np.ptp(values[1]) > 0:
+            title = as_title(name)
+            figures.append((title, _draw({name: values}, title, unit_of(name, units))))
     return figures
 
 
 def _families(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Titles and members of the groups of two and more names that share what precedes a slash."""
-    found: dict[str, list[str]] = {}
+    """The groups of two and more names that share what precedes the last slash."""
+    families: dict[str, list[str]] = {}
     for name in names:
-        if "/" in name and not _words(name) & _BOOKKEEPING:
-            found.setdefault(name.rsplit("/", 1)[0], []).append(name)
-    return [(as_title(family), like) for family, like in found.items() if len(like) > 1]
+        if "/" in name:
+            families.setdefault(name.rsplit("/", 1)[0], []).append(name)
+    return [(family, members) for family, members in families.items() if len(members) > 1]
 
 
-def figure_of(rows: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
+def figure_of(rows: Sequence[Mapping[str, Any]], title: str, unit: str = "") -> Figure | None:
     """All values of the rows in one panel; None where none has two finite values.
 
     Args:
         rows: Each with a `step`.
         title: A single value of this name gets no legend.
+        unit: Of all values.
     """
     series = _series(rows)
-    return _draw(series, title) if series else None
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower()))
+    return _draw(series, title, unit) if series else None
 
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -164,10 +157,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return total / np.convolve(np.ones_like(values), ones)[span]
 
 
-def _draw(group: Mapping[str, np.ndarray], title: str) -> Figure:
+def _draw(group: Mapping[str, np.ndarray], title: str, unit: str = "") -> Figure:
     figure, axes = new_figure()
     every = np.concatenate([values for _, values in group.values()])
-    percent = all(is_rate(name) for name in group) and every.min() >= 0 and every.max() <= 1
+    percent = unit == FRACTION
     logarithmic = not percent and bool(every.min() > 0) and bool(every.max() > 5 * every.min())
 
     for number, (name, (steps, values)) in enumerate(group.items()):
@@ -189,18 +182,22 @@ def _draw(group: Mapping[str, np.ndarray], title: str) -> Figure:
             linewidth=1.7,
             marker=marker,
             markersize=3.5,
-            label=readable(name),
+            label=humanize(name),
         )
     if logarithmic:
         _decimal_log_axis(axes)
     if percent:
         axes.yaxis.set_major_formatter(PERCENT)
+    elif unit and unit != COUNT:
+        axes.set_ylabel(unit, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("step")
     axes.margins(x=0.01)
     if [as_title(name) for name in group] != [title]:
-        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        legend = figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        for text in legend.get_texts():  # names are no TeX, whatever stands in them
+            text.set_parse_math(False)
     return figure
 
 

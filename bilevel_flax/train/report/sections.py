@@ -3,8 +3,6 @@
 import base64
 import html
 import io
-import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,9 +11,10 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from bilevel_flax.train.report.plots import is_rate
+from bilevel_flax.train.metrics.units import format_value
 
 
 class Section(NamedTuple):
@@ -37,7 +36,7 @@ def figure_section(title: str, figure: Figure, caption: str = "") -> Section:
 
     Args:
         title: Plain text.
-        figure: Made with `matplotlib.figure.Figure`, or by `curves.new_figure`.
+        figure: Made with `matplotlib.figure.Figure`, or by `plots.new_figure`.
         caption: Plain text under the figure.
     """
     return Section(title, figure_html(figure, title, caption))
@@ -66,7 +65,9 @@ def table_section(
     head = "".join(f"<th{m}>{html.escape(h)}</th>" for m, h in zip(marks, header, strict=True))
     lines = "".join(
         "<tr>"
-        + "".join(f"<td{m}>{show_value('', v)}</td>" for m, v in zip(marks, row, strict=True))
+        + "".join(
+            f"<td{m}>{html.escape(format_value(v))}</td>" for m, v in zip(marks, row, strict=True)
+        )
         + "</tr>"
         for row in rows
     )
@@ -117,29 +118,6 @@ def gallery_section(
     return Section(title, f'{note}<div class="gallery">{tiles}</div>')
 
 
-def show_value(name: str, value: Any) -> str:
-    """A value as a reader wants it: rates in percent, thousands apart, four digits."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-    elif not math.isfinite(value):
-        text = str(value)
-    elif is_rate(name) and 0 <= value <= 1:
-        text = f"{100 * value:.2f} %"
-    elif name == "seconds":
-        text = f"{value:.1f} s" if value < 100 else f"{value:,.0f} s"
-    elif name == "seconds_per_step":
-        text = f"{1e6 * value:,.0f} µs"
-    elif isinstance(value, int):
-        text = f"{value:,}" if name else str(value)
-    else:
-        text = (
-            f"{value:,.0f}" if value.is_integer() and 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
-        )
-    return html.escape(text)
-
-
 def figure_html(figure: Figure, title: str, caption: str = "") -> str:
     """A figure as inline SVG with its caption."""
     note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
@@ -156,12 +134,13 @@ def curve_grid(figures: Sequence[tuple[str, Figure]]) -> str:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    stream = io.StringIO()
-    # Text stays text (small, sharp, selectable); the salt keeps the ids of two figures apart.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
-    text = stream.getvalue()
+    try:
+        text = _drawn(figure, title)
+    except ValueError:
+        # A name with dollars in it (a metric's, a domain's) is no TeX: all text as it stands.
+        for label in figure.findobj(Text):
+            label.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+        text = _drawn(figure, title)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # An attribute of the root alone: rectangles inside have a width too.
@@ -178,6 +157,15 @@ def _svg(figure: Figure, title: str) -> str:
     width = round(108 * figure.get_figwidth())
     mark = f'<svg role="img" aria-label="{html.escape(title)}" style="max-width: {width}px"'
     return text.replace("<svg", mark, 1).strip()
+
+
+def _drawn(figure: Figure, title: str) -> str:
+    stream = io.StringIO()
+    # Text stays text (small, sharp, selectable); the salt keeps the ids of two figures apart.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ascii(title)}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
+    return stream.getvalue()
 
 
 def _png(image: np.ndarray) -> str:

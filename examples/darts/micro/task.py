@@ -133,6 +133,16 @@ def make_task(config: Any) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=("validation_error", *(("regret", "rank_percentile") if judged else ())),
+        units=dict.fromkeys(
+            (
+                "validation_error",
+                "validation_error_one_network",
+                "test_accuracy",
+                "regret",
+                "rank_percentile",
+            ),
+            "fraction",
+        ),
     )
 
 

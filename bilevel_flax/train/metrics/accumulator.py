@@ -10,7 +10,7 @@ import numpy as np
 from bilevel_flax.base import Info
 
 
-class Window:
+class MetricAccumulator:
     """Adds up per-step values, and gives their means.
 
     Args:
@@ -33,11 +33,11 @@ class Window:
         self._count += len(info.inner_loss)
 
     def means(self) -> dict[str, float]:
-        """The mean of every value since the window was made."""
+        """The mean of every value since it was made."""
         return {name: total / self._count for name, total in self._sums.items()}
 
     def state(self) -> dict[str, Any]:
-        """What `Window(**state)` goes on from, fit for JSON."""
+        """What `MetricAccumulator(**state)` goes on from, fit for JSON."""
         return {"saved": {k: v.hex() for k, v in self._sums.items()}, "count": self._count}
 
 
