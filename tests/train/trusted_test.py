@@ -133,6 +133,7 @@ def test_shipped_sections_need_no_trust():
     for name in names:
         function = trusted.find_sections(name, Path("/nowhere"))
         assert f"{function.__module__}:{function.__name__}" == name
+    assert trusted.find_sections("examples.darts.micro_task:sections", Path("/nowhere"))  # moved
 
 
 def test_training_takes_the_sections_of_its_own_config_and_not_the_folders(folder: Path):
