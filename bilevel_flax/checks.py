@@ -104,7 +104,7 @@ def check_finite(info: Info, step: Any = None) -> None:
     if losses:
         causes = (
             "NaN in the data, a label outside the classes, or an id that points at nothing: "
-            'batch["index"] outside the rows of a per-sample leaf, batch.inner_id or outer_id '
+            'batch["index"] outside the n rows of a per-sample leaf, batch.inner_id or outer_id '
             "outside the weights' minibatches, a domain that there is not"
         )
     elif not np.all(info.finite.inner):

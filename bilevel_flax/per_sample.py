@@ -64,7 +64,7 @@ def _minibatch_index(batch: PyTree) -> jax.Array:
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
     others = {
-        jax.tree_util.keystr(path): jnp.shape(leaf)[0]
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)[0]
         for path, leaf in jax.tree.leaves_with_path({**batch, "index": None})
         if jnp.ndim(leaf)
     }

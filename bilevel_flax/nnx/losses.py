@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
 from bilevel_flax.base import Aux, Problem, PyTree
 from bilevel_flax.nnx.modules import (
@@ -16,6 +18,7 @@ from bilevel_flax.nnx.modules import (
     map_modules,
     moved,
     plain,
+    rngs_from,
     template_of,
 )
 
@@ -38,7 +41,8 @@ def problem(
 
     Args:
         inner_loss: G, `loss(model, outer, batch) -> scalar`, the mean over the minibatch. It is
-            handed the module in train mode (`model.train()`).
+            handed the module in train mode (`model.train()`). With a fourth argument called `rngs`
+            it is handed an `nnx.Rngs` of the step's own as well, for `model(images, rngs=rngs)`.
         outer_loss: F, of the same form, in evaluation mode (`model.eval()`). What it does to the
             module's variables is dropped.
         model: the module that is trained; only its structure is kept, so any one of the same
@@ -47,7 +51,8 @@ def problem(
             losses see modules where there are modules here.
         wrt: which variables of `model` are z, as for `nnx.Optimizer`. The others are constants,
             as far as the loss leaves them alone.
-        has_aux: the losses return `(scalar, metrics)`, a dict of scalars to log.
+        has_aux: the losses return `(scalar, aux)`. A dict of arrays goes into `Info.metrics` under
+            its names, anything else under the name `aux`: logits are `info.metrics["inner_aux"]`.
         per_sample: as for `Problem`.
         derivatives: as for `Problem`.
         remat: as for `Problem`.
@@ -57,10 +62,12 @@ def problem(
 
     Returns:
         A `Problem` for any solver. It is stateful exactly if the module has other variables than
-        z (BatchNorm, dropout), or `has_aux`. Make its state by `init` or `Optimizer`.
+        z (BatchNorm, dropout), a loss takes `rngs`, or `has_aux`. Make its state by `init` or
+        `Optimizer`.
 
     Raises:
-        TypeError: `model` is no `nnx.Module`; at trace time a loss returns something else.
+        TypeError: `model` is no `nnx.Module`; at trace time a loss returns something else, or
+            draws from an `nnx.Rngs` made outside of it.
         ValueError: there is nothing to learn in `model`; at trace time a state of another module.
 
     Example:
@@ -88,7 +95,10 @@ def problem(
     outside = map_modules(lambda node: template_of(node, nnx.Param), lambda leaf: leaf, outer)
     modules = [t for t in jax.tree.leaves(outside, is_leaf=is_template) if is_template(t)]
     random = inside.streams, *(t.streams for t in modules)
+    losses = {"inner_loss": inner_loss, "outer_loss": outer_loss}
+    draws = {name: "rngs" in _parameters(loss) for name, loss in losses.items()}
     stateful = has_aux or bool(inside.rest) or any(bool(streams) for streams in random)
+    stateful = stateful or any(draws.values())
 
     def rebuilt_outer(x, rng):
         def rebuild(template, node):
@@ -106,14 +116,24 @@ def problem(
             check_fits("model_state", rest, inside.rest, "model")
         module = inside.module(z, rest, rng)
         module.train() if train else module.eval()
-        out = loss(module, rebuilt_outer(x, rng), batch)
+        more = {"rngs": rngs_from(rng)} if draws[name] else {}
+        try:
+            out = loss(module, rebuilt_outer(x, rng), batch, **more)
+        except TraceContextError as error:
+            raise TypeError(
+                f"{name} changes an NNX object that was made outside of it ({error}): an nnx.Rngs "
+                f"is to be an argument, {name}(model, outer, batch, rngs); others belong into the "
+                "model or into outer"
+            ) from error
         if has_aux != isinstance(out, tuple):
             raise TypeError(
                 f"{name} returned {'a' if isinstance(out, tuple) else 'no'} tuple with has_aux="
-                f"{has_aux}: a loss returns a scalar, or (scalar, metrics) with has_aux=True"
+                f"{has_aux}: a loss returns a scalar, or (scalar, aux) with has_aux=True"
             )
-        value, metrics = out if has_aux else (out, {})
-        return value, Aux(moved(inside.rest, module), metrics)
+        value, aux = out if has_aux else (out, {})
+        return value, Aux(
+            moved(inside.rest, module), aux if isinstance(aux, Mapping) else {"aux": aux}
+        )
 
     def stateless(loss, name, train):
         return lambda z, x, batch: call(loss, name, train, z, x, batch)[0]
@@ -134,3 +154,10 @@ def problem(
         microbatches=microbatches,
         compute_dtype=compute_dtype,
     )
+
+
+def _parameters(loss: Callable) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # a builtin, or no function at all: `Problem` says so
+        return {}

@@ -77,12 +77,29 @@ def filled(template: nnx.State, values: PyTree) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
+# Of the keys that a loss draws for itself, apart from the module's streams.
+_OWN_STREAM = 2**31 - 1
+
+
+def _typed(rng: jax.Array) -> jax.Array:
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    return rng if typed else jax.random.wrap_key_data(rng)
+
+
+def rngs_from(rng: jax.Array | None) -> nnx.Rngs:
+    """The `nnx.Rngs` that a loss is handed; without a key a fixed one (shapes are all that counts).
+
+    Args:
+        rng: the step's key.
+    """
+    return nnx.Rngs(0 if rng is None else jax.random.fold_in(_typed(rng), _OWN_STREAM))
+
+
 def seeded(streams: nnx.State, rng: jax.Array | None) -> nnx.State:
     """The random streams with new keys drawn from `rng`, their counters as they were."""
     if rng is None:
         return streams
-    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-    run_key = rng if typed else jax.random.wrap_key_data(rng)
+    run_key = _typed(rng)
     flat = []
     for position, (path, leaf) in enumerate(paths(streams).items()):
         value = value_of(leaf)

@@ -57,6 +57,8 @@ class Optimizer(nnx.Pytree):
         state = init(solver, model, outer, wrt=wrt, rng=rng)
         self.solver = solver
         self.wrt = wrt
+        # Dropout alone needs no variables, but a key: then the model state is an empty dict.
+        self._stateful = state.model_state is not None
         self._rest = nnx.data(jax.tree.map(OptimizerArray, _without_variables(state)))
         # Modules keep their own variables, so that nnx.jit updates the user's own modules.
         self._outer = nnx.data(
@@ -147,7 +149,7 @@ class Optimizer(nnx.Pytree):
         return self._memory().replace(
             inner_params=params(model, wrt=self.wrt),
             outer_params=params(self.outer),
-            model_state=plain(template_of(model, self.wrt).rest) or None,
+            model_state=plain(template_of(model, self.wrt).rest) if self._stateful else None,
         )
 
     def restore(self, model: nnx.Module, state: TrainState) -> None:
