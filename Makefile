@@ -4,44 +4,59 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
 # The interpreter's version is part of the stamp: another PYTHON makes the environment anew.
 PYTHON_TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-STAMP := $(VENV)/.installed-$(PYTHON_TAG)
+INSTALLED := $(VENV)/.installed-$(PYTHON_TAG)
+DEV := $(VENV)/.dev-$(PYTHON_TAG)
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 ifneq ($(wildcard ../shared/data),)
 export BILEVEL_FLAX_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help venv demo test lint types clean
+.PHONY: help venv demo test test-core test-wheel lint types clean
 
 help:
-	@echo "make demo   clean real MNIST digits by learning a weight for every example (runs/demo)"
-	@echo "make test   run the tests"
-	@echo "make lint   check style and formatting;  make types  check types"
-	@echo "make venv   only set up $(VENV);  make clean  remove it"
+	@echo "make demo         clean real MNIST digits by learning a weight for every example (runs/demo)"
+	@echo "make test         run the tests;  make test-core  those of the plug-in's ground floor"
+	@echo "make test-wheel   the README's commands, from the built wheel in a folder of their own"
+	@echo "make lint         check style and formatting;  make types  check types"
+	@echo "make venv         only set up $(VENV);  make clean  remove it"
 	@echo "Another interpreter: make test PYTHON=python3.12"
 
-venv: $(STAMP)
+venv: $(DEV)
 
-$(STAMP): pyproject.toml
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bilevel_flax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": pass PYTHON=python3.11")'
 	@echo "setting up $(VENV) with Python $(PYTHON_TAG) (once, some minutes)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PIP) --editable '.[all]'
 	@touch $@
 
-demo: $(STAMP)
+$(DEV): $(INSTALLED)
+	@$(PIP) --editable '.[all,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
 	$(BIN)/bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+test: $(DEV)
+	$(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)
 
-lint: $(STAMP)
+test-core: $(DEV)
+	$(PYTEST) -n 2 --dist worksteal tests/core $(PYTEST_ARGS)
+
+# In one process and in the README's order: its later commands need the earlier ones.
+test-wheel: $(DEV)
+	$(PYTEST) -m wheel tests/wheel $(PYTEST_ARGS)
+
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(DEV)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

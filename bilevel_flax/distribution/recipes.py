@@ -41,7 +41,8 @@ def files(name: str) -> list[Path]:
     """
     known = names()
     if name not in known:
-        close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.4)
+        close = [other for other in known if other.startswith(Path(name).stem)]
+        close = close or difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.4)
         near = f' (did you mean "{close[0]}"?)' if close else ""
         raise RecipeError(f"no recipe {name!r}: choose one of {', '.join(known)}{near}")
     found, waiting = [_config(name), _PACKAGE], _examples_named_in(_config(name))
@@ -49,10 +50,9 @@ def files(name: str) -> list[Path]:
         folder = waiting.pop(0)
         if any(path.is_relative_to(folder) for path in found):
             continue
-        there = sorted((shipped.root() / folder).iterdir())
         parts = [
-            folder / path.name
-            for path in there
+            path.relative_to(shipped.root())
+            for path in sorted((shipped.root() / folder).rglob("*"))
             if path.is_file() and path.suffix != ".pyc" and not path.stem.endswith("_test")
         ]
         found += parts

@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 
 from bilevel_flax.checks import UserError
-from bilevel_flax.distribution import extras
+from bilevel_flax.distribution import extras, recipes
 
 CALL = "call"
 
@@ -76,7 +76,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     path = Path(name).expanduser()
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(f"--config={spec}: no file {path}{nearest(str(path), beside)}")
+        near = nearest(str(path), beside)
+        if path.stem in recipes.names():
+            near = f": bilevel-flax new {path.stem} copies it and its example into this folder"
+        raise ConfigError(f"--config={spec}: no file {path}{near}")
     root = str(path.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)

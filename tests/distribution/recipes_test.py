@@ -41,9 +41,9 @@ def test_a_copy_holds_all_examples_that_it_names(name, tmp_path):
     assert named >= {"datasets"} or name.startswith("lm_")
     for example in named:
         original = ROOT / "examples" / example
-        there = {path.name for path in original.iterdir() if path.is_file()}
-        copied = {path.name for path in (tmp_path / "examples" / example).iterdir()}
-        assert {other for other in there if not other.endswith(("_test.py", ".pyc"))} == copied
+        there = {path.relative_to(ROOT) for path in original.rglob("*") if path.is_file()}
+        copied = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+        assert {path for path in there if not str(path).endswith(("_test.py", ".pyc"))} <= copied
 
 
 def test_an_edited_copy_is_taken_and_the_other_examples_are_found(tmp_path):
@@ -99,6 +99,7 @@ def test_what_is_there_already_is_left_and_the_rest_completed(capsys, tmp_path):
     ("name", "nearest"),
     [
         ("mnist_hypercleanin", "mnist_hypercleaning"),
+        ("mnist", "mnist_hypercleaning"),
         ("hypercleaning", "mnist_hypercleaning"),
         ("configs/lm_pod.py", "lm_pod"),
         ("DARTS_mnist", "darts_mnist"),
