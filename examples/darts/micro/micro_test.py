@@ -336,9 +336,9 @@ def test_a_search_is_not_resumed_in_another_space(tmp_path):
     record = plain(load("configs/darts_micro.py"))
     for name, content in (("config.json", record), ("summary.json", {})):
         (tmp_path / name).write_text(json.dumps(content))
-    workdirs.claim(tmp_path, record, HARMLESS)
+    workdirs.check_same_run(tmp_path, record, HARMLESS)
     other = plain(
         load("configs/darts_micro.py", ["space.operations=('skip_connect','nor_conv_3x3')"])
     )
     with pytest.raises(ConfigError, match=r"another config \(space.operations: saved .*none"):
-        workdirs.claim(tmp_path, other, HARMLESS)
+        workdirs.check_same_run(tmp_path, other, HARMLESS)
