@@ -325,8 +325,8 @@ def test_the_search_step_of_the_papers_setting_is_traced_and_lowered(cifar):
     from bilevel_flax.plan import step
 
     config = load("configs/darts_cifar10.py")
-    traced = step.trace(config, sharding.make_mesh("data=1", jax.devices()[:1]))
-    inner = traced.batch.inner["image"]
+    lowered = step.lower(config, sharding.make_mesh("data=1", jax.devices()[:1]))
+    inner = lowered.batch.inner["image"]
     assert inner.shape == (64, 32, 32, 3)
-    assert traced.flops / traced.gradient_flops <= 4.05
-    assert "convolution" in traced.lowered.as_text()
+    assert lowered.flops / lowered.gradient_flops <= 4.05
+    assert "convolution" in lowered.program.as_text()
