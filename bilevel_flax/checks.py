@@ -103,9 +103,8 @@ def check_finite(info: Info, step: Any = None) -> None:
         return
     if losses:
         causes = (
-            "NaN in the data, a label outside the classes, or an id that points at nothing: "
-            'batch["index"] outside the n rows of a per-sample leaf, batch.inner_id or outer_id '
-            "outside the weights' minibatches, a domain that there is not"
+            'NaN in the data, a label outside the classes, batch["index"] outside the n rows, '
+            "batch.inner_id or outer_id outside the minibatches, or a domain that there is not"
         )
     elif not np.all(info.finite.inner):
         causes = (

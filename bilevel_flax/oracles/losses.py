@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
 from bilevel_flax.minibatches import repeat_real
+from bilevel_flax.oracles.loss_errors import explain
 from bilevel_flax.tree import is_inexact, split
 
 
@@ -41,14 +42,11 @@ def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context
     """Runs a user's loss; checks what it returns at trace time."""
     try:
         out = loss(*args, *context) if stateful else loss(*args)
-    except KeyError as error:
-        batch, key = args[-1], error.args[0] if error.args else None
-        if not isinstance(batch, dict) or not isinstance(key, str) or key in batch:
+    except Exception as error:
+        explained = explain(error, loss, name, stateful, args, context)
+        if explained is None:
             raise
-        raise ValueError(
-            f'{name} reads batch["{key}"], but its minibatch has {sorted(batch)}: add the entry to '
-            f"the data of {name.replace('_loss', '')} minibatches, or batch.get where it may lack"
-        ) from error
+        raise explained from error
     if stateful:
         if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Aux)):
             raise TypeError(
@@ -59,8 +57,8 @@ def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context
     else:
         if isinstance(out, tuple):
             raise TypeError(
-                f"{name} returned a tuple; a loss returns a scalar, or (loss, Aux) with "
-                "Problem(stateful=True)"
+                f"{name} returned a tuple; a loss returns a scalar, or (loss, "
+                "bf.Aux(model_state, metrics)) with Problem(stateful=True)"
             )
         value, aux = out, Aux()
     if jnp.shape(value) != () or not is_inexact(value):

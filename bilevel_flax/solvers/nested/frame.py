@@ -150,6 +150,8 @@ def nested(
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
             at trace time missing ids or leading axes.
     """
+    for variable, value in (("inner", inner), ("outer", outer), ("adjoint", adjoint or inner)):
+        checks.optimizer(variable, value)
     sparse_outer = isinstance(outer, RowTransformation)
     dense_direction = moves_outer or not row_directions
     if sparse_outer and dense_direction and rows.has_rows(problem.per_sample):
@@ -171,6 +173,7 @@ def nested(
         return init_state(problem, memory, transforms, inner_params, outer_params, model_state, rng)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+        checks.batch(batch)
         require_ids(batch, name, needed)
 
         def key(side, position, minibatch):
