@@ -112,7 +112,7 @@ def _read(error: KeyError, mapping: Mapping) -> bool:
 
 
 def _rows_expected(error: Exception, x: Any, batch: Any) -> Exception | None:
-    if not (isinstance(batch, Mapping) and jnp.ndim(batch.get("index")) == 1):
+    if not (isinstance(batch, Mapping) and "index" in batch and jnp.ndim(batch["index"]) == 1):
         return None
     examples = len(batch["index"])
     for path, leaf in jax.tree.leaves_with_path(x):
