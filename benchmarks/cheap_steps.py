@@ -2,8 +2,8 @@
 
     python benchmarks/cheap_steps.py [--rounds 5]
 
-Both run in the library's compiled loop and take turns; the figure is the ratio of the best turns,
-as `step_seconds_over_plain` in a run's summary. Data are random: timings do not depend on values.
+Both run in a compiled loop and take turns; the figure is the ratio of the best turns. Data are
+random: timings do not depend on values.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
+from benchmarks import step_time
 from benchmarks.step_cost import Transformer
 from bilevel_flax import data
-from bilevel_flax.train import step_time
 from bilevel_flax.train.step_runner import StepRunner
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model

@@ -27,7 +27,6 @@ def get_config() -> ml_collections.ConfigDict:
     """The config."""
     config = ml_collections.ConfigDict()
     config.name = "augmentation"
-    config.seed = 0
     config.steps = 3000
     config.batch_size = 64
     config.model = config_dict.placeholder(str)  # cnn, mlp, linear; signals: spectrum
@@ -49,14 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.hard = False  # straight-through draws
     config.baselines = True
     config.uniform_magnitudes = (0.1, 0.3)  # fractions; the better one on validation data counts
-    config.log_every = 100
-    config.eval_every = 200
-    config.checkpoint = {"every": 1000, "keep": 3}
-    config.health = {"every": config_dict.placeholder(int), "summary": True}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.rules = config_dict.placeholder(tuple)
     config.data = {
         "name": "mnist5k",  # any TFDS image set, or signals
         "manual_dir": config_dict.placeholder(str),
@@ -65,11 +56,6 @@ def get_config() -> ml_collections.ConfigDict:
         "size": 14,  # of images, after averaging blocks of pixels; None: as they are
     }
     config.task = {"call": "examples.augmentation.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": config_dict.placeholder(str),
-    }
     config.report = "examples.augmentation.report:sections"
     steps = config.get_oneway_ref("steps")
     config.solver = {

@@ -21,32 +21,22 @@ import ml_collections
 from ml_collections import config_dict
 
 from bilevel_flax.solvers import table
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
 
 
 def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     """The config; the argument names the solver."""
-    if solver not in SOLVERS:
-        raise ConfigError(
-            f"--config=configs/darts_cifar10.py:{solver}: choose one of "
-            f"{', '.join(SOLVERS)}{nearest(solver, SOLVERS)}"
-        )
+    check_choice(f"--config=configs/darts_cifar10.py:{solver}", solver, SOLVERS)
     config = ml_collections.ConfigDict()
     config.name = "darts_cifar10"
-    config.seed = 0
     config.epochs = 50.0
     config.steps = config_dict.placeholder(int)
     config.batch_size = 64
     config.log_every = 50
     config.eval_every = 390
     config.checkpoint = {"every": 1000, "keep": 2}
-    config.health = {"every": config_dict.placeholder(int), "summary": True}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.rules = config_dict.placeholder(tuple)
     config.network = {
         "width": 16,
         "cells": 8,
@@ -69,7 +59,6 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "cells": 20,
         "reductions": config_dict.placeholder(tuple),
         "stem_stride": 1,
-        "splits": config_dict.placeholder(tuple),  # None: the search's, which is all of it
         "epochs": 600.0,
         "batch_size": 96,
         "learning_rate": 0.025,
@@ -83,11 +72,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "examples": config_dict.placeholder(int),
     }
     config.task = {"call": "examples.darts.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": "bfloat16",
-    }
+    config.problem = {"compute_dtype": "bfloat16"}
     config.report = "examples.darts.report:sections"
     steps = config.get_oneway_ref("steps")
     inner = {

@@ -14,7 +14,6 @@ test accuracy against the best of the 625, below 0.01, and a rank_percentile bel
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from examples.darts.micro import methods as micro_methods
 from examples.darts.micro.space import OPERATIONS
@@ -25,7 +24,6 @@ def get_config(method: str = "soba") -> ml_collections.ConfigDict:
     micro_methods.check_method(method, f"--config=configs/darts_micro.py:{method}")
     config = ml_collections.ConfigDict()
     config.name = "darts_micro"
-    config.seed = 0
     config.method = method
     config.steps = micro_methods.steps_of(method)
     config.batch_size = 64
@@ -36,16 +34,7 @@ def get_config(method: str = "soba") -> ml_collections.ConfigDict:
     config.eval_every = 25
     config.checkpoint = {"every": 50, "keep": 2}
     config.health = {"every": 0, "summary": False}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.rules = config_dict.placeholder(tuple)
     config.task = {"call": "examples.darts.micro.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": config_dict.placeholder(str),
-    }
     config.report = "examples.darts.micro.task:sections"
     config.solver = {
         "call": "examples.darts.micro.methods:make_solver",

@@ -16,31 +16,22 @@ import ml_collections
 from ml_collections import config_dict
 
 from bilevel_flax.solvers import table
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 SOLVERS = ("auto", "soba", "darts1", "darts2")
 
 
 def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     """The config; the argument names the solver."""
-    if solver not in SOLVERS:
-        raise ConfigError(
-            f"--config=configs/darts_mnist.py:{solver}: choose one of "
-            f"{', '.join(SOLVERS)}{nearest(solver, SOLVERS)}"
-        )
+    check_choice(f"--config=configs/darts_mnist.py:{solver}", solver, SOLVERS)
     config = ml_collections.ConfigDict()
     config.name = "darts_mnist"
-    config.seed = 0
     config.steps = 500
     config.batch_size = 64
     config.log_every = 10
     config.eval_every = 50
     config.checkpoint = {"every": 100, "keep": 2}
     config.health = {"every": 0, "summary": False}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.rules = config_dict.placeholder(tuple)
     config.network = {
         "width": 8,
         "cells": 2,
@@ -63,8 +54,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "cells": 3,
         "reductions": (1,),
         "stem_stride": 4,
-        "splits": (10_000, 50_000, 10_000),  # all of MNIST; the search above sees 21,000 images
-        "epochs": 3.0,
+        "epochs": 5.0,
         "batch_size": 64,
         "learning_rate": 4e-3,
         "optimizer": "adamw",
@@ -77,11 +67,6 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "examples": config_dict.placeholder(int),
     }
     config.task = {"call": "examples.darts.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": config_dict.placeholder(str),
-    }
     config.report = "examples.darts.report:sections"
     steps = config.get_oneway_ref("steps")
     inner = {

@@ -17,7 +17,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from bilevel_flax.solvers import table
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 # The single-loop methods, with what each wants beside the optimisers.
 SOLVERS = {
@@ -46,15 +46,10 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     solver, _, name = arg.partition(",")
     name = name or "breast_cancer"
     for given, known in ((solver, SOLVERS), (name, DATA)):
-        if given not in known:
-            raise ConfigError(
-                f"--config=configs/hyperparameter_selection.py:{arg}: {given!r} is unknown, choose "
-                f"one of {', '.join(known)}{nearest(given, list(known))}"
-            )
+        check_choice(f"--config=configs/hyperparameter_selection.py:{arg}: {given}", given, known)
     rho, bounds = DATA[name]
     config = ml_collections.ConfigDict()
     config.name = "hyperparameter_selection"
-    config.seed = 0
     config.steps = 200_000
     config.batch_size = 64
     config.start = -3.0
@@ -62,12 +57,7 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
     config.optimum = True
     config.log_every = 10_000
     config.eval_every = 20_000
-    config.checkpoint = {"every": 100_000, "keep": 3}
-    config.health = {"every": config_dict.placeholder(int), "summary": True}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
-    config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow
-    config.rules = config_dict.placeholder(tuple)
+    config.checkpoint = {"every": 100_000}
     config.data = {
         "name": name,
         "manual_dir": config_dict.placeholder(str),
@@ -75,12 +65,6 @@ def get_config(arg: str = "saba") -> ml_collections.ConfigDict:
         "seed": 0,
     }
     config.task = {"call": "examples.hyperparameter_selection.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": config_dict.placeholder(str),  # "bfloat16", beside float32 masters
-    }
-    config.report = config_dict.placeholder(str)
     config.solver = {
         "call": table.qualified_name(solver),
         "inner": {"call": f"{OPTIMIZERS}:penalty_aware_sgd", "learning_rate": rho},

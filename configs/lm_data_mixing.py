@@ -25,7 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
     """The config."""
     config = ml_collections.ConfigDict()
     config.name = "lm_data_mixing"
-    config.seed = 0
     # Text: domains by name, a target by its name or its file.
     config.domains = OpenMapping()
     config.default_domains = True  # those of BILEVEL_FLAX_DATA/text as well
@@ -56,13 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.steps = 600
     config.log_every = 20
     config.eval_every = 100
-    config.checkpoint = {"every": 200, "keep": 3}
-    # A run this short would spend more on its health than on itself: 500, say, in a long one.
+    config.checkpoint = {"every": 200}
+    # A run this short would spend more on its health than on itself: 0.03 for a long one.
     config.health = {"every": 0, "summary": False}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.problem = {"microbatches": 1, "compute_dtype": config_dict.placeholder(str)}
     config.task = {"call": "examples.lm_data_mixing.task:make_task"}
     config.report = "examples.lm_data_mixing.report:sections"
     steps = config.get_oneway_ref("steps")

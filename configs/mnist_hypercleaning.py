@@ -16,7 +16,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from bilevel_flax.solvers import table
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 # The single-loop methods, with what each wants beside the optimisers.
 SOLVERS = {
@@ -33,14 +33,9 @@ SOLVERS = {
 
 def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     """The config; the argument names the solver."""
-    if solver not in SOLVERS:
-        raise ConfigError(
-            f"--config=configs/mnist_hypercleaning.py:{solver}: choose one of "
-            f"{', '.join(SOLVERS)}{nearest(solver, list(SOLVERS))}"
-        )
+    check_choice(f"--config=configs/mnist_hypercleaning.py:{solver}", solver, SOLVERS)
     config = ml_collections.ConfigDict()
     config.name = "mnist_hypercleaning"
-    config.seed = 0
     config.epochs = 64.0  # visits of every training example
     config.steps = config_dict.placeholder(int)  # None: `epochs` passes over the training data
     config.batch_size = 64
@@ -51,14 +46,6 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
     config.weights = "sigmoid"
     config.regularization = config_dict.placeholder(float)
     config.baselines = True
-    config.log_every = 100
-    config.eval_every = 200
-    config.checkpoint = {"every": 1000, "keep": 3}
-    config.health = {"every": config_dict.placeholder(int), "summary": True}
-    config.on_device = config_dict.placeholder(bool)
-    config.mesh = config_dict.placeholder(str)  # "data=8": docs/sharding.md
-    config.collectives = config_dict.placeholder(str)  # None: "floor" or "xla", as the losses allow
-    config.rules = config_dict.placeholder(tuple)
     config.data = {
         "name": "mnist5k",
         "manual_dir": config_dict.placeholder(str),
@@ -67,11 +54,6 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "held_out": 0.0,  # share of the validation data that F never sees, to watch for memorising
     }
     config.task = {"call": "examples.mnist_hypercleaning.task:make_task"}
-    config.problem = {
-        "remat": False,
-        "microbatches": 1,
-        "compute_dtype": config_dict.placeholder(str),  # "bfloat16", beside float32 masters
-    }
     config.report = "examples.mnist_hypercleaning.report:sections"
     steps = config.get_oneway_ref("steps")
     if solver == "auto":

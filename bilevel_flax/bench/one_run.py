@@ -26,7 +26,7 @@ class Run:
         key: solver, seed and params.
         ratio: ρ / γ.
         solver: the method with its steps.
-        runner: at its beginning; its clocks are the run's.
+        loop: at its beginning; its clocks are the run's.
         start: `start(x) -> TrainState`, with z as the task starts it.
         outer_params: x as the task starts it.
         seconds: the budget.
@@ -41,7 +41,7 @@ class Run:
     key: Key
     ratio: float
     solver: BilevelSolver
-    runner: StepRunner
+    loop: StepRunner
     start: Callable[[PyTree], TrainState]
     outer_params: PyTree
     seconds: float
@@ -59,17 +59,16 @@ class Run:
     @property
     def spent(self) -> float:
         """Seconds of the budget."""
-        return getattr(self.runner, self.clock)
+        return getattr(self.loop, self.clock)
 
     def row(self, state: TrainState, status: str = "") -> Row:
         """Measures; a value that is not finite makes the row the run's last."""
-        value, validation = math.nan, math.nan
-        if status != DIVERGED:
-            value, validation = map(float, self.bench_task.measure(state))
-        if not (math.isfinite(value) and math.isfinite(validation)):
-            status, value, validation = DIVERGED, math.nan, math.nan
-        gap = value - self.bench_task.best()
-        spent = (self.runner.seconds, self.runner.cpu_seconds, self.units)
+        nothing = (math.nan,) * 3
+        found = nothing if status == DIVERGED else self.bench_task.measure(state)
+        if not all(map(math.isfinite, found)):
+            status, found = DIVERGED, nothing
+        value, gap, validation = map(float, found)
+        spent = (self.loop.seconds, self.loop.cpu_seconds, self.units)
         name = self.bench_task.name
         return Row(name, *self.key, self.step, *spent, value, gap, validation, status)
 
@@ -93,12 +92,12 @@ class Run:
         Returns:
             The state, the updates taken, and whether all directions were finite.
         """
-        state, info = self.runner.run(state, start, stop)
-        finite = all(bool(side[-1]) for side in info.finite)
-        taken = len(info.inner_loss) - (not finite)
+        state, info = self.loop.run(state, start, stop)
+        alive = all(bool(side[-1]) for side in info.finite)
+        taken = len(info.inner_loss) - (not alive)
         self.step += taken
         self.units += float(np.sum(info.oracle_units, dtype=np.float64))
-        return state, taken, finite
+        return state, taken, alive
 
     def too_short(self) -> ConfigError:
         """What to raise where the budget is over before the first step."""
@@ -119,17 +118,17 @@ def walk(run: Run) -> Iterator[Row]:
     while run.spent < run.seconds:
         refresh_step = int(run.solver.next_refresh(state))
         if refresh_step <= run.step:
-            state, units = run.runner.refresh(state)
+            state, units = run.loop.refresh(state)
             run.units += units
         else:
-            state, _, finite = run.advance(state, run.step, refresh_step)
-            if not finite:
+            state, _, alive = run.advance(state, run.step, refresh_step)
+            if not alive:
                 yield run.row(state, DIVERGED)
                 return
         if run.is_due():
-            row = run.row(state)
-            yield row
-            if row.status:
+            found = run.row(state)
+            yield found
+            if found.status:
                 return
     if run.step == 0 or (run.step == 1 and run.spent > run.seconds):
         raise run.too_short()

@@ -8,11 +8,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-
-from bilevel_flax.bench.folder import write_csv
 
 FINISHED, SCREENED, DIVERGED = "finished", "screened", "diverged"
 
@@ -39,7 +38,7 @@ class Row:
         cpu_seconds: CPU time of all threads, of the same.
         oracle_units: gradients, HVPs and cross-JVPs of minibatches so far, full passes included.
         value: h, or the test error in [0, 1]; NaN once diverged.
-        gap: value minus the best one (`BenchTask.best`) as far as that was known.
+        gap: value minus the best one, see `tasks.Measured`.
         validation: what steps are selected by.
         status: "" within a run; in its last row "finished", "screened" (the same, measured at few
             times: a pair of a grid) or "diverged".
@@ -118,24 +117,28 @@ def _parsed(line: dict[str, str | None]) -> Row | None:
 
 def write(path: Path, runs: Runs) -> None:
     """Replaces the file in one step."""
-    write_csv(path, COLUMNS, _as_text(row for rows in runs.values() for row in rows))
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        _write_rows(file, (row for rows in runs.values() for row in rows), header=True)
+    os.replace(partial, path)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows at the end of a file that `write` made."""
     with path.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(_as_text(rows))
+        _write_rows(file, rows, header=False)
 
 
-def _as_text(rows: Iterable[Row]) -> Iterator[list[str]]:
+def _write_rows(file, rows: Iterable[Row], header: bool) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    if header:
+        writer.writerow(COLUMNS)
     for row in rows:
-        values = [getattr(row, name) for name in COLUMNS]
-        yield [repr(float(v)) if isinstance(v, float) else str(v) for v in values]
+        writer.writerow([_shown(getattr(row, name)) for name in COLUMNS])
 
 
-def with_gaps(rows: Iterable[Row], best: float) -> list[Row]:
-    """The rows with their gaps to `best`."""
-    return [dataclasses.replace(row, gap=row.value - best) for row in rows]
+def _shown(value) -> str:
+    return repr(float(value)) if isinstance(value, float) else str(value)
 
 
 def score(rows: list[Row]) -> float:

@@ -84,7 +84,7 @@ def changes(
     if reduces_once and mesh["fsdp"] > 1:
         cost = "parameters gathered layer by layer"
         factors = {"gathered": parts["z"] / parameter_bytes}
-        listed.append(Change("collectives", "--config.collectives=xla", cost, factors))
+        listed.append(Change("reduction", "--config.reduction=gspmd", cost, factors))
     fsdp, data = mesh["fsdp"], mesh["data"]
     while data % 2 == 0:
         fsdp, data = 2 * fsdp, data // 2

@@ -151,7 +151,7 @@ def make(options: Options, wanted: Any) -> dict[str, Any]:
         "gradient_units": lowered.flops / lowered.gradient_flops,
         "collectives": by_kind(compiled.collectives),
         "collectives_known": compiled.limit is None,
-        "reductions": "floor" if lowered.reduces_once else "xla",
+        "reductions": "shard_map" if lowered.reduces_once else "gspmd",
         "compile_seconds": compiled.seconds,
     }
 
@@ -207,7 +207,7 @@ def render(plan: dict[str, Any]) -> str:
         f"chip; {plan['gradient_units']:.2f} gradient units (one gradient of G: 1)",
         "",
         "collectives of a step, per chip "
-        + ("(one reduction)" if plan["reductions"] == "floor" else "(placed by XLA)"),
+        + ("(one reduction)" if plan["reductions"] == "shard_map" else "(placed by XLA)"),
     ]
     for kind, total in plan["collectives"].items():
         lines.append(f"  {kind:24s} {total['count']:6d} times {_size(total['bytes'])}")

@@ -19,7 +19,8 @@ from bilevel_flax.plan import flops as flop_count
 from bilevel_flax.plan.collectives import Collective, instructions
 from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.train import config as configs
-from bilevel_flax.train import setup as run_config
+from bilevel_flax.train.run_config import RunConfig
+from bilevel_flax.train.setup import make_solver, make_task
 from bilevel_flax.train.task import Task
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -80,19 +81,17 @@ def lower(config: configs.Config, mesh: Any) -> Lowered:
         ConfigError: as `train_and_evaluate`.
         ValueError: sizes that the mesh does not divide.
     """
-    config = copy.deepcopy(config)
-    run_config.check_counts(config)
-    task: Task = run_config.make_task(config)
-    if config.steps is None:
-        config.steps = max(1, round(config.epochs * task.inner.num_batches))
+    run = RunConfig.read(copy.deepcopy(config))
+    task: Task = make_task(run)
+    run = run.with_steps(task.inner.num_batches)
     problem = task.problem
-    layout = sharding.Layout(mesh, config.get("rules") or task.rules, problem)
-    once = reduces_once(config, mesh)
+    layout = sharding.Layout(mesh, run.rules or task.rules, problem)
+    once = reduces_once(run, mesh)
     if once:
         problem = sharding.data_parallel(problem, mesh, layout.rules)
     elif mesh.size > 1:
         problem = in_mesh(sharding.whole(problem), mesh)
-    solver = run_config.make_solver(config.solver, dataclasses.replace(task, problem=problem))
+    solver = make_solver(run.solver, dataclasses.replace(task, problem=problem))
 
     state = jax.eval_shape(lambda rng: _start(task, solver, rng), jax.random.PRNGKey(0))
     batch = _minibatch(task, solver)
@@ -188,9 +187,9 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
     return None
 
 
-def reduces_once(config: configs.Config, mesh: Any) -> bool:
-    """Whether the step reduces once, as `run_mesh` decides; that losses decompose is assumed."""
-    return mesh.size > 1 and mesh.shape["tensor"] == 1 and config.get("collectives") != "xla"
+def reduces_once(run: RunConfig, mesh: Any) -> bool:
+    """Whether the step reduces once, as `make_layout` decides; that losses decompose is assumed."""
+    return mesh.size > 1 and mesh.shape["tensor"] == 1 and run.reduction != "gspmd"
 
 
 def _start(task: Task, solver: BilevelSolver, rng: Any) -> TrainState:

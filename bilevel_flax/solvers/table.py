@@ -66,7 +66,7 @@ cost: a gradient, a Hessian-vector product and a cross-JVP count 1 unit each; pl
   auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4;
   the cheap setting for weights of examples, every=4 adjoint_every=2, is 1.46.
   `train` prints the cost of its config, summary.json has gradient_units_per_step (full passes
-  included) and step_seconds_over_plain (measured)."""
+  included) and seconds_per_step (measured)."""
 
 
 def qualified_name(name: str) -> str:

@@ -8,51 +8,45 @@ A config file defines `get_config(arg) -> ml_collections.ConfigDict`. A nested d
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import difflib
+import fnmatch
 import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from bilevel_flax.checks import UserError
-from bilevel_flax.distribution import extras, recipes
+from bilevel_flax.distribution import recipes
+from bilevel_flax.train import run_config
+from bilevel_flax.train.calls import CALL, imported, resolve
+from bilevel_flax.train.errors import ConfigError, check_choice, nearest
+from bilevel_flax.train.overrides import OpenMapping, apply_override, keys
+from bilevel_flax.train.run_config import Config, plain
 
-CALL = "call"
-
-
-class OpenMapping(ml_collections.ConfigDict):
-    """Names of the user's own, each with a text: overrides may add keys to it.
-
-        config.domains = OpenMapping()        --config.domains.NAME=path
-
-    "none" takes a name that the config brought along out again.
-    """
-
-
-# An `ml_collections.ConfigDict`. Its attributes are dynamic, so a type checker is told nothing.
-Config = Any
-
-
-class ConfigError(UserError):
-    """A mistake in a config or an override; the message is one line that says how to mend it."""
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """' (did you mean "x"?)', or '' when nothing is near."""
-    # A mistyped last part is the usual case, so it is compared on its own as well.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:
-        tails = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.5)
-        close = [tails[tail] for tail in near]
-    return f' (did you mean "{close[0]}"?)' if close else ""
+__all__ = [
+    "CALL",
+    "Config",
+    "ConfigError",
+    "OpenMapping",
+    "check_choice",
+    "config_differences",
+    "flatten",
+    "imported",
+    "keys",
+    "load",
+    "naming_missing_keys",
+    "nearest",
+    "plain",
+    "refusing_unread_slips",
+    "resolve",
+]
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
@@ -62,11 +56,12 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
         spec: `path/to/config.py` or `path/to/config.py:argument` (given to `get_config`). The
             folder above the file's is put on the import path, so that the config can name
             `examples...` beside it.
-        overrides: `key.subkey=value`, in order. Beside the config's own keys, a call's further
-            arguments can be set (`solver.inner.momentum=0.9`), as far as they have a default.
+        overrides: `key.subkey=value`, in order. Beside the config's own keys and those of
+            `RunConfig`, a call's further arguments can be set (`solver.inner.momentum=0.9`), as
+            far as they have a default.
 
     Returns:
-        The config; keys can no longer be added.
+        The config, with the defaults of what it does not state; keys can no longer be added.
 
     Raises:
         ConfigError: no such file, no `get_config`, an unknown key (the nearest is named), a value
@@ -75,8 +70,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     name, _, argument = spec.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        near = nearest(str(path), beside)
+        beside = {other.stem: other for other in sorted(path.parent.glob("*.py"))}
+        close = difflib.get_close_matches(path.stem, list(beside), n=1)
+        near = f' (did you mean "{beside[close[0]]}"?)' if close else ""
         if path.stem in recipes.names():
             near = f": bilevel-flax new {path.stem} copies it and its example into this folder"
         raise ConfigError(f"--config={spec}: no file {path}{near}")
@@ -92,178 +88,139 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     if argument and not inspect.signature(module.get_config).parameters:
         raise ConfigError(f"--config={spec}: {path} takes no argument, leave out :{argument}")
     config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config={spec}: get_config() returned a {type(config).__name__}, not an "
+            "ml_collections.ConfigDict"
+        )
+    run_config.complete(config)
     config.lock()
     for override in overrides:
-        _override(config, override)
+        apply_override(config, override)
     return config
 
 
-def keys(config: Config, prefix: str = "") -> list[str]:
-    """All leaf keys of nested dicts, joined by dots."""
-    found = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        found += (
-            keys(value, f"{name}.")
-            if isinstance(value, Mapping | ml_collections.ConfigDict)
-            else [name]
-        )
-    return found
+class _Recorded(ml_collections.ConfigDict):
+    """Notes which keys are asked for."""
+
+    def __getitem__(self, key: str) -> Any:
+        self.__dict__.setdefault("_asked", set()).add(key)
+        return super().__getitem__(key)
 
 
-def _override(config: Config, override: str) -> None:
-    name, separator, text = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--config.{override}: write --config.{name}=VALUE")
-    parent, _, last = name.rpartition(".")
-    mapping = _node(config, parent)
-    if isinstance(mapping, OpenMapping):
-        _set(mapping, name, last, text)
-        return
-    known = keys(config)
-    inside = [key for key in known if key.startswith(name + ".")]
-    if inside:
-        raise ConfigError(f"--config.{name}: it has several keys, set one: {', '.join(inside)}")
-    options = {} if name in known else _options(config)
-    if name not in known and name not in options:
-        raise ConfigError(
-            f"--config.{name}: the config has no such key{nearest(name, [*known, *options])}"
-        )
-    *path, last = name.split(".")
-    node = config
-    for part in path:
-        node = node[part]
-    now = options[name] if name in options else node[last]
-    expected = node.get_type(last) if name in known else type(now)
-    try:
-        value = _parse(text, now, expected)
-    except (ValueError, SyntaxError) as error:
-        example = "" if now is None else f", such as {now!r}"
-        raise ConfigError(
-            f"--config.{name}={text}: expected {expected.__name__}{example}"
-        ) from error
-    with node.unlocked():
-        node[last] = value
-
-
-def _node(config: Config, name: str) -> Any:
-    """The dict at a dotted name, or None."""
-    for part in name.split("."):
-        if not isinstance(config, ml_collections.ConfigDict) or part not in config:
-            return None
-        config = config[part]
-    return config
-
-
-def _set(mapping: OpenMapping, name: str, last: str, text: str) -> None:
-    if not last or not text:
-        raise ConfigError(
-            f"--config.{name}={text}: write --config.{name.rpartition('.')[0]}.NAME=VALUE"
-        )
-    with mapping.unlocked():
-        if text.lower() == "none":
-            if last in mapping:
-                del mapping[last]
-        else:
-            mapping[last] = text
-
-
-def _options(config: Config, prefix: str = "") -> dict[str, Any]:
-    """Arguments with a default that the config's calls take and that it does not mention."""
-    found = {}
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            found |= _options(value, f"{prefix}{key}.")
-    if CALL in config:
-        for name, parameter in inspect.signature(imported(config[CALL])).parameters.items():
-            if name not in config and parameter.default is not parameter.empty:
-                found[f"{prefix}{name}"] = parameter.default
-    return found
-
-
-def _parse(text: str, now: Any, expected: type) -> Any:
-    """The value that `text` stands for; None only where there is none now."""
-    if now is None and text == "None":
-        return None
-    if expected is bool:
-        if text.lower() not in ("true", "1", "false", "0"):
-            raise ValueError(text)
-        return text.lower() in ("true", "1")
-    if expected in (int, float, str):
-        return expected(text)
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if expected is type(None):
-        return value
-    if expected in (tuple, list):
-        return expected(value) if isinstance(value, tuple | list) else expected([value])
-    if not isinstance(value, expected):
-        raise ValueError(text)
-    return value
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """The config as JSON would store it: dicts, lists, strings, numbers, None."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def imported(name: str) -> Any:
-    """What `package.module:attribute` names.
+@contextlib.contextmanager
+def refusing_unread_slips(config: Config) -> Iterator[None]:
+    """Finds the keys of the task's own that are misspelt in its file.
 
     Raises:
-        ConfigError: it cannot be imported, or the module has no such attribute.
-        ModuleNotFoundError: it needs an extra that is not installed.
+        ConfigError: inside the block nobody asked for a key, but for one that is spelt almost so.
     """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f'"{name}": write "package.module:attribute"')
+    nodes = {"": config}
+    for name, node in config.items():
+        if type(node) is ml_collections.ConfigDict and name not in ("task", "solver"):
+            nodes[f"{name}."] = node
+    for node in nodes.values():
+        object.__setattr__(node, "__class__", _Recorded)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if extras.explain(error):
+        yield
+    finally:
+        for node in nodes.values():
+            object.__setattr__(node, "__class__", ml_collections.ConfigDict)
+        asked = {prefix: node.__dict__.pop("_asked", set()) for prefix, node in nodes.items()}
+    for prefix, node in nodes.items():
+        for name in node:
+            if name not in asked[prefix] and f"{prefix}{name}" not in run_config.KEYS:
+                close = difflib.get_close_matches(name, asked[prefix], n=1, cutoff=0.8)
+                if close:
+                    raise ConfigError(
+                        f"config.{prefix}{name}: nothing reads it (did you mean "
+                        f'"{prefix}{close[0]}"?)'
+                    )
+
+
+@contextlib.contextmanager
+def naming_missing_keys(config: Config) -> Iterator[None]:
+    """Turns the look-up of a key that a config does not have into one line.
+
+    Raises:
+        ConfigError: inside the block such a key was asked for; the nearest that there is is named.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        module = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith("ml_collections"):
             raise
+        cause: Any = error
+        while isinstance(cause, BaseException):  # AttributeError(KeyError("'name' ..."))
+            cause = cause.args[0]
+        name = (re.findall(r"'(\w+)'", str(cause)) or [str(cause)])[0]
+        known = [key.rpartition(".")[2] for key in keys(config)]
         raise ConfigError(
-            f'"{name}": {error}; give the command in the folder that holds it, or put that folder '
-            "on PYTHONPATH"
+            f"the config has no key {name!r}, which the task reads{nearest(name, known)}: add it"
         ) from error
-    if not hasattr(module, attribute):
-        raise ConfigError(
-            f'"{name}": {module_name} has no {attribute!r}{nearest(attribute, dir(module))}'
-        )
-    return getattr(module, attribute)
 
 
-def resolve(node: Any, **provided: Any) -> Any:
-    """Makes the calls that a config describes, from the inside out.
+_ABSENT = object()
+
+
+def config_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], resume_safe: Iterable[str] = ()
+) -> list[str]:
+    """Lists the settings that differ between two nested configs.
+
+    Both are compared as JSON would give them back, so a tuple equals the list it was saved as; 1
+    equals 1.0, but not True.
 
     Args:
-        node: a config, a nested dict, or a leaf (returned as it is).
-        **provided: further arguments for the outermost call; those that its signature does not
-            have are left out.
+        saved: the config a run was started with.
+        current: the config it is to be continued with.
+        resume_safe: patterns (`log_every`, `checkpoint.*`) of dotted keys that may differ; `*`
+            stands for anything, dots included.
 
-    Raises:
-        ConfigError: a name that cannot be imported, or arguments that the callable refuses.
+    Returns:
+        One line for each difference, such as `inner.lr: saved 0.1, now 0.2`, sorted by key.
+
+    Example:
+        >>> config_differences({"inner": {"lr": 0.1}, "keep": 3}, {"inner": {"lr": 0.2}}, ["keep"])
+        ['inner.lr: saved 0.1, now 0.2']
     """
-    if isinstance(node, Mapping | ml_collections.ConfigDict):
-        values = {key: resolve(value) for key, value in node.items() if key != CALL}
-        if CALL not in node:
-            return values
-        function = imported(str(node[CALL]))
-        if not callable(function):
-            raise ConfigError(f'"{node[CALL]}" cannot be called: it is {function!r:.60}')
-        signature = inspect.signature(function)
-        accepted = signature.parameters
-        any_name = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        unknown = [key for key in values if key not in accepted and not any_name]
-        if unknown:
-            near = nearest(unknown[0], list(accepted))
-            raise ConfigError(f"{node[CALL]} takes no argument {unknown[0]!r}{near}")
-        values = {k: v for k, v in provided.items() if k in accepted} | values
-        try:
-            signature.bind(**values)
-        except TypeError as error:
-            raise ConfigError(f"{node[CALL]}: {error}") from error
-        return function(**values)
-    return list(node) if isinstance(node, tuple | list) else node
+    before, now = flatten(saved), flatten(current)
+    patterns = list(resume_safe)
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
+        if _same(old, new) or any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+            continue
+        lines.append(f"{key}: saved {_shown(old)}, now {_shown(new)}")
+    return lines
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a nested config by dotted key, as JSON would give them back."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                visit(f"{prefix}.{key}" if prefix else key, value)
+        elif prefix:
+            flat[prefix] = node
+
+    visit("", json.loads(json.dumps(dict(config), default=str)))
+    return flat
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, bool) or isinstance(new, bool):
+        return old is new
+    return old == new or (old != old and new != new)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else repr(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,57 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel_flax import data, deprecated, diagnostics
-from bilevel_flax.checkpoints.best import BestCheckpoint
+from bilevel_flax import deprecated
 from bilevel_flax.train import config as configs
-from bilevel_flax.train import config_diff, summary
 from bilevel_flax.train import metrics as writers
-from bilevel_flax.train import multihost as distributed
+from bilevel_flax.train import multihost, summary
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.errors import Diverged, Interrupted
+from bilevel_flax.train.heartbeat import Heartbeat
 from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report import trusted
-from bilevel_flax.train.run_mesh import make_layout
-from bilevel_flax.train.setup import check_counts, make_solver, make_task
+from bilevel_flax.train.run_config import PER_PROCESS, RunConfig
+from bilevel_flax.train.setup import make_layout, make_solver, make_task
 from bilevel_flax.train.task import Task
-from bilevel_flax.train.train_loop import Trained, train_loop
+from bilevel_flax.train.train_loop import train_loop
 
-# Settings that change nothing about the numbers of a run.
-HARMLESS = (
-    "log_every",
-    "checkpoint.*",
-    "report",
-    "health.*",
-    "on_device",
-    "mesh",
-    "rules",
-    "collectives",
-    "distributed*",
-    "problem.remat",
-    "data.manual_dir",
-    "data.data_dir",
-)
+__all__ = ["Diverged", "Interrupted", "make_report", "train_and_evaluate"]
 
-__all__ = [
-    "HARMLESS",
-    "Diverged",
-    "Interrupted",
-    "Trained",
-    "make_report",
-    "make_solver",
-    "train_loop",
-    "train_and_evaluate",
-]
-
-# What may differ between the processes of one run.
-_OWN = ("distributed", "data.manual_dir", "data.data_dir")
-_OF_A_STREAM = 32  # minibatches that stand for all of them at the end
 _WEEK = 7 * 24 * 3600.0
-_say = functools.partial(print, flush=True)  # in order with the progress lines, in a pipe too
+_log = functools.partial(print, flush=True)  # in order with the progress lines, in a pipe too
 
 
-def _hush(line: str) -> None:
+def _no_log(line: str) -> None:
     del line
 
 
@@ -74,16 +46,10 @@ def train_and_evaluate(
     """Runs a config to its end, or resumes it; a finished run returns at once.
 
     Args:
-        config: keys `task` and `solver` (see `config.resolve`), `problem` (optional: `remat`,
-            `microbatches`, `compute_dtype`, see `Problem`), `steps` (None: as many as give
-            `epochs` passes over the inner data), `seed`, `log_every`, `eval_every` and
-            `checkpoint.every` (steps), `checkpoint.keep`, `on_device` (True, False, or None to
-            decide by size), `mesh`, `rules` and `collectives` (many devices, see
-            docs/sharding.md), `report` (`module:function` that gives the report's sections),
-            `health` (optional: `every`, `summary`; see docs/health.md), `distributed` (optional: as
-            `distributed.start` takes it; see docs/multi_host.md).
-        workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard
-            events, `checkpoints/` and `report.html`.
+        config: `task` and `solver` (see `config.resolve`), `steps`, the task's own keys, and
+            whatever else of `RunConfig` is to differ from its default.
+        workdir: gets `config.json`, `metrics.jsonl`, `summary.json`, TensorBoard events,
+            `checkpoints/`, `network.npz` and `report.html`.
         metric_writers: further ones, with the methods of clu's `MetricWriter`.
 
     Returns:
@@ -91,120 +57,82 @@ def train_and_evaluate(
 
     Raises:
         ConfigError: the config cannot be resolved, or the workdir is another config's or in use.
-        Diverged: a direction was not finite.
+        Diverged: something was not finite.
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
         CheckpointError: checkpoints cannot be written, or none of those there can be read.
     """
     workdir = Path(workdir)
-    config = copy.deepcopy(config)  # the caller's stays as it is
-    check_counts(config)
-    record = configs.plain(config)
-    distributed.start(config.get("distributed"))
-    processes, leads = distributed.Channel("run"), distributed.is_leader()
-    say = _say if leads else _hush
-    distributed.check_same(processes, _essential(record, {"workdir": str(workdir)}))
+    run = RunConfig.read(copy.deepcopy(config))  # the caller's stays as it is
+    multihost.start(run.distributed)
+    processes, leads = multihost.Channel("run"), multihost.is_leader()
+    log = _log if leads else _no_log
+    multihost.check_same(processes, _common(run, workdir))
     with contextlib.ExitStack() as stack:
-        processes.run_on_leader(lambda: _open(stack, workdir, record))
+        processes.run_on_leader(lambda: _enter(stack, workdir, run))
         if processes.broadcast((workdir / "summary.json").exists()):
-            say(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
+            log(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
             if leads and not (workdir / "report.html").exists():
-                make_report(workdir, config.get("report"))
+                make_report(workdir, run.report)
             return workdirs.read_json(workdir / "summary.json")
 
-        task = processes.run_on_each(lambda: make_task(config))
-        distributed.check_same(processes, _sizes(task))
-        if config.steps is None:
-            config.steps = max(1, round(config.epochs * task.inner.num_batches))
-        layout, task, said = processes.run_on_each(lambda: make_layout(config, task))
-        if said:
-            say(said)
-        solver = processes.run_on_each(lambda: make_solver(config.solver, task))
-        trained = train_loop(config, workdir, task, solver, record, layout, metric_writers)
-        whole = trained._replace(state=distributed.gather_to_host(trained.state))
-        # What follows may take as long as the training did; the others wait.
-        results = distributed.Channel("conclusion", seconds=_WEEK).run_on_leader(
-            lambda: _conclude(config, workdir, task, solver.name, whole)
-        )
-        trained.loop.close()
-    numbers = config_diff.flatten(results)
+        task = processes.run_on_each(lambda: make_task(run))
+        multihost.check_same(processes, _sizes(task))
+        run = run.with_steps(task.inner.num_batches)
+        layout, task, line = processes.run_on_each(lambda: make_layout(run, task))
+        if line:
+            log(line)
+        solver = processes.run_on_each(lambda: make_solver(run.solver, task))
+        trained = train_loop(run, workdir, task, solver, layout, metric_writers)
+        trained = trained._replace(state=multihost.gather_to_host(trained.state))
+
+        def conclude() -> dict[str, Any]:
+            with Heartbeat(log, "final metrics") as beat, configs.naming_missing_keys(run.source):
+                results = {
+                    "solver": solver.name,
+                    **summary.summarize(run, task, trained, workdir, beat),
+                }
+            workdirs.write_json(workdir / "summary.json", results)
+            make_report(workdir, run.report)
+            return results
+
+        # This may take as long as the training did; the others wait.
+        results = multihost.Channel("conclusion", seconds=_WEEK).run_on_leader(conclude)
+    if trained.unsaved is not None:
+        log(f"warning: {trained.unsaved} Summary, report and network.npz are written.")
+    numbers = configs.flatten(results)
     for name in task.headline:
-        say(f"{name:28s} {format_value(numbers[name], unit_of(name, task.units))}")
+        log(f"{name:28s} {format_value(numbers[name], unit_of(name, task.units))}")
     if "conclusion" in results:
-        say(results["conclusion"])
-    say(f"report: {workdir / 'report.html'}")
+        log(results["conclusion"])
+    log(f"report: {workdir / 'report.html'}")
     return results
 
 
-def _open(stack: contextlib.ExitStack, workdir: Path, record: dict[str, Any]) -> None:
+def _enter(stack: contextlib.ExitStack, workdir: Path, run: RunConfig) -> None:
     stack.enter_context(workdirs.lock(workdir))
-    workdirs.check_same_run(workdir, record, HARMLESS)
+    workdirs.check_same_run(workdir, run.record)
 
 
-def _essential(record: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _common(run: RunConfig, workdir: Path) -> dict[str, Any]:
     """What all processes must have in common, by dotted key."""
-    flat = config_diff.flatten(record) | more
-    return {key: value for key, value in flat.items() if not key.startswith(_OWN)}
+    own = tuple(f"{name}*" for name in PER_PROCESS)
+    return {
+        name: value
+        for name, value in configs.flatten({**run.record, "workdir": str(workdir)}).items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
+    }
 
 
 def _sizes(task: Task) -> dict[str, Any]:
     """The sizes of the data, which all processes must have in common."""
-    found = {}
+    sizes: dict[str, Any] = {}
     for name, side in (("inner", task.inner), ("outer", task.outer)):
-        found[f"{name} examples"] = side.num_samples
-        found[f"{name} batch size"] = side.batch_size
+        sizes[f"{name} examples"] = side.num_samples
+        sizes[f"{name} batch size"] = side.batch_size
         for path, leaf in jax.tree.leaves_with_path(side.batches):
             key = f"{name} data {jax.tree_util.keystr(path)}"
-            found[key] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-    return found
-
-
-def _conclude(
-    config: configs.Config, workdir: Path, task: Task, solver: str, trained: Trained
-) -> dict[str, Any]:
-    """The summary of a run, with all that the task adds to it; process 0 writes it."""
-    state, totals = trained.state, trained.totals
-    chosen, at = state, config.steps
-    if task.best_metric is not None:
-        network = (state.inner_params, state.model_state)
-        at, (params, model_state) = BestCheckpoint(workdir / "best.npz").restore(network)
-        chosen = state.replace(inner_params=params, model_state=model_state)
-    results = {
-        "solver": solver,
-        "seed": config.seed,
-        "steps": config.steps,
-        **totals,
-        "seconds_per_step": totals["seconds"] / config.steps,
-        "adjoint_residual": diagnostics.adjoint_residual(
-            task.problem,
-            state.variables,
-            _readable(task.inner),
-            _readable(task.outer),
-            state.model_state,
-            state.rng,
-        ),
-        **summary.costs(
-            config,
-            task.problem,
-            state,
-            trained.loop,
-            trained.monitor,
-            totals,
-            writers.read_metrics(workdir / "metrics.jsonl"),
-            _say,
-        ),
-        "selected_step": at,
-        **task.final_metrics(chosen, workdir, _say),
-        "headline": list(task.headline),
-        "versions": summary.versions(),
-    }
-    workdirs.write_json(workdir / "summary.json", results)
-    make_report(workdir, config.get("report"))
-    return results
-
-
-def _readable(side: data.FiniteSum) -> data.FiniteSum:
-    """All of a side, or a few minibatches of a streamed one: to read it may take for ever."""
-    return data.subsample(side, _OF_A_STREAM) if side.streamed else side
+            sizes[key] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return sizes
 
 
 def make_report(
@@ -212,7 +140,7 @@ def make_report(
     sections: str | None = None,
     *,
     trust: bool = False,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = _log,
 ) -> Path:
     """Writes `report.html` from the files of a workdir.
 

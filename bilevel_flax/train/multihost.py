@@ -301,6 +301,24 @@ def leave(code: int) -> None:
         os._exit(code or 1)
 
 
+class OnWholeState:
+    """An action of a single process, on a state of which every process holds a part.
+
+    Args:
+        action: has a `schedule`, and takes a whole state and its step.
+        processes: all of them; where the action fails on one, it fails on all.
+    """
+
+    def __init__(self, action: Any, processes: Channel):
+        self._action, self._processes = action, processes
+        self.schedule = action.schedule
+
+    def __call__(self, state: TrainState, step: int) -> Any:
+        """What the action returns here."""
+        whole = gather_to_host(state)
+        return self._processes.run_on_each(lambda: self._action(whole, step))
+
+
 # The parts of a state that evaluations read; optimisers' states and tables are large and stay.
 _POINT = ("step", "inner_params", "adjoint", "outer_params", "model_state", "rng")
 

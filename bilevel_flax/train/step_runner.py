@@ -6,10 +6,8 @@ one trace serves every chunk length, and a direction that is not finite ends the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,13 +19,6 @@ from bilevel_flax.base import Batch, BilevelSolver, Info, TrainState
 from bilevel_flax.sharding import Layout, batch_share
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train.device_feed import DeviceFeed, minibatch
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """(result, seconds until it was there)."""
-    began = time.perf_counter()
-    result = jax.block_until_ready(function())
-    return result, time.perf_counter() - began
 
 
 class StepRunner:
@@ -136,31 +127,16 @@ class StepRunner:
         """
         self.compile(state, start)
         args = self.arguments(start, min(stop, start + self._count))
-        before = self.seconds
-        with self.clocks_running():
-            state, infos, done = self._chunk(state, *args)
-            done = int(done)
-        pace = max((self.seconds - before) / done, 1e-9)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        state, infos, done = self._chunk(state, *args)
+        done = int(done)
+        taken = time.perf_counter() - began
+        self.seconds += taken
+        self.cpu_seconds += time.process_time() - cpu_began
+        pace = max(taken / done, 1e-9)
         count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
         self._count = self._processes.broadcast(count)
         return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
-
-    def rehearse(self, state: TrainState, start: int, steps: int) -> tuple[TrainState, int, float]:
-        """As `run`, on a copy of the state: nothing moves, and no clock but compilation's counts.
-
-        Args:
-            state: it is not used up.
-            start: `int(state.step)`.
-            steps: at most; streamed data may give fewer.
-
-        Returns:
-            The copy after the updates, their number, and their seconds.
-        """
-        self.compile(state, start)
-        args = self.arguments(start, start + min(steps, self._capacity))
-        copy = jax.block_until_ready(self._copied(state))
-        (copy, _, done), seconds = timed(lambda: self._chunk(copy, *args))
-        return copy, int(done), seconds
 
     def refresh(self, state: TrainState) -> tuple[TrainState, float]:
         """One chunk of the full pass that is due.
@@ -187,17 +163,11 @@ class StepRunner:
         name = ("inner", "outer")[side]
         if name not in self._passes:
             self._passes[name] = self._compiled(self._make_pass(name), state, *args)
-        with self.clocks_running():
-            state = jax.block_until_ready(self._passes[name](state, *args))
-        return state, count * self._solver.refresh_units[side]
-
-    @contextlib.contextmanager
-    def clocks_running(self) -> Iterator[None]:
-        """Adds what the block takes to `seconds` and `cpu_seconds`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        yield
+        state = jax.block_until_ready(self._passes[name](state, *args))
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - cpu_began
+        return state, count * self._solver.refresh_units[side]
 
     def rewind(self) -> None:
         """Sets the clocks to zero, for another run of the compiled chunk from step 0."""
@@ -224,12 +194,6 @@ class StepRunner:
 
     def _everywhere(self, *values: Any) -> tuple:
         return values if self._layout is None else tuple(self._layout.place_everywhere(values))
-
-    def _copied(self, state: TrainState) -> TrainState:
-        if self._layout is None:
-            return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
-        copy = functools.partial(jax.tree.map, jnp.copy)
-        return jax.jit(copy, out_shardings=self._layout.state(state))(state)
 
     def _compiled(self, function, state, *args, returns_more: bool = False):
         # Compiled ahead of time: the seconds are known, and a second trace is an error, not a

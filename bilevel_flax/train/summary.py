@@ -4,84 +4,103 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from bilevel_flax.base import BilevelSolver, Problem, TrainState
-from bilevel_flax.train import config as configs
-from bilevel_flax.train import multihost as distributed
-from bilevel_flax.train import step_time
-from bilevel_flax.train.health.monitor import Monitor
-from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax import data, diagnostics
+from bilevel_flax.base import TrainState
+from bilevel_flax.checkpoints.best import BestCheckpoint
+from bilevel_flax.train.metrics import read_metrics
+from bilevel_flax.train.run_config import RunConfig
+from bilevel_flax.train.task import Task
+from bilevel_flax.train.train_loop import Trained
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
+_OF_A_STREAM = 32  # minibatches that stand for all of them at the end
 
 
-def costs(
-    config: configs.Config,
-    problem: Problem,
-    state: TrainState,
-    loop: StepRunner,
-    monitor: Monitor,
-    totals: Mapping[str, float],
-    log: Sequence[Mapping[str, Any]],
-    say: Callable[[str], None],
-) -> dict[str, float]:
-    """What a step cost, and how good its direction of x was at the end.
+def summarize(
+    run: RunConfig, task: Task, trained: Trained, workdir: Path, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The contents of `summary.json`; writes `network.npz`, the network that one would hand over.
 
     Args:
-        config: the run's; `config.health.summary=False` leaves out what takes time.
-        problem: the run's losses.
-        state: the last one.
-        loop: the run's.
-        monitor: the run's.
-        totals: the run's, with `oracle_units`.
-        log: lines of `metrics.jsonl`; a check that is there already is not made again.
-        say: prints a line.
+        run: the run's config, with its number of steps.
+        task: the run's.
+        trained: what the loop returned, the state whole on this process.
+        workdir: the run's.
+        log: prints a line.
 
     Returns:
-        `gradient_units_per_step`, full passes included; `step_seconds_over_plain`, seconds of the
-        compiled step over those of a plain Optax step; `hypergradient_cosine`, between D_x and the
-        reference of `diagnostics.hypergradient_check` on held minibatches, with
-        `hypergradient_reference_residual`, how far the reference's own system is from solved.
-        NaN where there is no value: a line says why.
+        Steps, costs, `adjoint_residual` on all data, `hypergradient_cosine`, `selected_step`, the
+        task's own `final_metrics`, versions.
     """
-    found = {
-        "gradient_units_per_step": totals["oracle_units"] / config.steps,
-        "step_seconds_over_plain": math.nan,
-        "hypergradient_cosine": math.nan,
-        "hypergradient_reference_residual": math.nan,
+    state, totals = trained.state, trained.totals
+    chosen, step = _selected(task, state, run.steps, workdir)
+    network = (chosen.inner_params, chosen.model_state)
+    (workdir / "network.npz").unlink(missing_ok=True)
+    BestCheckpoint(workdir / "network.npz").maybe_save(step, 0.0, network)
+    return {
+        "seed": run.seed,
+        "steps": run.steps,
+        **totals,
+        "seconds_per_step": totals["seconds"] / run.steps,
+        "steps_per_second": run.steps / max(totals["seconds"], 1e-9),
+        "gradient_units_per_step": totals["oracle_units"] / run.steps,
+        "adjoint_residual": diagnostics.adjoint_residual(
+            task.problem,
+            state.variables,
+            _readable(task.inner),
+            _readable(task.outer),
+            state.model_state,
+            state.rng,
+        ),
+        **_hypergradient(run, trained, workdir, log),
+        "selected_step": step,
+        **task.final_metrics(chosen, workdir, log),
+        "headline": list(task.headline),
+        "versions": versions(),
     }
-    if not (config.get("health") or {}).get("summary", True):
-        say("step_seconds_over_plain, hypergradient_cosine: not measured (config.health.summary)")
-        return found
-    if distributed.process_count() > 1:
-        say("step_seconds_over_plain: not measured with several processes")
-    elif "inner" in config.solver:
-        inner = configs.resolve(config.solver.inner)
-        bilevel, plain = step_time.over_plain(loop, problem, inner, state)
-        found["step_seconds_over_plain"] = bilevel / plain
-    else:
-        say("step_seconds_over_plain: none, config.solver has no `inner` to train plainly with")
-    last = [row for row in log if row["step"] == config.steps and "hypergradient_cosine" in row]
-    made = last[-1] if last else monitor.last_check(state)
-    found["hypergradient_cosine"] = float(made["hypergradient_cosine"])
-    found["hypergradient_reference_residual"] = float(made["health/reference_residual"])
-    if not math.isfinite(found["hypergradient_cosine"]):
-        say("hypergradient_cosine: none, D_x is 0 or not finite: the solver keeps no adjoint?")
-    return found
 
 
-def cost_line(solver: BilevelSolver) -> str:
-    """The cost of a step as configured, for the log."""
-    line = f"cost: {solver.units:g} gradient units a step (plain training: 1)"
-    inner, outer = solver.refresh_units
-    if inner or outer:
-        line += f"; each full pass {inner:g} an inner and {outer:g} an outer minibatch"
-    return line
+def _selected(
+    task: Task, state: TrainState, last_step: int, workdir: Path
+) -> tuple[TrainState, int]:
+    """The state with the network from where the task's best metric was lowest, and that step."""
+    if task.best_metric is None:
+        return state, last_step
+    network = (state.inner_params, state.model_state)
+    step, (params, model_state) = BestCheckpoint(workdir / "best.npz").restore(network)
+    return state.replace(inner_params=params, model_state=model_state), step
+
+
+def _readable(side: data.FiniteSum) -> data.FiniteSum:
+    """All of a side, or a few minibatches of a streamed one: to read it may take for ever."""
+    return data.subsample(side, _OF_A_STREAM) if side.streamed else side
+
+
+def _hypergradient(
+    run: RunConfig, trained: Trained, workdir: Path, log: Callable[[str], None]
+) -> dict[str, float]:
+    """`hypergradient_cosine` and how far its own reference is from solved; NaN: not measured."""
+    names = {
+        "hypergradient_cosine": "hypergradient_cosine",
+        "hypergradient_reference_residual": "health/reference_residual",
+    }
+    if not run.health.summary:
+        log("hypergradient_cosine: not measured (--config.health.summary=False)")
+        return dict.fromkeys(names, math.nan)
+    rows = read_metrics(workdir / "metrics.jsonl")
+    measured = [r for r in rows if r["step"] == run.steps and "hypergradient_cosine" in r]
+    check = measured[-1] if measured else trained.monitor.last_check(trained.state)
+    results = {name: float(check.get(key, math.nan)) for name, key in names.items()}
+    if not math.isfinite(results["hypergradient_cosine"]):
+        log("hypergradient_cosine: none, D_x is 0 or not finite: the solver keeps no adjoint?")
+    return results
 
 
 def versions() -> dict[str, str]:

@@ -9,230 +9,242 @@ may differ between them (a signal, a clock, a disk) goes through a channel befor
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from bilevel_flax import deprecated
-from bilevel_flax.base import BilevelSolver, TrainState
-from bilevel_flax.checkpoints import checkpointer as checkpoint
+from bilevel_flax.base import BilevelSolver, Info, TrainState
 from bilevel_flax.checkpoints.best import BestCheckpoint
+from bilevel_flax.checkpoints.checkpointer import Checkpointer
 from bilevel_flax.sharding import Layout
-from bilevel_flax.train import config as configs
+from bilevel_flax.train import actions, multihost
 from bilevel_flax.train import metrics as writers
-from bilevel_flax.train import multihost as distributed
-from bilevel_flax.train import summary
-from bilevel_flax.train import workdir as workdirs
-from bilevel_flax.train.errors import Interrupted, raise_if_diverged
-from bilevel_flax.train.health import monitor as health
-from bilevel_flax.train.health import thresholds as health_ranges
-from bilevel_flax.train.metrics.accumulator import MetricAccumulator
+from bilevel_flax.train.config import Config
+from bilevel_flax.train.errors import (
+    Diverged,
+    FiniteCheck,
+    Interrupted,
+    raise_if_diverged,
+    raise_if_lost,
+)
+from bilevel_flax.train.health.monitor import Monitor
+from bilevel_flax.train.health.thresholds import Watch
+from bilevel_flax.train.heartbeat import Heartbeat
 from bilevel_flax.train.metrics.progress_bar import Progress
 from bilevel_flax.train.preemption import PreemptionGuard
+from bilevel_flax.train.run_config import RunConfig
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import Task
+from bilevel_flax.train.workdir import write_json
+
+# From a signal to the end of the process: to a safe point; then, where it is reached, to save. A
+# machine that is preempted is gone after 30 s.
+_GRACE_SECONDS, _SAVING_SECONDS, _LEAVING_SECONDS = 9.0, 28.0, 5.0
 
 
 class Trained(NamedTuple):
-    """What `train` returns.
+    """What `train_loop` returns.
 
     Attributes:
         state: the last one.
         totals: of all sessions: `oracle_units`, `seconds`, `cpu_seconds` (of updates and
             refreshes) and `compile_seconds`.
-        loop: whose compiled chunk may be used again; close it.
         monitor: of the run's health.
+        unsaved: why the last checkpoint was not written; None: it was.
     """
 
     state: TrainState
     totals: dict[str, float]
-    loop: StepRunner
-    monitor: health.Monitor
+    monitor: Monitor
+    unsaved: str | None = None
 
 
 def train_loop(
-    config: configs.Config,
+    run: RunConfig | Config,
     workdir: Path,
     task: Task,
     solver: BilevelSolver,
-    record: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
     metric_writers: Sequence[writers.MetricWriter] = (),
 ) -> Trained:
     """The loop itself: all steps from the newest checkpoint, or from the start.
 
     Args:
-        config: as for `train_and_evaluate`.
+        run: the config, with `steps` as a number.
         workdir: gets the files.
         task: what to solve.
         solver: how.
-        record: the config as the user gave it, for `config.json` and the checkpoints; None: as
-            `config` is now.
-        layout: of many devices (`run_mesh.make_layout`); None: one device.
+        layout: of many devices (`setup.make_layout`); None: one device.
         metric_writers: further ones, with the methods of clu's `MetricWriter`; process 0 calls
             them, and closes them at the end.
 
     Raises:
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
     """
-    record = configs.plain(config) if record is None else record
-    processes, leads = distributed.Channel("train"), distributed.is_leader()
-    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(config.seed))
-    start = task.init(init_rng)
-    state = solver.init(
-        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
+    run = RunConfig.read(run)
+    processes, leads = multihost.Channel("train"), multihost.is_leader()
+    state, outer_params = _initial(run, task, solver, layout)
+    check = FiniteCheck(state)
+    runner = StepRunner(
+        solver, task.inner, task.outer, seed=run.seed, on_device=run.on_device, layout=layout
     )
-    if layout is not None:
-        state = layout.place_state(state)
-    loop = StepRunner(
-        solver,
-        task.inner,
-        task.outer,
-        seed=config.seed,
-        on_device=config.on_device,
-        layout=layout,
-    )
-    step, window = 0, MetricAccumulator()
-    totals = dict.fromkeys(("oracle_units", *StepRunner.CLOCKS), 0.0)
-    progress = Progress(config.steps, quiet=not leads)
     messages: list[str] = []
-    monitor = health.Monitor(
-        task,
-        config.steps,
-        start.outer_params,
-        config.eval_every,
-        config.get("health") or {},
-        messages.append,
-    )
+    progress = Progress(run.steps, quiet=not leads)
+    monitor = Monitor(task, run.steps, outer_params, run.eval_every, run.health.every)
     with (
-        checkpoint.Checkpointer(
+        PreemptionGuard(grace_seconds=_GRACE_SECONDS) as guard,
+        Checkpointer(
             workdir / "checkpoints",
-            keep=config.checkpoint.keep,
+            keep=run.checkpoint.keep,
             on_event=messages.append,
-            processes=distributed.Channel("checkpoints"),
+            processes=multihost.Channel("checkpoints"),
         ) as checkpointer,
-        PreemptionGuard() as guard,
     ):
         restored = checkpointer.restore(state)
+        step, meta = 0, {}
         if restored is not None:
-            state, step = restored.state, restored.step
-            for sampler, saved in zip(loop.samplers, restored.meta["samplers"], strict=True):
+            state, step, meta = restored.state, restored.step, restored.meta
+            for sampler, saved in zip(runner.samplers, meta["samplers"], strict=True):
                 sampler.check(saved)
-            window, totals = MetricAccumulator(**restored.meta["window"]), restored.meta["totals"]
             messages.append(f"resuming {workdir} at step {step}")
-        if step == 0 and leads:  # of a run that ended before its first checkpoint
-            (workdir / "best.npz").unlink(missing_ok=True)
-        best = BestCheckpoint(workdir / "best.npz")
-        writer, watch = writers.MultiWriter([]), health_ranges.Watch()
+            _raise_if_poisoned(check.first_lost(state), workdir / "checkpoints" / str(step))
+        schedule = lambda every: actions.Schedule(every, run.steps)
+        totals = actions.Totals(runner, meta.get("totals"))
+        means = actions.StepMeans(schedule(run.log_every), totals, meta.get("window"))
+        best, writer, watch = None, writers.MultiWriter([]), Watch()
         if leads:
-            workdirs.write_json(workdir / "config.json", record)
-            workdirs.write_json(workdir / "units.json", task.units)
+            best = _best(workdir, step)
+            write_json(workdir / "config.json", run.record)
+            write_json(workdir / "units.json", task.units)
             writer = writers.open_writers(workdir, step, metric_writers, messages.append)
-            watch = health_ranges.Watch(writers.read_metrics(workdir / "metrics.jsonl"))
-
-        def write(step: int, values: dict[str, float]) -> None:
-            writer.write_scalars(step, values)
-            texts = watch({"step": step, **values})
-            messages.extend(f"step {step}: warning: {text}" for text in texts.values())
-            if texts:
-                named = {health_ranges.PREFIX + name: text for name, text in texts.items()}
-                writer.write_texts(step, named)
-
-        def totals_now() -> dict[str, float]:
-            return totals | {name: totals[name] + getattr(loop, name) for name in StepRunner.CLOCKS}
+            watch = Watch(writers.read_metrics(workdir / "metrics.jsonl"))
+        evaluation = multihost.OnWholeState(
+            actions.Evaluation(schedule(run.eval_every), task.evaluate, task.best_metric, best),
+            processes,
+        )
+        measurements: list[actions.Measurement] = [means, evaluation, monitor]
+        saving = actions.Saving(
+            schedule(run.checkpoint.every), checkpointer, processes, check, run.checkpoint.required
+        )
+        log = actions.MetricLog(writer, watch, progress, messages)
 
         def save(state: TrainState, step: int) -> None:
-            if processes.broadcast(checkpointer.latest_step()) != step:
-                meta = {
-                    "config": record,
-                    "samplers": [sampler.state() for sampler in loop.samplers],
-                    "window": window.state(),
-                    "totals": totals_now(),
-                }
-                checkpointer.save(step, state, meta)
-
-        def stop_if_asked(state: TrainState, step: int) -> None:
-            everywhere = processes.all_gather(guard.received)
-            received = next((number for number in everywhere if number is not None), None)
-            if received is None:
-                return
-            save(state, step)
-            checkpointer.wait()
-            name = signal.Signals(received).name
-            raise Interrupted(
-                f"{name}: saved at step {step}; the same command resumes", signal.Signals(received)
-            )
+            position = [sampler.state() for sampler in runner.samplers]
+            meta = {"config": run.record, "samplers": position, "window": means.saved()}
+            saving(state, step, meta | {"totals": totals.now()})
 
         first = step
-        every = [config.log_every, config.eval_every, config.checkpoint.every]
-        every += [monitor.every] if monitor.every else []
         try:
-            if step < config.steps:
-                messages += [summary.cost_line(solver)]
-                messages += [f"{solver.name}: {_sizes(task, loop)}; compiling"]
-            while step < config.steps:
-                while messages:
-                    progress.say(messages.pop(0))
-                due = int(solver.next_refresh(state))
-                if due <= step:
-                    state, units = loop.refresh(state)
-                    totals["oracle_units"] += units
-                    stop_if_asked(state, step)
-                    continue
-                if not loop.compiled:
-                    loop.compile(state, step)
-                    messages.append(f"compiled in {loop.compile_seconds:.1f} s")
-                    stop_if_asked(state, step)
-                    continue
-                stop = min(config.steps, due, *(step + n - step % n for n in every))
-                state, info = loop.run(state, step, stop)
-                step += len(info.inner_loss) - (not all(side[-1] for side in info.finite))
-                raise_if_diverged(info, step, checkpointer.latest_step())
-                totals["oracle_units"] += float(np.sum(info.oracle_units, dtype=np.float64))
-                window.add(info)
-                shown = {}
-                if step % config.log_every == 0 or step == config.steps:
-                    shown = window.means() | {"oracle_units": totals["oracle_units"]}
-                    window = MetricAccumulator()
-                if step % config.eval_every == 0 or step == config.steps:
-                    whole = distributed.gather_to_host(state)
-                    shown |= processes.run_on_each(
-                        lambda whole=whole: writers.as_scalars(task.evaluate(whole))
-                    )
-                    if task.best_metric is not None and leads:
-                        network = (whole.inner_params, whole.model_state)
-                        best.maybe_save(step, shown[task.best_metric], network)
-                if monitor.due(step):
-                    shown |= monitor(state, step)
-                if shown:
-                    write(step, shown)
-                pace = (step - first) / loop.seconds if loop.seconds else None
-                progress.update(step, {k: v for k, v in shown.items() if not _is_hidden(k)}, pace)
-                if step % config.checkpoint.every == 0 or step == config.steps:
+            if step < run.steps:
+                messages += [_cost_line(solver), _size_line(solver, task, runner)]
+            while step < run.steps:
+                log.flush()
+                refresh_at = int(solver.next_refresh(state))
+                if refresh_at <= step:
+                    state, units = runner.refresh(state)
+                    totals.add_units(units)
+                elif not runner.compiled:
+                    with Heartbeat(progress.say, "compiling"):
+                        runner.compile(state, step)
+                    messages.append(f"compiled in {runner.compile_seconds:.1f} s")
+                else:
+                    stops = [each.schedule.next(step) for each in (*measurements, saving)]
+                    state, info = runner.run(state, step, min(refresh_at, *stops))
+                    step += _updates(info)
+                    _raise_if_diverged(info, state, step, check, checkpointer)
+                    means.add(info)
+                    values: dict[str, float] = {}
+                    for measure in measurements:
+                        if measure.schedule.due(step):
+                            values |= measure(state, step)
+                    log.write(step, values)
+                    log.show(step, values, (step - first) / max(runner.seconds, 1e-9))
+                    if saving.schedule.due(step):
+                        save(state, step)
+                received = _first_signal(processes, guard)
+                if received is not None:
+                    guard.extend(_SAVING_SECONDS)
                     save(state, step)
-                stop_if_asked(state, step)
-            checkpointer.wait()
+                    checkpointer.wait()
+                    guard.extend(_LEAVING_SECONDS)
+                    raise Interrupted(
+                        f"{received.name}: saved at step {step}; the same command resumes", received
+                    )
+            unsaved = saving.finish()
         finally:
-            writer.close()
-            while messages:
-                progress.say(messages.pop(0))
-            progress.close()
-            loop.close()
-    return Trained(state, totals_now(), loop, monitor)
+            log.close()
+            runner.close()
+    return Trained(state, totals.now(), monitor, unsaved)
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a value is for the files only; a line on a terminal holds few."""
-    return name.startswith(("norm_", "health/", "_")) or name == "oracle_units"
+def _initial(
+    run: RunConfig, task: Task, solver: BilevelSolver, layout: Layout | None
+) -> tuple[TrainState, Any]:
+    """The state at step 0, and x as the task gave it."""
+    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(run.seed))
+    initial = task.init(init_rng)
+    state = solver.init(
+        initial.inner_params, initial.outer_params, model_state=initial.model_state, rng=run_rng
+    )
+    return state if layout is None else layout.place_state(state), initial.outer_params
 
 
-def _sizes(task: Task, loop: StepRunner) -> str:
-    sides = (f"{side.num_samples}" for side in (task.inner, task.outer))
-    where = "on the device" if loop.on_device else "streamed"
-    return f"{' + '.join(sides)} examples, batches of {task.inner.batch_size}, data {where}"
+def _raise_if_poisoned(lost: str | None, checkpoint: Path) -> None:
+    """Raises where a checkpoint holds a NaN: every run that goes on from it would fail."""
+    if lost is not None:
+        raise Diverged(
+            f"{checkpoint} holds a {lost} that is not finite: delete that folder, and the same "
+            "command goes on from the checkpoint before, or from the start"
+        )
+
+
+def _best(workdir: Path, step: int) -> BestCheckpoint:
+    """Where the best network is kept."""
+    if step == 0:  # of a run that ended before its first checkpoint
+        (workdir / "best.npz").unlink(missing_ok=True)
+    return BestCheckpoint(workdir / "best.npz")
+
+
+def _updates(info: Info) -> int:
+    """How many updates of a chunk took place: one that is not finite ends it and moves nothing."""
+    return len(info.inner_loss) - (not all(side[-1] for side in info.finite))
+
+
+def _raise_if_diverged(
+    info: Info, state: TrainState, step: int, check: FiniteCheck, checkpointer: Checkpointer
+) -> None:
+    if all(side[-1] for side in info.finite):
+        return
+    kept = checkpointer.latest_step()
+    # A NaN that an optimiser left in the state is the cause; the directions only show it.
+    raise_if_lost(check.first_lost(state), step, kept)
+    raise_if_diverged(info, step, kept)
+
+
+def _first_signal(processes: multihost.Channel, guard: PreemptionGuard) -> signal.Signals | None:
+    """The signal that a process has received: one of them is enough, and all act on it."""
+    received = [number for number in processes.all_gather(guard.received) if number is not None]
+    return signal.Signals(received[0]) if received else None
+
+
+def _cost_line(solver: BilevelSolver) -> str:
+    line = f"cost: {solver.units:g} gradient units a step (plain training: 1)"
+    inner, outer = solver.refresh_units
+    if inner or outer:
+        line += f"; each full pass {inner:g} an inner and {outer:g} an outer minibatch"
+    return line
+
+
+def _size_line(solver: BilevelSolver, task: Task, runner: StepRunner) -> str:
+    sides = " + ".join(str(side.num_samples) for side in (task.inner, task.outer))
+    where = "on the device" if runner.on_device else "streamed"
+    return (
+        f"{solver.name}: {sides} examples, batches of {task.inner.batch_size}, data {where}; "
+        "compiling"
+    )
 
 
 __getattr__ = deprecated.names(__name__)

@@ -8,16 +8,19 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bilevel_flax import deprecated
 from bilevel_flax.checkpoints import checkpointer as checkpoint
-from bilevel_flax.train import config_diff
-from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train import run_config
+from bilevel_flax.train.config import config_differences
+from bilevel_flax.train.errors import ConfigError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a run writes; any of it tells a folder that was begun by one.
+_MARKS = ("config.json", "summary.json", "metrics.jsonl", "checkpoints", "tensorboard", "best.npz")
 
 
 class DiskFullError(OSError):
@@ -25,15 +28,12 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def lock(workdir: Path, option: str = "--workdir") -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it until the block is left.
 
-    Args:
-        workdir: the folder.
-        option: what the messages call it by.
-
     Raises:
-        ConfigError: it cannot be made or written to, or another process trains in it.
+        ConfigError: it cannot be made or written to, it holds something else than a run, or another
+            process trains in it.
         DiskFullError: a file could not be written inside the block because the disk is full.
     """
     try:
@@ -41,17 +41,23 @@ def lock(workdir: Path, option: str = "--workdir") -> Iterator[None]:
         descriptor = os.open(workdir, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(
-            f"{option}={workdir}: {error.strerror}, so it cannot be made; choose another folder"
+            f"--workdir={workdir}: {error.strerror}, so it cannot be made; choose another folder"
         ) from error
     try:
         if not os.access(workdir, os.W_OK | os.X_OK):
-            raise ConfigError(f"{option}={workdir}: not writable; choose another folder")
+            raise ConfigError(f"--workdir={workdir}: not writable; choose another folder")
+        names = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
+        if names and not any(mark in names for mark in _MARKS):
+            raise ConfigError(
+                f"--workdir={workdir}: the folder is not empty and holds no run "
+                f"({', '.join(names[:3])}{' ...' if names[3:] else ''}); choose another folder"
+            )
         try:
             # The system releases it however the process ends.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{option}={workdir}: another process is training in it; wait for its end, or "
+                f"--workdir={workdir}: another process is training in it; wait for its end, or "
                 "choose another folder"
             ) from error
         yield
@@ -59,29 +65,32 @@ def lock(workdir: Path, option: str = "--workdir") -> Iterator[None]:
         if error.errno not in _DISK_FULL or isinstance(error, DiskFullError):
             raise
         raise DiskFullError(
-            f"{option}={workdir}: {error.strerror}; what was saved is kept: make room, and the "
+            f"--workdir={workdir}: {error.strerror}; what was saved is kept: make room, and the "
             "same command goes on"
         ) from error
     finally:
         os.close(descriptor)
 
 
-def check_same_run(workdir: Path, config: Mapping[str, Any], harmless: Iterable[str]) -> None:
+def check_same_run(workdir: Path, record: Mapping[str, Any]) -> None:
     """Makes sure that the results in the folder, if there are any, are this config's.
 
     A folder without summary and checkpoint (a mistaken config, an early end) is free.
 
     Args:
         workdir: the folder.
-        config: plain (`config.plain`).
-        harmless: patterns of keys that may differ, as for `config_differences`.
+        record: the config, plain (`config.plain`).
 
     Raises:
         ConfigError: they are another config's; the differing keys are named.
         CheckpointError: there are checkpoints, but none is sound.
     """
     saved = _saved_config(workdir)
-    different = saved and config_diff.config_differences(saved, config, harmless)
+    if saved is None:
+        return
+    # A key that the other one left out, or that was new since, has its default on both sides.
+    before, now = run_config.completed(saved), run_config.completed(record)
+    different = config_differences(before, now, run_config.RESUME_SAFE)
     if different:
         raise ConfigError(
             f"--workdir={workdir} holds a run with another config ({'; '.join(different)}): "
@@ -96,8 +105,8 @@ def _saved_config(workdir: Path) -> dict[str, Any] | None:
     with checkpoint.Checkpointer(
         workdir / "checkpoints", read_only=True, on_event=lambda line: None
     ) as checkpointer:
-        found = checkpointer.read_meta()
-    return None if found is None else found[1]["config"]
+        newest = checkpointer.read_meta()
+    return None if newest is None else newest[1]["config"]
 
 
 def read_json(path: Path) -> Any:
@@ -117,16 +126,9 @@ def write_json(path: Path, content: Any) -> None:
 
     Numbers that are not finite become null, which every reader of JSON understands.
     """
-    with replaced(path) as file:
-        file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once the block is left without an error."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        yield file
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 

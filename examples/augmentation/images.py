@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.outer import augmentation
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 from examples.augmentation.examples import Examples
 from examples.datasets import sources
 
@@ -40,11 +40,7 @@ def load(config: Any) -> Examples:
         ConfigError: an unknown plan, a size that is none, a part without examples.
         ValueError: as `data.load`.
     """
-    if config.planted not in PLANTED:
-        raise ConfigError(
-            f"--config.planted={config.planted}: choose one of {', '.join(PLANTED)}"
-            f"{nearest(config.planted, list(PLANTED))}"
-        )
+    check_choice(f"--config.planted={config.planted}", config.planted, PLANTED)
     name = config.data.name
     splits = config.data.splits or SPLITS.get(name, OTHER_SPLITS)
     images = sources.load(

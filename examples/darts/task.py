@@ -27,7 +27,7 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.outer import architecture
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
@@ -85,11 +85,7 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         ValueError: data that cannot be had.
     """
     for key, known in (("selection", SELECTIONS), ("stop", STOPS)):
-        if config[key] not in known:
-            raise ConfigError(
-                f"--config.{key}={config[key]}: choose one of {', '.join(known)}"
-                f"{nearest(config[key], known)}"
-            )
+        check_choice(f"--config.{key}={config[key]}", config[key], known)
     if config.stop == "residual" and config.health.every == 0:
         raise ConfigError(
             "--config.stop=residual needs the run's measurements of the adjoint: set "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 from examples.datasets import catalog, ijcnn1
 from examples.hyperparameter_selection.exact import Data
 
@@ -57,11 +57,7 @@ def load(
         "covtype": _covtype,
         "covtype10k": lambda _: _covtype10k(manual_dir),
     }
-    if name not in readers:
-        raise ConfigError(
-            f"--config.data.name={name}: choose one of {', '.join(NAMES)}"
-            f"{nearest(name, list(NAMES))}"
-        )
+    check_choice(f"--config.data.name={name}", name, readers)
     return readers[name](seed)
 
 

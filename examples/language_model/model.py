@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +254,7 @@ def make_model(name: str, dtype: str, remat: bool) -> Decoder:
     Raises:
         ConfigError: an unknown size or dtype.
     """
-    if name not in SIZES:
-        raise ConfigError(
-            f"--config.size={name}: choose one of {', '.join(SIZES)}{nearest(name, list(SIZES))}"
-        )
+    check_choice(f"--config.size={name}", name, SIZES)
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"--config.dtype={dtype}: choose bfloat16 or float32")
     return Decoder(SIZES[name], jnp.dtype(dtype), remat)

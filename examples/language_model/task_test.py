@@ -145,3 +145,12 @@ def test_there_is_always_some_text(monkeypatch: pytest.MonkeyPatch):
     found = text.load(None)
     assert set(found) == {"source", "docstrings"}
     assert all(len(tokens) > 50_000 for tokens in found.values())
+
+
+@pytest.mark.parametrize("folder", ["nowhere", ""])
+def test_a_data_folder_without_text_is_refused(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("BILEVEL_FLAX_DATA", str(tmp_path / folder))
+    with pytest.raises(ConfigError, match=f"BILEVEL_FLAX_DATA={tmp_path}.*nor any other text"):
+        text.load(None)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 import bilevel_flax
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 
 # Domain -> file, in the folder `text` of BILEVEL_FLAX_DATA.
 FILES = {
@@ -40,9 +40,23 @@ class Windows(NamedTuple):
 
 
 def found_files() -> dict[str, Path]:
-    """Domain -> file, of those of `FILES` that BILEVEL_FLAX_DATA has."""
-    folder = Path(os.environ.get("BILEVEL_FLAX_DATA", "")) / "text"
-    return {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+    """Domain -> file, of those of `FILES` that BILEVEL_FLAX_DATA has.
+
+    Raises:
+        ConfigError: it names a folder that is not there, or has no text: to train on other text
+            instead, without a word, would be the worst of answers.
+    """
+    root = os.environ.get("BILEVEL_FLAX_DATA")
+    if not root:
+        return {}
+    folder = Path(root).expanduser() / "text"
+    files = {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
+    if not files:
+        raise ConfigError(
+            f"BILEVEL_FLAX_DATA={root}: there is no {folder / FILES['shakespeare']} nor any other "
+            "text; name the folder that holds text/, or unset it to train on the package's source"
+        )
+    return files
 
 
 def load(files: Sequence[str] | Mapping[str, str | Path] | None) -> dict[str, np.ndarray]:
@@ -138,11 +152,7 @@ def split(domains: dict[str, np.ndarray], target: str | None, share: float) -> P
         ConfigError: no such domain, or a share that leaves nothing.
     """
     target = next(iter(domains)) if target is None else target
-    if target not in domains:
-        raise ConfigError(
-            f"--config.data.target={target}: choose one of {', '.join(domains)}"
-            f"{nearest(target, list(domains))}"
-        )
+    check_choice(f"--config.data.target={target}", target, domains)
     if not 0 < share < 0.5:
         raise ConfigError(f"--config.data.outer_share={share}: must lie in (0, 0.5)")
     tokens = domains[target]

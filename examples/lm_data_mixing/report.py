@@ -34,7 +34,7 @@ def sections(workdir: str | Path) -> list[Section]:
     summary = _read(workdir / "summary.json")
     made = []
     if summary.get("mixture"):
-        made.append(_mixture(summary))
+        made.append(_mixture(summary, rows))
     found = _read(workdir / "baselines.json")
     if summary and len(found) > 1:
         made += [_bars(summary, found), _curves(rows, found), _table(summary, found)]
@@ -45,14 +45,28 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _mixture(summary: Mapping[str, Any]) -> Section:
+def _mixture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Section:
     ordered = sorted(summary["mixture"].items(), key=lambda item: -item[1])
-    rows = [(name, f"{100 * share:.1f} %") for name, share in ordered]
+    text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in ordered)
+    figure, axes = new_figure(7.2, 3.2)
+    for number, (name, _) in enumerate(ordered):
+        points = [(row["step"], row[f"mixture/{name}"]) for row in rows if f"mixture/{name}" in row]
+        points.insert(0, (0, 1 / len(ordered)))
+        axes.plot(
+            *zip(*points, strict=True),
+            "-" if number < len(COLOURS) else "--",
+            color=COLOURS[number % len(COLOURS)],
+            linewidth=1.8,
+            label=name,
+        )
+    axes.set(xlabel="step", ylabel="share of the training text")
+    axes.set_ylim(0, None)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
     caption = (
-        f"What was learned for the target, {summary.get('target', '')}. All domains start alike; "
-        "the panel of the metrics shows how the shares went."
+        f"What was learned for the target, {summary.get('target', '')}: {text}. All domains start "
+        "alike."
     )
-    return table_section("Learned mixture", ("domain", "share of the training text"), rows, caption)
+    return figure_section("Learned mixture over time", figure, caption)
 
 
 def _bars(summary: Mapping[str, Any], found: Mapping[str, Any]) -> Section:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 
 class Linear(nn.Module):
@@ -97,10 +97,7 @@ def make_model(name: str, num_classes: int) -> nn.Module:
     Raises:
         ConfigError: no such network; the nearest is named.
     """
-    if name not in MODELS:
-        raise ConfigError(
-            f"--config.model={name}: choose one of {', '.join(MODELS)}{nearest(name, list(MODELS))}"
-        )
+    check_choice(f"--config.model={name}", name, MODELS)
     return MODELS[name](num_classes)
 
 

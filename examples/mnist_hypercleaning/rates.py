@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import optax
 
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import check_choice
 
 # Peak steps of z, as one would take them for the same network without weights.
-INNER = {
+INNER: dict[str, tuple[float, Callable[..., optax.GradientTransformation]]] = {
     "sgd": (0.1, optax.sgd),  # feels the weights, whose mean starts at .12
     "momentum": (0.01, lambda rate: optax.sgd(rate, momentum=0.9)),
     "adamw": (1e-3, lambda rate: optax.adamw(rate, weight_decay=1e-4)),
@@ -47,10 +49,7 @@ def inner_optimizer(
         ConfigError: no such optimiser.
     """
     name = OWN_INNER.get(model, "adamw") if name is None else name
-    if name not in INNER:
-        raise ConfigError(
-            f"--config.inner={name}: choose one of {', '.join(INNER)}{nearest(name, list(INNER))}"
-        )
+    check_choice(f"--config.inner={name}", name, INNER)
     _, make = INNER[name]
     peak = inner_peak(name, model) if learning_rate is None else learning_rate
     return make(optax.linear_schedule(peak, 0.0, steps))

@@ -28,7 +28,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.datasets import sources
 from examples.mnist_hypercleaning import baselines, report
@@ -197,11 +197,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
     examples = load_examples(config) if examples is None else examples
     num_train = len(examples.given_labels)
     model = make_model(config.model, examples.num_classes)
-    if config.weights not in PARAMETRISATIONS:
-        raise ConfigError(
-            f"--config.weights={config.weights}: choose one of {', '.join(PARAMETRISATIONS)}"
-            f"{nearest(config.weights, list(PARAMETRISATIONS))}"
-        )
+    check_choice(f"--config.weights={config.weights}", config.weights, PARAMETRISATIONS)
     weights = PARAMETRISATIONS[config.weights](num_train)
     regularization = REGULARIZATION[config.model]
     if config.regularization is not None:

@@ -64,7 +64,6 @@ def test_with_nothing_tuned_the_wrong_labels_are_found(setting, auc, tmp_path):
     summary = train.train_and_evaluate(configs.load(str(CONFIG), [*SMALL, *setting]), tmp_path)
     assert summary["wrong_label_auc"] > auc
     assert summary["gradient_units_per_step"] == 4.0
-    assert summary["step_seconds_over_plain"] > 1
     assert -1 <= summary["hypergradient_cosine"] <= 1
 
 

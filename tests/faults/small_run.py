@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from ml_collections import config_dict
 
 import bilevel_flax as bf
 from bilevel_flax import data
@@ -28,12 +27,9 @@ def get_config(solver: str = "srba") -> ml_collections.ConfigDict:
     config.steps, config.epochs = 1000, 1.0
     config.examples = 256
     config.log_every, config.eval_every = 50, 250
-    config.checkpoint = {"every": 50, "keep": 3}
+    config.checkpoint = {"every": 50}
     config.health = {"every": 0, "summary": False}
     config.on_device = True
-    config.mesh = config_dict.placeholder(str)
-    config.collectives = config_dict.placeholder(str)
-    config.report = config_dict.placeholder(str)
     config.task = {"call": "tests.faults.small_run:make_task"}
     more = {"period": 100} if solver == "srba" else {}
     config.solver = {

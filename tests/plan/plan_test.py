@@ -15,9 +15,9 @@ from bilevel_flax.plan import advice, command, flops, step, topology
 from bilevel_flax.plan.collectives import collectives
 from bilevel_flax.plan.step import out_of_memory
 from bilevel_flax.train import config as configs
-from bilevel_flax.train import setup as run_config
 from bilevel_flax.train.config import ConfigError
-from bilevel_flax.train.run_mesh import make_layout
+from bilevel_flax.train.run_config import RunConfig
+from bilevel_flax.train.setup import make_layout, make_solver, make_task
 from bilevel_flax.train.step_runner import StepRunner
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,10 @@ def planned_and_run(capsys: pytest.CaptureFixture[str]):
         command = ["plan", "--config", name, "--topology", "cpu:8", "--mesh", mesh, "--json"]
         assert cli.main([*command, *changes]) == 0
         (printed,) = capsys.readouterr().out.splitlines()  # one object and nothing else
-        config = configs.load(name, [f"mesh={mesh}", *overrides])
-        config.steps = 10
-        layout, task, _ = make_layout(config, run_config.make_task(config))
+        config = RunConfig.read(configs.load(name, [f"mesh={mesh}", "steps=10", *overrides]))
+        layout, task, _ = make_layout(config, make_task(config))
         assert layout is not None
-        solver = run_config.make_solver(config.solver, task)
+        solver = make_solver(config.solver, task)
         start = task.init(jax.random.PRNGKey(0))
         state = layout.place_state(solver.init(start.inner_params, start.outer_params))
         loop = StepRunner(solver, task.inner, task.outer, layout=layout)
@@ -76,9 +75,9 @@ def test_a_plan_says_what_a_run_on_eight_devices_does(planned_and_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reductions", ["floor", "xla"])
+@pytest.mark.parametrize("reductions", ["shard_map", "gspmd"])
 def test_a_plan_of_the_decoder_says_what_a_run_does(planned_and_run, reductions: str):
-    plan, run = planned_and_run(DECODER, "data=2,fsdp=4", f"collectives={reductions}")
+    plan, run = planned_and_run(DECODER, "data=2,fsdp=4", f"reduction={reductions}")
     assert plan["memory"]["z"] < 0.3 * plan["parameter_bytes"]
     assert 3.5 < plan["gradient_units"] < 5
     planned, compiled = sum(moved(plan["collectives"]).values()), sum(moved(run).values())
@@ -214,7 +213,7 @@ def advised(available: int, reduces_once: bool = False) -> str:
 def test_the_cheapest_change_that_suffices_is_named():
     assert advised(17 * GIB).startswith("--config.remat=True (")
     assert advised(14 * GIB).startswith("--config.problem.microbatches=4 (")
-    assert "collectives=xla" in advised(11 * GIB, reduces_once=True)
+    assert "reduction=gspmd" in advised(11 * GIB, reduces_once=True)
     # 6 GiB of state to a quarter, 12 of the activations to a quarter, 4 stay.
     both = advised(9 * GIB)
     assert "microbatches=4" in both and "data=1,fsdp=16" in both

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.train import experiment as train
+from bilevel_flax.train.setup import make_solver
 from bilevel_flax.train.task import InitialValues, Task
 
 # The compiler's time is most of this file's; what is tested does not depend on its effort.
@@ -381,6 +381,6 @@ def test_a_config_asks_for_it_in_one_word():
     )
     sgd = {"call": "optax:sgd", "learning_rate": 0.1}
     config = {"call": "bilevel_flax:saba", "memory": "compact", "inner": sgd, "outer": sgd}
-    solver = train.make_solver(ml_collections.ConfigDict(config), task)
+    solver = make_solver(ml_collections.ConfigDict(config), task)
     state = jax.eval_shape(solver.init, *found.start)
     assert state.estimator_state.outer.table.rows.outer_grad_inner.shape == (5, BATCH, CLASSES)

@@ -75,9 +75,9 @@ def train(run: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcome]
         (["--config.steps", "many"], "--config.steps=many: expected int"),
         (["--config.steps"], "--config.steps=: expected int"),
         (["--config.baselines=maybe"], "--config.baselines=maybe: expected bool"),
-        (["--config.steps=0"], "--config.steps=0: must be"),
-        (["--config.log_every=0"], "--config.log_every=0: must be"),
-        (["--config.checkpoint.keep=0"], "--config.checkpoint.keep=0: must be"),
+        (["--config.steps=0"], "--config.steps must be an integer >= 1, got 0"),
+        (["--config.log_every=0"], "--config.log_every must be an integer >= 1, got 0"),
+        (["--config.checkpoint.keep=0"], "--config.checkpoint.keep must be an integer >= 1, got 0"),
         (["--config.solver.call=bilevel_flax:sobaa"], 'did you mean "soba"?'),
         (["--config.solver.call=bilevel_flax:srba"], "missing a required argument: 'period'"),
         (["--config.solver.dampingg=1"], "has no such key"),
@@ -337,7 +337,8 @@ def test_a_full_disk_loses_nothing(train: Callable[..., Outcome], tmp_path: Path
         outcome = train("--config.checkpoint.every=2")
     assert outcome.code == 1
     assert "Traceback" not in outcome.error
-    assert f"--workdir={tmp_path / 'run'}: File too large; what was saved is kept" in outcome.last
+    assert "The checkpoint of step 2 was not saved: a file would exceed the size" in outcome.last
+    assert "--config.checkpoint.required=False" in outcome.last
     assert not (tmp_path / "run" / "summary.json").exists()
     # With room again the same command goes on, or starts anew where nothing could be saved.
     outcome = train("--config.checkpoint.every=2")

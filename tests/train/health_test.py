@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -17,8 +16,6 @@ from problems import finite_sums, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import data, diagnostics
-from bilevel_flax.checks import UserError
-from bilevel_flax.train import step_time, summary
 from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.health import thresholds
 from bilevel_flax.train.report import health as report_health
@@ -49,42 +46,23 @@ def running() -> tuple[Task, bf.BilevelSolver, StepRunner, bf.TrainState, Any]:
     return task, solver, loop, state, source
 
 
-def monitor(steps: int = 80, lines: list[str] | None = None, **settings: Any) -> health.Monitor:
+def monitor(steps: int = 80, every: int | None = None) -> health.Monitor:
     task, _, _, _, source = running()
-    say = [].append if lines is None else lines.append
-    return health.Monitor(task, steps, source.outer_params, 10, settings, say)
+    return health.Monitor(task, steps, source.outer_params, 10, every)
 
 
 @pytest.mark.parametrize("steps", [7, 40, 1000, 20_001, 10**6])
 def test_a_run_is_measured_where_it_is_evaluated_and_ten_times_at_most(steps: int):
-    watch = monitor(steps)
-    assert watch.every % 10 == 0
-    probes = [step for step in range(watch.every, steps + 1, watch.every)]
-    assert len(probes) <= 10
-    assert len(probes) >= min(steps // 10, 5)
-    assert watch.due(steps)
+    schedule = monitor(steps).schedule
+    assert schedule.every % 10 == 0
+    probes = range(schedule.every, steps + 1, schedule.every)
+    assert min(steps // 10, 5) <= len(probes) <= 10
+    assert schedule.due(steps)
 
 
 def test_the_user_has_the_last_word_on_how_often():
-    assert monitor(1000, every=7).every == 7
-    assert monitor(1000, every=np.int64(7)).every == 7
-    off = monitor(40, every=0)
-    assert not off.due(40)
-    for wrong in (-1, 2.5, True, "7"):
-        with pytest.raises(UserError, match=r"health\.every="):
-            monitor(1000, every=wrong)
-    with pytest.raises(UserError, match=r"health\.evry: unknown.*every"):
-        monitor(1000, evry=7)
-
-
-def test_settings_of_earlier_versions_are_accepted_with_a_line():
-    lines: list[str] = []
-    assert monitor(1000, lines, share=0.03, every=None, summary=True).every == 100
-    assert monitor(1000, lines, share=0.0).every == 0
-    assert len(lines) == 2
-    assert all("health.share" in line and "health.every" in line for line in lines)
-    assert monitor(1000, lines, share=None).every == 100
-    assert len(lines) == 2
+    assert monitor(1000, every=7).schedule.every == 7
+    assert not monitor(40, every=0).schedule.due(40)
 
 
 def test_a_probe_measures_what_it_says_and_moves_nothing():
@@ -291,59 +269,3 @@ def test_the_report_shows_warnings_and_curves(tmp_path):
     for title in ("Adjoint residual", "Size of x, relative to its start"):
         assert text.count(f"<h3>{title}</h3>") == 1
     assert report_health.section([{"step": 1, "inner_loss": 1.0}]) is None
-
-
-@pytest.mark.parametrize("solver", ["soba", "amigo"])
-def test_the_time_over_plain_training_is_measured_on_copies(solver: str):
-    task, soba, loop, state, source = running()
-    if solver == "amigo":  # several minibatches an update
-        steps = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.01)}
-        made = bf.amigo(source.problem, **steps, inner_steps=3, adjoint_steps=2)
-        loop = StepRunner(made, task.inner, task.outer, on_device=True)
-        state = made.init(source.inner_params, source.outer_params)
-    before = jax.tree.map(np.array, state)
-    times = step_time.over_plain(loop, task.problem, optax.sgd(0.1), state, rounds=2, seconds=0.01)
-    assert all(0 < value < 1 for value in times)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state))
-
-
-def test_a_step_that_fails_has_no_time():
-    task, _, loop, state, _ = running()
-    broken = state.replace(inner_params=jax.tree.map(lambda z: z * jnp.nan, state.inner_params))
-    times = step_time.over_plain(loop, task.problem, optax.sgd(0.1), broken, rounds=1)
-    assert all(math.isnan(value) for value in times)
-
-
-def test_what_the_summary_lacks_it_says():
-    task, _, loop, state, _ = running()
-    lines: list[str] = []
-
-    def costs(config: dict, log: list[dict] | None = None) -> dict[str, float]:
-        made = ml_collections.ConfigDict({"steps": 40, **config})
-        totals = {"oracle_units": 170.0}
-        return summary.costs(
-            made, task.problem, state, loop, monitor(40), totals, log or [], lines.append
-        )
-
-    off = costs({"solver": {}, "health": {"summary": False}})
-    assert off["gradient_units_per_step"] == 4.25  # full passes included
-    assert math.isnan(off["step_seconds_over_plain"]) and math.isnan(off["hypergradient_cosine"])
-    assert "not measured" in lines.pop()
-    log = [{"step": 40, "hypergradient_cosine": 0.75, "health/reference_residual": 0.5}]
-    taken = costs({"solver": {}}, log)
-    assert taken["hypergradient_cosine"] == 0.75
-    assert taken["hypergradient_reference_residual"] == 0.5
-    assert "config.solver has no `inner`" in lines.pop()
-    computed = costs({"solver": {}}, [{**log[0], "step": 39}])
-    assert computed["hypergradient_cosine"] > 0.9
-    idle = log[0] | {"hypergradient_cosine": "NaN"}
-    assert math.isnan(costs({"solver": {}}, [idle])["hypergradient_cosine"])
-    assert "hypergradient_cosine: none" in lines.pop()
-
-
-def test_the_cost_line_names_the_passes_too():
-    _, solver, _, _, source = running()
-    assert summary.cost_line(solver) == "cost: 4 gradient units a step (plain training: 1)"
-    steps = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.1)}
-    srba = bf.srba(source.problem, **steps, period=7, num_inner_batches=6, num_outer_batches=5)
-    assert "each full pass" in summary.cost_line(srba)

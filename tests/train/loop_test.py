@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -18,6 +17,7 @@ from bilevel_flax import data
 from bilevel_flax.base import Info
 from bilevel_flax.train import device_feed as feed
 from bilevel_flax.train import experiment as train
+from bilevel_flax.train.run_config import CheckpointConfig, RunConfig
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.train_loop import train_loop
@@ -232,18 +232,9 @@ def test_a_nan_ends_the_chunk_before_it_touches_the_state(side: str):
 @pytest.mark.parametrize("side", ["inner", "outer"])
 def test_the_run_names_step_direction_and_what_to_try(side: str, tmp_path):
     task, solver, first = poisoned(side, seed=0, after=3)
-    config = ml_collections.ConfigDict(
-        {
-            "seed": 0,
-            "steps": 50,
-            "log_every": 10,
-            "eval_every": 10,
-            "on_device": True,
-            "checkpoint": {"every": 1, "keep": 3},
-        }
-    )
+    run = RunConfig(steps=50, on_device=True, checkpoint=CheckpointConfig(every=1))
     with pytest.raises(train.Diverged) as caught:
-        train_loop(config, tmp_path, task, solver)
+        train_loop(run, tmp_path, task, solver)
     message = str(caught.value)
     assert message.startswith(f"step {first}: not finite: the direction of ")
     assert ("inner (D_z)" in message) == (side == "inner")
@@ -332,17 +323,8 @@ def test_the_run_stops_for_refreshes_and_counts_their_cost(tmp_path):
         outer=sums[1],
         evaluate=lambda state: {},
     )
-    config = ml_collections.ConfigDict(
-        {
-            "seed": 0,
-            "steps": 20,
-            "log_every": 20,
-            "eval_every": 20,
-            "on_device": True,
-            "checkpoint": {"every": 20, "keep": 1},
-        }
-    )
-    state, totals, *_ = train_loop(config, tmp_path, task, solver)
+    run = RunConfig(steps=20, on_device=True)
+    state, totals, *_ = train_loop(run, tmp_path, task, solver)
     passes = 1 + (20 - 1) // PERIOD
     assert totals["oracle_units"] == 20 * 4 + passes * (source.num_inner * 2 + source.num_outer * 3)
     expected = passes * (sums[0].batches["index"][:, 0] + 1)

@@ -216,7 +216,7 @@ def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-MESH = ("mesh=data=8", "collectives=floor")  # without the check that finds out
+MESH = ("mesh=data=8", "reduction=shard_map")  # without the check that finds out
 SHORT = ("steps=10", "log_every=5", "eval_every=5", "checkpoint.every=5", *MESH)
 
 

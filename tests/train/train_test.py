@@ -47,7 +47,6 @@ SUMMARY = {
     "oracle_units",
     "adjoint_residual",
     "gradient_units_per_step",
-    "step_seconds_over_plain",
     "hypergradient_cosine",
     "solver",
     "seed",
@@ -83,8 +82,6 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Path, dict[str, Any
     assert summary["steps"] == STEPS
     assert summary["oracle_units"] == 4 * STEPS
     assert summary["gradient_units_per_step"] == 4.0
-    # Four units against one, and the work around them; a machine under load is not exact.
-    assert 1.2 < summary["step_seconds_over_plain"] < 40
     assert summary["hypergradient_cosine"] > 0.9
     assert summary["hypergradient_reference_residual"] < 0.01
     assert summary["solver"] == "soba"
@@ -190,7 +187,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(
     assert f"The checkpoint of step {STEPS} is damaged" in said
     assert f"resuming {workdir} at step {STEPS - 50}" in said
     assert final(workdir) == final(finished[0])
-    same = SUMMARY - {"seconds", "seconds_per_step", "step_seconds_over_plain"}
+    same = SUMMARY - {"seconds", "seconds_per_step"}
     assert {k: summary[k] for k in same} == {k: finished[1][k] for k in same}
 
 
@@ -215,7 +212,7 @@ def test_an_early_end_leaves_the_folder_free_for_another_config(
     workdir = unfinished(finished[0], tmp_path / "early")
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "best.npz").unlink(missing_ok=True)
-    workdirs.claim(workdir, config.plain(load("seed=1")), train.HARMLESS)
+    workdirs.check_same_run(workdir, config.plain(load("seed=1")))
 
 
 @pytest.mark.parametrize(

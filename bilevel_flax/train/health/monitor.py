@@ -7,7 +7,7 @@ not it was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ import numpy as np
 
 from bilevel_flax import data, diagnostics, oracles
 from bilevel_flax.base import PyTree, TrainState
-from bilevel_flax.checks import UserError
 from bilevel_flax.train import multihost as distributed
+from bilevel_flax.train.actions import Schedule
 from bilevel_flax.train.task import Task
 from bilevel_flax.tree import norm
 
@@ -28,7 +28,6 @@ _HELD, _CHECKED, _CHECKED_AT_THE_END = 32, 64, 128
 # Hessian products of a check. Ten checks of a short run would cost more than the run itself.
 _PRODUCTS, _PRODUCTS_AT_THE_END = 4, (10, 50)
 _STEPS_OF_A_LONG_RUN = 50_000
-_SETTINGS = ("every", "summary")
 
 
 class Monitor:
@@ -39,15 +38,10 @@ class Monitor:
         steps: of the run.
         outer_params: x at the start; its size is the unit of `health/outer_size`.
         eval_every: steps between two evaluations.
-        settings: `config.health`: `every`, steps between two probes; None: at ten evaluations of
-            the run at most; 0: none. Keys of earlier versions are accepted, with a line.
-        say: prints a line.
+        every: steps between two probes; None: at ten evaluations of the run at most; 0: none.
 
     Attributes:
-        every: steps between two probes; 0: none.
-
-    Raises:
-        UserError: `every` is out of range, or a setting is unknown.
+        schedule: when there is a probe.
     """
 
     def __init__(
@@ -56,20 +50,17 @@ class Monitor:
         steps: int,
         outer_params: PyTree,
         eval_every: int,
-        settings: Mapping[str, Any],
-        say: Callable[[str], None] = print,
+        every: int | None = None,
     ):
-        self.every = _interval(settings, steps, eval_every, say)
+        if every is None:
+            every = eval_every * -(-steps // (_PROBES * eval_every))
+        self.schedule = Schedule(every, steps)
         self._task, self._steps = task, steps
         self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
-        if self.every:
+        if every:
             sides = (task.problem, task.inner, task.outer)
             self._residual = diagnostics.probe_estimator(*sides, _HELD)
             self._losses = None if task.held_out is None else _outer_losses(task)
-
-    def due(self, step: int) -> bool:
-        """Whether there is a probe after `step` steps."""
-        return bool(self.every) and (step % self.every == 0 or step == self._steps)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """The probe's values, by name; those that cannot be had are left out."""
@@ -93,24 +84,6 @@ class Monitor:
         """The check at the end of a run: `hypergradient_cosine` and what to make of it."""
         products = int(np.clip(self._steps // 2000, *_PRODUCTS_AT_THE_END))
         return _check(self._task, state, _CHECKED_AT_THE_END, products)
-
-
-def _interval(
-    settings: Mapping[str, Any], steps: int, eval_every: int, say: Callable[[str], None]
-) -> int:
-    for name in settings:
-        if name not in (*_SETTINGS, "share"):
-            raise UserError(f"health.{name}: unknown, choose among {', '.join(_SETTINGS)}")
-    every, share = settings.get("every"), settings.get("share")
-    if share is not None:
-        say("health.share: no longer planned with; health.every=K measures every K steps, 0 never")
-    if every is None:
-        if share == 0:
-            return 0
-        return eval_every * -(-steps // (_PROBES * eval_every))
-    if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 0:
-        raise UserError(f"health.every={every!r} must be an integer >= 0, or None")
-    return int(every)
 
 
 def _outer_losses(task: Task) -> Callable[[TrainState], dict[str, Any]]:

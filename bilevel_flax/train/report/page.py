@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilevel_flax.train.config_diff import flatten
+from bilevel_flax.train.config import flatten
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import health as health_report

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import bilevel_flax as bf
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, check_choice, nearest
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
@@ -63,11 +63,7 @@ def make_task(config: Any) -> Task:
         ConfigError: an unknown operation or selection, a batch or width that is none.
     """
     names = space_of(config)
-    if config.selection not in SELECTIONS:
-        raise ConfigError(
-            f"--config.selection={config.selection}: choose one of {', '.join(SELECTIONS)}"
-            f"{nearest(config.selection, SELECTIONS)}"
-        )
+    check_choice(f"--config.selection={config.selection}", config.selection, SELECTIONS)
     for key in ("channels", "batch_size"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ConfigError(f"--config.{key}={config[key]}: must be an integer of 1 or more")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree, TrainState
 from bilevel_flax.solvers.step import learnable
 from bilevel_flax.train.device_feed import minibatch
-from bilevel_flax.train.step_runner import StepRunner, timed
+from bilevel_flax.train.step_runner import StepRunner
 
 _FEWEST_STEPS = 8  # of one turn: `auto`'s cheap setting does its work in every eighth
 _MOST_STEPS = 200
@@ -45,19 +47,32 @@ def over_plain(
     """
     start = int(state.step)
     plain = _Plain(problem, inner, state)
-    after, taken, spent = loop.rehearse(state, start, 1)  # compiles; this run is not counted
-    if int(after.step) == start:
+    _run_copy(loop, state, 1)  # compiles; this run is not counted
+    pace = _run_copy(loop, state, 4)
+    if not np.isfinite(pace):
         return float("nan"), float("nan")
-    _, taken, spent = loop.rehearse(state, start, 4)
-    steps = int(np.clip(seconds * max(taken, 1) / max(spent, 1e-9), _FEWEST_STEPS, _MOST_STEPS))
+    steps = int(np.clip(seconds / max(pace, 1e-9), _FEWEST_STEPS, _MOST_STEPS))
     args = loop.arguments(start, start + steps)
     plain(args, steps)
     best = {"bilevel": np.inf, "plain": np.inf}
     for _ in range(rounds):
-        _, taken, spent = loop.rehearse(state, start, steps)
-        best["bilevel"] = min(best["bilevel"], spent / max(taken, 1))
+        best["bilevel"] = min(best["bilevel"], _run_copy(loop, state, steps))
         best["plain"] = min(best["plain"], plain(args, steps) / steps)
     return best["bilevel"], best["plain"]
+
+
+def _run_copy(loop: StepRunner, state: TrainState, steps: int) -> float:
+    """Seconds of an update, of `steps` of them on a copy of the state; NaN: one was not finite."""
+    start = step = int(state.step)
+    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    loop.compile(state, start)
+    began = loop.seconds
+    while step < start + steps:
+        state, info = loop.run(state, step, start + steps)
+        if not all(side[-1] for side in info.finite):
+            return float("nan")
+        step += len(info.inner_loss)
+    return (loop.seconds - began) / steps
 
 
 class _Plain:
@@ -99,4 +114,6 @@ class _Plain:
         carry = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self._start)
         inner, positions = args[0], args[2]
         count = np.int32(steps)
-        return timed(lambda: self._many(carry, *self._fixed, inner, positions, count))[1]
+        began = time.perf_counter()
+        jax.block_until_ready(self._many(carry, *self._fixed, inner, positions, count))
+        return time.perf_counter() - began

@@ -6,7 +6,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel_flax.train.config_diff import config_differences
+from bilevel_flax.train.config import config_differences
 
 values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3))
 configs = st.recursive(

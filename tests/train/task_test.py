@@ -1,0 +1,60 @@
+"""A task of one's own: what may be left out, and what old names still mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_task
+
+from bilevel_flax.train import task
+from bilevel_flax.train.experiment import train_and_evaluate
+from bilevel_flax.train.task import InitialValues, Task
+
+
+def bare_task(config: Any) -> Task:
+    """A problem, a start and data: nothing to evaluate, nothing to report."""
+    whole = tiny_task.make_task(config)
+    return Task(whole.problem, whole.init, whole.inner, whole.outer)
+
+
+def bare_config(**more: Any) -> Any:
+    """Only what has no default: everything else is the schema's."""
+    sgd = {"call": "optax:sgd", "learning_rate": 0.1}
+    solver = {"call": "bilevel_flax:soba", "inner": sgd, "outer": sgd}
+    config = tiny_task.ml_collections.ConfigDict({"steps": 7, "solver": solver})
+    config.task = {"call": "task_test:bare_task"}
+    config.update(more)
+    return config
+
+
+def test_the_least_that_a_task_and_a_config_can_be(tmp_path: Path):
+    summary = train_and_evaluate(bare_config(), tmp_path)
+    assert (summary["steps"], summary["selected_step"]) == (7, 7)
+    assert (tmp_path / "report.html").exists()
+
+
+def unnamed_metric(config: Any) -> Task:
+    return dataclasses.replace(bare_task(config), best_metric="accuracy")
+
+
+def test_a_best_metric_that_nobody_evaluates_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match="best_metric='accuracy' is none of what evaluate returns"):
+        train_and_evaluate(bare_config(task={"call": "task_test:unnamed_metric"}), tmp_path)
+
+
+def test_old_names_work_with_a_warning():
+    whole = tiny_task.make_task(tiny_task.get_config(seed=0))
+    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    old = {k: v for k, v in fields.items() if k not in ("final_metrics", "best_metric")}
+    with pytest.warns(DeprecationWarning) as warned:
+        made = Task(**old, finish=fields["final_metrics"], select=fields["best_metric"])  # pyright: ignore
+    assert made == whole
+    assert [str(w.message).split(";")[0] for w in warned] == [
+        "Task(finish=) is now final_metrics=",
+        "Task(select=) is now best_metric=",
+    ]
+    with pytest.warns(DeprecationWarning, match="Start is now .*InitialValues"):
+        assert task.Start is InitialValues  # pyright: ignore
