@@ -14,6 +14,7 @@ import numpy as np
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.report.page import Section, figure_section, gallery_section, table_section
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
+from bilevel_flax.train.report.sections import compare_in_words
 from bilevel_flax.train.workdir import read_json
 
 _LABELS = {
@@ -23,6 +24,7 @@ _LABELS = {
     "search": "learned, network of the search",
     "learned": "learned, retrained with it frozen",
 }
+_PLAIN = ("none", "random", "uniform")
 _PAIRS = 8  # pictures before and after
 _NAMED = 6  # lines of the plot with a name
 
@@ -38,17 +40,25 @@ def sections(workdir: str | Path) -> list[Section]:
         after. What an unfinished run has not written is left out.
     """
     workdir = Path(workdir)
-    made: list[Section] = []
+    parts: list[Section] = []
     summary = {}
     if (workdir / "summary.json").exists():
         summary = read_json(workdir / "summary.json")
-        made += [*_errors(summary), _table(summary)]
+        parts += [*_errors(summary), _table(summary)]
     if (workdir / "metrics.jsonl").exists():
-        made += _over_time(read_metrics(workdir / "metrics.jsonl"))
+        parts += _over_time(read_metrics(workdir / "metrics.jsonl"))
     if (workdir / "samples.npz").exists():
         with np.load(workdir / "samples.npz", allow_pickle=False) as file:
-            made.append(_samples(dict(file), summary.get("class_names")))
-    return made
+            parts.append(_samples(dict(file), summary.get("class_names")))
+    return parts
+
+
+def conclusion(summary: Mapping[str, Any]) -> str:
+    """One sentence: what the learned policy is worth beside none, or a policy without learning."""
+    errors = summary["test_error"]
+    others = {_LABELS[name]: errors[name] for name in _PLAIN}
+    ours = ("the network retrained with the learned policy", errors["learned"])
+    return compare_in_words("test error", ours, others, "fraction")
 
 
 def _errors(summary: Mapping[str, Any]) -> list[Section]:

@@ -36,7 +36,7 @@ from bilevel_flax.outer.augmentation import (
 )
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.task import InitialValues, Task
-from examples.augmentation import baselines, images, signals
+from examples.augmentation import baselines, images, report, signals
 from examples.augmentation.examples import Examples, Part
 from examples.augmentation.model import make_model
 
@@ -227,6 +227,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
             for part in ("validation_error", "test_error"):
                 results[part] |= {name: values[part] for name, values in found.items()}
             results["uniform_magnitude"] = found["uniform"]["magnitude"]
+            results["conclusion"] = report.conclusion(results)
         return results
 
     shown = HEADLINE if config.baselines else ("search",)

@@ -27,33 +27,33 @@ def sections(workdir: str | Path) -> list[Section]:
     Args:
         workdir: the run's folder.
     """
-    workdir, made = Path(workdir), []
+    workdir, parts = Path(workdir), []
     if (workdir / "genotype.json").exists():
         for name, cell in zip(
             genotype.CELLS, genotype.load(workdir / "genotype.json"), strict=True
         ):
-            made.append(Section(f"The {name} cell", draw.cell_svg(cell, f"{name} cell")))
+            parts.append(Section(f"The {name} cell", draw.cell_svg(cell, f"{name} cell")))
     retrained = workdir / "retrained" / "retrained.json"
     if retrained.exists():
-        made.append(_errors(retrained))
+        parts.append(_errors(retrained))
     steps, shares = read_shares(workdir)
     if len(steps) > 1:
         for name, values in shares.items():
-            made += [_mean_shares(name, steps, values), _logits(name, steps, values)]
+            parts += [_mean_shares(name, steps, values), _logits(name, steps, values)]
     if steps:
-        made += [_table(name, values[-1]) for name, values in shares.items()]
-    return made
+        parts += [_table(name, values[-1]) for name, values in shares.items()]
+    return parts
 
 
 def _errors(path: Path) -> Section:
-    found = read_json(path)
-    rows = [(run["seed"], 100 * run["test_error"]) for run in found["runs"]]
+    results = read_json(path)
+    rows = [(run["seed"], 100 * run["test_error"]) for run in results["runs"]]
     return table_section(
         "Trained from scratch",
         ("seed", "test error, %"),
         rows,
-        f"Mean {100 * found['test_error']:.2f} %, standard deviation "
-        f"{100 * found['test_error_spread']:.2f}; {found['parameters']:,} parameters.",
+        f"Mean {100 * results['test_error']:.2f} %, standard deviation "
+        f"{100 * results['test_error_spread']:.2f}; {results['parameters']:,} parameters.",
     )
 
 

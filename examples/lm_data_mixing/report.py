@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_flax.train.metrics import read_metrics
-from bilevel_flax.train.report.plots import COLOURS, new_figure
-from bilevel_flax.train.report.sections import Section, figure_section, table_section
+from bilevel_flax.train.report.plots import COLOURS, humanize, new_figure
+from bilevel_flax.train.report.sections import (
+    Section,
+    compare_in_words,
+    figure_section,
+    table_section,
+)
 from bilevel_flax.train.workdir import read_json
 
 LABELS = {
@@ -32,13 +37,25 @@ def sections(workdir: str | Path) -> list[Section]:
     metrics = workdir / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
     summary = _read(workdir / "summary.json")
-    made = []
+    parts = []
     if summary.get("mixture"):
-        made.append(_mixture(summary, rows))
-    found = _read(workdir / "baselines.json")
-    if summary and len(found) > 1:
-        made += [_bars(summary, found), _curves(rows, found), _table(summary, found)]
-    return made
+        parts.append(_mixture(summary, rows))
+    results = _read(workdir / "baselines.json")
+    if summary and len(results) > 1:
+        parts += [_bars(summary, results), _curves(rows, results), _table(summary, results)]
+    return parts
+
+
+def conclusion(results: Mapping[str, Any]) -> str:
+    """One sentence: what the learned mixture is worth, after fine-tuning, beside the others.
+
+    Args:
+        results: `nats_per_byte` of all methods, before and after.
+    """
+    after = {LABELS[name]: pair["after"] for name, pair in results["nats_per_byte"].items()}
+    ours = after.pop(LABELS["soba"])
+    quantity = "test loss (nats per byte, after fine-tuning)"
+    return compare_in_words(quantity, (LABELS["soba"], ours), after)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -57,7 +74,7 @@ def _mixture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> S
             "-" if number < len(COLOURS) else "--",
             color=COLOURS[number % len(COLOURS)],
             linewidth=1.8,
-            label=name,
+            label=humanize(name),
         )
     axes.set(xlabel="step", ylabel="share of the training text")
     axes.set_ylim(0, None)
@@ -69,17 +86,17 @@ def _mixture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> S
     return figure_section("Learned mixture over time", figure, caption)
 
 
-def _bars(summary: Mapping[str, Any], found: Mapping[str, Any]) -> Section:
-    names = [name for name in LABELS if name in found]
+def _bars(summary: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    names = [name for name in LABELS if name in results]
     figure, axes = new_figure(7.2, 0.62 * len(names) + 0.9)
     for shift, when, alpha in ((-0.19, "before", 1.0), (0.19, "after", 0.45)):
-        values = [found[name][when] for name in names]
+        values = [results[name][when] for name in names]
         places = [place + shift for place in range(len(names))]
         colours = [COLOURS[0] if name in ("soba", "retrained") else _GREY for name in names]
         drawn = axes.barh(places, values, 0.36, color=colours, alpha=alpha)
         axes.bar_label(drawn, [f"{value:.3f} {when}" for value in values], padding=4, fontsize=8)
-    low = min(min(found[name]["before"], found[name]["after"]) for name in names)
-    high = max(max(found[name]["before"], found[name]["after"]) for name in names)
+    low = min(min(results[name]["before"], results[name]["after"]) for name in names)
+    high = max(max(results[name]["before"], results[name]["after"]) for name in names)
     axes.set_xlim(max(0.0, low - 0.6 * (high - low) - 0.02), high + 0.35 * (high - low) + 0.02)
     axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axes.invert_yaxis()
@@ -87,8 +104,8 @@ def _bars(summary: Mapping[str, Any], found: Mapping[str, Any]) -> Section:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("nats per byte on held-out text (the axis does not start at 0)")
     target = summary.get("target", "the target")
-    best = min(names, key=lambda name: found[name]["before"])
-    tuned = min(names, key=lambda name: found[name]["after"])
+    best = min(names, key=lambda name: results[name]["before"])
+    tuned = min(names, key=lambda name: results[name]["after"])
     caption = (
         f"Test text of {target} that chose nothing, {summary['tokens']:,} bytes of training for "
         f"each. Lowest before fine-tuning on the sample: {LABELS[best]}; after it: "
@@ -97,7 +114,7 @@ def _bars(summary: Mapping[str, Any], found: Mapping[str, Any]) -> Section:
     return figure_section("Nats per byte, before and after fine-tuning", figure, caption)
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Section:
+def _curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Section:
     own = [
         (row["step"], row["validation_nats_per_byte"])
         for row in rows
@@ -107,7 +124,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Sect
     _draw(
         axes,
         {"soba": own}
-        | {name: value["curve"][1:] for name, value in found.items() if value["curve"]},
+        | {name: value["curve"][1:] for name, value in results.items() if value["curve"]},
     )
     axes.set(xlabel="step", ylabel="validation nats per byte")
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
@@ -127,13 +144,13 @@ def _draw(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
             )
 
 
-def _table(summary: Mapping[str, Any], found: Mapping[str, Any]) -> Section:
+def _table(summary: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     header = ("method", "validation", "validation, tuned", "test", "test, tuned")
     keys = ("validation_before", "validation_after", "before", "after")
     rows = [
-        (LABELS[name], *(round(found[name][key], 4) for key in keys))
+        (LABELS[name], *(round(results[name][key], 4) for key in keys))
         for name in LABELS
-        if name in found
+        if name in results
     ]
     caption = (
         "Nats per byte. All methods read the same stream of candidates and as many bytes of it, "

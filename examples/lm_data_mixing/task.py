@@ -28,7 +28,7 @@ from bilevel_flax.train.task import InitialValues, Task
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
 from examples.language_model.task import nats_of
-from examples.lm_data_mixing import baselines, stream
+from examples.lm_data_mixing import baselines, report, stream
 
 _PART = 64  # windows at once where the loss is only measured
 _PROPOSED = 32  # windows of each domain on which a network's shares are measured
@@ -220,11 +220,10 @@ def make_task(config: Any) -> Task:
             workdir=workdir,
             say=log,
         )
-        return {
-            "target": texts.name,
-            "mixture": learned(state),
-            **baselines.compare(run, state, names),
-        }
+        results = baselines.compare(run, state, names)
+        if config.baselines:
+            results["conclusion"] = report.conclusion(results)
+        return {"target": texts.name, "mixture": learned(state), **results}
 
     outer = data.partition({"tokens": sample}, config.batch_size, seed=config.seed)
     return Task(
@@ -237,9 +236,15 @@ def make_task(config: Any) -> Task:
         headline=[
             f"nats_per_byte.{name}.{when}"
             for name in (baselines.METHODS if config.baselines else ("soba",))
-            for when in ("before", "after")
+            for when in ("after", "before")  # the fine-tuned network is the one to hand over
         ],
-        units={"validation_nats_per_byte": "nats", "nats_per_byte": "nats", "mixture": "fraction"},
+        units={
+            "validation_nats_per_byte": "nats",
+            "nats_per_byte": "nats",
+            "retrained_nats_per_byte": "nats",
+            "mixture": "fraction",
+            "dds_mixture": "fraction",
+        },
         rules=RULES,
     )
 

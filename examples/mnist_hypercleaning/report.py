@@ -12,7 +12,6 @@ Everything is drawn from `summary.json` and `learned.npz` in the run's folder:
 """
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bilevel_flax.train.report.page import Section, figure_section, gallery_section
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
+from bilevel_flax.train.report.sections import compare_in_words
+from bilevel_flax.train.workdir import read_json
 from examples.mnist_hypercleaning import ranking
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]
@@ -65,13 +66,13 @@ def sections(workdir: str | Path) -> list[Section]:
         ValueError: If `learned.npz` lacks an array or holds one that does not fit.
     """
     workdir = Path(workdir)
-    made = []
+    parts = []
     if (workdir / "summary.json").exists():
-        made += _errors(json.loads((workdir / "summary.json").read_text(encoding="utf-8")))
+        parts += _errors(read_json(workdir / "summary.json"))
     if (workdir / "learned.npz").exists():
         learned = load_learned(workdir / "learned.npz")
-        made += [_weights(learned), *_roc(learned), _gallery(learned)]
-    return made
+        parts += [_weights(learned), *_roc(learned), _gallery(learned)]
+    return parts
 
 
 def load_learned(path: str | Path) -> dict[str, np.ndarray]:
@@ -144,23 +145,9 @@ def conclusion(summary: Mapping[str, Any]) -> str:
     Args:
         summary: with the errors of the baselines, in [0, 1].
     """
-    errors = {label: summary[key] for key, label in _PLAIN if key in summary}
-    ours = summary["test_error_refit"]
-    if not errors:
-        return f"The network to hand over (refit) has a test error of {100 * ours:.2f} %."
-    better = min(errors, key=lambda label: errors[label])
-    beside = ", ".join(f"{100 * error:.2f} % with {label}" for label, error in errors.items())
-    if errors[better] < ours:
-        return (
-            f"Cleaning did not pay here: {better} did better, with a test error of "
-            f"{100 * errors[better]:.2f} % against {100 * ours:.2f} % of the network that was "
-            "trained on all data with the learned weights (refit). Hand over the former, or train "
-            "for longer (epochs)."
-        )
-    return (
-        "The network to hand over was trained on all data with the learned weights (refit): a test "
-        f"error of {100 * ours:.2f} %, against {beside}."
-    )
+    ours = "the network trained on all data with the learned weights (refit)"
+    others = {label: summary[key] for key, label in _PLAIN if key in summary}
+    return compare_in_words("test error", (ours, summary["test_error_refit"]), others, "fraction")
 
 
 def _errors(summary: Mapping[str, Any]) -> list[Section]:
@@ -224,9 +211,9 @@ def _roc(learned: Mapping[str, np.ndarray]) -> list[Section]:
     wrong = learned["is_wrong"].astype(bool)
     if wrong.all() or not wrong.any():
         return []
-    false_alarms, found = ranking.roc_curve(learned["weights"], wrong)
+    false_alarms, detections = ranking.roc_curve(learned["weights"], wrong)
     area = ranking.wrong_label_auc(learned["weights"], wrong)
-    figure = _roc_figure(false_alarms, found, area)
+    figure = _roc_figure(false_alarms, detections, area)
     caption = (
         f"Examples are called suspicious from the lowest weight upwards; the area under the "
         f"curve is {area:.3f} (1: every wrong label comes before every correct one)."
@@ -234,13 +221,13 @@ def _roc(learned: Mapping[str, np.ndarray]) -> list[Section]:
     return [figure_section("Finding the wrong labels", figure, caption)]
 
 
-def _roc_figure(false_alarms: np.ndarray, found: np.ndarray, area: float) -> Figure:
+def _roc_figure(false_alarms: np.ndarray, detections: np.ndarray, area: float) -> Figure:
     figure, axes = new_figure(4.6, 4.2)
     axes.plot([0, 1], [0, 1], "--", color="#8a94a3", linewidth=1)
     # A curve over 20,000 examples has thousands of corners; the eye needs a few hundred.
-    keep = np.unique(np.linspace(0, len(found) - 1, 400).astype(int))
-    axes.plot(false_alarms[keep], found[keep], color=_CLEAN, linewidth=2)
-    axes.fill_between(false_alarms[keep], found[keep], color=_CLEAN, alpha=0.12, linewidth=0)
+    keep = np.unique(np.linspace(0, len(detections) - 1, 400).astype(int))
+    axes.plot(false_alarms[keep], detections[keep], color=_CLEAN, linewidth=2)
+    axes.fill_between(false_alarms[keep], detections[keep], color=_CLEAN, alpha=0.12, linewidth=0)
     axes.text(0.62, 0.3, f"AUC {area:.3f}", fontsize=13, ha="center")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PERCENT)

@@ -232,7 +232,7 @@ class TensorBoardWriter:
 
 
 def open_writers(
-    workdir: Path, step: int, writers: Sequence[MetricWriter], say: Callable[[str], None]
+    workdir: Path, step: int, writers: Sequence[MetricWriter], log: Callable[[str], None]
 ) -> MultiWriter:
     """The writers of a run: `metrics.jsonl`, TensorBoard, and the user's own.
 
@@ -240,7 +240,7 @@ def open_writers(
         workdir: the run's folder.
         step: that the run goes on from; what was written beyond it is dropped.
         writers: the user's own.
-        say: prints a line.
+        log: prints a line.
 
     Raises:
         ValueError: `metrics.jsonl` is damaged.
@@ -252,8 +252,8 @@ def open_writers(
     try:
         own.append(TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1))
     except OSError as error:
-        say(f"metrics: TensorBoardWriter failed ({error}); the run goes on without it")
-    return MultiWriter([*own, *writers], say)
+        log(f"metrics: TensorBoardWriter failed ({error}); the run goes on without it")
+    return MultiWriter([*own, *writers], log)
 
 
 class MultiWriter:
@@ -266,13 +266,13 @@ class MultiWriter:
 
     Args:
         writers: ours, clu's, or anything with the methods of `MetricWriter`.
-        say: prints a line.
+        log: prints a line.
 
     Raises:
         TypeError: an object lacks one of the methods.
     """
 
-    def __init__(self, writers: Sequence[MetricWriter], say: Callable[[str], None] = print) -> None:
+    def __init__(self, writers: Sequence[MetricWriter], log: Callable[[str], None] = print) -> None:
         for writer in writers:
             for method in ("write_scalars", "write_texts", "flush", "close"):
                 if not callable(getattr(writer, method, None)):
@@ -280,7 +280,7 @@ class MultiWriter:
                         f"writers: {type(writer).__name__} has no method {method}(): pass objects "
                         "with the methods of clu.metric_writers.MetricWriter"
                     )
-        self._workers = [_Worker(writer, say) for writer in writers]
+        self._workers = [_Worker(writer, log) for writer in writers]
 
     def write_scalars(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Writes one number per name."""
@@ -309,8 +309,8 @@ class MultiWriter:
 class _Worker:
     """A writer in a thread of its own, which ends with the process whatever it waits for."""
 
-    def __init__(self, writer: MetricWriter, say: Callable[[str], None]) -> None:
-        self._writer, self._say = writer, say
+    def __init__(self, writer: MetricWriter, log: Callable[[str], None]) -> None:
+        self._writer, self._log = writer, log
         self._calls: queue.Queue[Any] = queue.Queue(_PENDING)
         self._is_late = self._is_out = False
         threading.Thread(target=self._run, daemon=True).start()
@@ -331,7 +331,7 @@ class _Worker:
         if done.wait(max(0.0, deadline - time.monotonic())) or self._is_late:
             return
         self._is_late = True
-        self._say(
+        self._log(
             f"metrics: {type(self._writer).__name__} has not answered for {_SECONDS:g} s; the run "
             "goes on without waiting for it"
         )
@@ -353,7 +353,7 @@ class _Worker:
     def _leave_out(self, why: str) -> None:
         if not self._is_out:
             self._is_out = True
-            self._say(
+            self._log(
                 f"metrics: {type(self._writer).__name__} failed ({why[:200]}); the run goes on "
                 "without it"
             )

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -116,6 +116,38 @@ def gallery_section(
     )
     note = f"<p>{html.escape(caption)}</p>" if caption else ""
     return Section(title, f'{note}<div class="gallery">{tiles}</div>')
+
+
+def compare_in_words(
+    quantity: str, ours: tuple[str, float], others: Mapping[str, float], unit: str = ""
+) -> str:
+    """One sentence for a report's top: what one would hand over, or plainly that it did not pay.
+
+    Args:
+        quantity: what is compared; low is good.
+        ours: what was learned and its value.
+        others: what one could have had without, and their values.
+        unit: as `Task.units`.
+
+    >>> compare_in_words("test error", ("the refit network", 0.1), {"all data": 0.2}, "fraction")
+    'The refit network has a test error of 10.00 %, against 20.00 % with all data.'
+    >>> compare_in_words("test error", ("the refit network", 0.2), {"all data": 0.1}, "fraction")
+    'It did not pay here: all data did better, with a test error of 10.00 % against 20.00 % of \
+the refit network.'
+    """
+    label, value = ours
+    shown = {name: format_value(other, unit) for name, other in others.items()}
+    best = min(others, key=lambda name: others[name], default="")
+    if others and others[best] <= value:
+        did = "better" if others[best] < value else "as well"
+        return (
+            f"It did not pay here: {best} did {did}, with a {quantity} of {shown[best]} against "
+            f"{format_value(value, unit)} of {label}."
+        )
+    against = ", ".join(f"{text} with {name}" for name, text in shown.items())
+    return f"{label[:1].upper()}{label[1:]} has a {quantity} of {format_value(value, unit)}" + (
+        f", against {against}." if against else "."
+    )
 
 
 def figure_html(figure: Figure, title: str, caption: str = "") -> str:
