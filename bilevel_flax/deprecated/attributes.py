@@ -38,8 +38,12 @@ ATTRIBUTES = {
     "bilevel_flax.train.experiment.Trained": "bilevel_flax.train.train_loop:Trained",
     "bilevel_flax.train.experiment.make_solver": "bilevel_flax.train.setup:make_solver",
     "bilevel_flax.train.experiment.train": "bilevel_flax.train.train_loop:train_loop",
+    "bilevel_flax.train.metrics.accumulator.Window": (
+        "bilevel_flax.train.metrics.accumulator:MetricAccumulator"
+    ),
     "bilevel_flax.train.multihost.PeerFailed": "bilevel_flax.train.multihost:PeerError",
     "bilevel_flax.train.preemption.SignalGuard": "bilevel_flax.train.preemption:PreemptionGuard",
+    "bilevel_flax.train.report.plots.readable": "bilevel_flax.train.report.plots:humanize",
     "bilevel_flax.train.step_runner.Loop": "bilevel_flax.train.step_runner:StepRunner",
     "bilevel_flax.train.task.Start": "bilevel_flax.train.task:InitialValues",
     "bilevel_flax.train.train_loop.train": "bilevel_flax.train.train_loop:train_loop",

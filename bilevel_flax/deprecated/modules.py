@@ -91,7 +91,7 @@ MODULES = {
     "bilevel_flax.window": "bilevel_flax.train.metrics.accumulator",
     "bilevel_flax.workdirs": "bilevel_flax.train.workdir",
     "bilevel_flax.writers": "bilevel_flax.train.metrics",
-    "bilevel_flax.writers.jsonl": "bilevel_flax.train.metrics.writers",
+    "bilevel_flax.writers.jsonl": "bilevel_flax.train.metrics.jsonl",
     "bilevel_flax.writers.many": "bilevel_flax.train.metrics.writers",
     "bilevel_flax.writers.tensorboard": "bilevel_flax.train.metrics.writers",
     "examples.darts.micro_data": "examples.darts.micro.data",

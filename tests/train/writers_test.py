@@ -1,6 +1,7 @@
 """Metric writers: strict JSON, resuming byte for byte, clu's methods; no failure stops a run."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorboardX
+import tiny_task
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboardX import event_file_writer
 from tensorboardX.proto.event_pb2 import Event
 
+from bilevel_flax.train.experiment import train_and_evaluate
 from bilevel_flax.train.metrics import (
     JsonlWriter,
     MultiWriter,
@@ -398,6 +402,40 @@ def test_clus_own_metrics_are_results_of_an_evaluation():
 def test_what_is_no_result_of_an_evaluation_is_named(results, message):
     with pytest.raises((TypeError, ValueError), match=message):
         as_scalars(results)
+
+
+def collect(config):
+    """The tiny task, with a collection of metrics as its evaluation."""
+    mean = lambda state: Mean(jnp.abs(state.inner_params - 0.5), jnp.float32(1.0))
+    return dataclasses.replace(
+        tiny_task.make_task(config),
+        evaluate=lambda state: Collection(mean(state)),
+        best_metric="error",
+        units={"error": "fraction"},
+    )
+
+
+def test_a_run_outlives_its_writers(tmp_path, monkeypatch, capsys):
+    """A full disk under TensorBoard and a foreign writer that hangs, from the first line on."""
+    monkeypatch.setattr(writers, "_SECONDS", 0.2)
+
+    def full(self, event):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
+    hangs, good = Recorder(waits=threading.Event()), Recorder()
+    config = tiny_task.get_config(task={"call": "writers_test:collect"})
+    summary = train_and_evaluate(config, tmp_path, metric_writers=[hangs, good])
+    hangs.waits.set()
+    assert summary["steps"] == 20
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert good.calls[0] == ("write_scalars", 5, {k: v for k, v in rows[0].items() if k != "step"})
+    assert names(good)[-1] == "close"
+    printed = "".join(capsys.readouterr())
+    assert printed.count("TensorBoardWriter failed") == 1
+    assert printed.count("Recorder has not answered") == 1
+    assert json.loads((tmp_path / "units.json").read_text()) == {"error": "fraction"}
 
 
 def test_the_speed_shown_is_that_of_the_updates():

@@ -9,14 +9,13 @@ Example:
     [{'step': 10, 'inner_loss': 0.5, 'outer_loss': 'NaN'}]
 """
 
+from bilevel_flax.train.metrics.jsonl import JsonlWriter, read_metrics
 from bilevel_flax.train.metrics.scalars import as_scalars
 from bilevel_flax.train.metrics.writers import (
-    JsonlWriter,
     MetricWriter,
     MultiWriter,
     TensorBoardWriter,
     open_writers,
-    read_metrics,
 )
 
 __all__ = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_flax import deprecated
 from bilevel_flax.base import Info
 
 
@@ -50,3 +51,6 @@ def _by_name(info: Info) -> dict[str, Any]:
         "norm_outer": info.norms.outer,
         **info.metrics,
     }
+
+
+__getattr__ = deprecated.names(__name__)

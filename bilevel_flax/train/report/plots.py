@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bilevel_flax import deprecated
 from bilevel_flax.train.metrics.units import COUNT, FRACTION, unit_of
 
 # Mid tones that read on white and on black.
@@ -210,3 +211,6 @@ def _decimal_log_axis(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+__getattr__ = deprecated.names(__name__)
