@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 # Top-level modules by extra, as `pyproject.toml` lists their distributions.
 EXTRAS = {
@@ -47,6 +49,26 @@ def explain(error: BaseException | None) -> str | None:
                     return _line(name, extra)
         error = error.__cause__
     return None
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """Around imports: one that fails for want of an extra names it.
+
+    Example:
+        >>> with named():
+        ...     import optax
+
+    Raises:
+        MissingExtra: a module of an extra is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = explain(error)
+        if message is None:
+            raise
+        raise MissingExtra(message, name=error.name) from error
 
 
 def require(extra: str) -> None:

@@ -6,8 +6,12 @@ The data are scikit-learn's `load_digits` (1,797 images of 8 x 8), which come wi
 from __future__ import annotations
 
 import numpy as np
-import sklearn.datasets
-from sklearn.metrics import roc_auc_score
+
+from bilevel_flax.distribution import extras
+
+with extras.named():
+    import sklearn.datasets
+    from sklearn.metrics import roc_auc_score
 
 NUM_CLASSES = 10
 _SPLITS = (1200, 200)  # training, validation; the remaining 397 are test images

@@ -17,7 +17,7 @@ import pytest
 
 import bilevel_flax.train
 from bilevel_flax.distribution import recipes
-from bilevel_flax.distribution.extras import EXTRAS, explain
+from bilevel_flax.distribution.extras import EXTRAS, MissingExtra, explain, named
 
 ROOT = Path(__file__).parents[2]
 CORE = {"jax", "jaxlib", "flax", "optax", "numpy"}
@@ -84,6 +84,13 @@ def test_the_harness_as_a_library_names_the_extra(monkeypatch):
     )
     with pytest.raises(ModuleNotFoundError, match=r"^tqdm .*pip install 'bilevel-flax\[train\]'$"):
         importlib.reload(bilevel_flax.train)
+
+
+def test_an_import_that_fails_names_the_extra():
+    with pytest.raises(MissingExtra, match=r"sklearn .*'bilevel-flax\[datasets\]'"), named():
+        raise ModuleNotFoundError("No module named 'sklearn.x'", name="sklearn.x")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'mine'"), named():
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
 
 
 def test_explain():
