@@ -133,6 +133,7 @@ def test_a_command_of_the_readme(run, command):
     if " train " in command:
         left = {path.name for path in (run.folder / "runs" / "clean").iterdir()}
         assert left >= {"report.html", "summary.json", "suspicious.csv", "checkpoints"}
+        assert "suspicious" in (run.folder / "runs" / "clean" / "report.html").read_text()
         summary = json.loads((run.folder / "runs" / "clean" / "summary.json").read_text())
         assert summary["wrong_label_auc"] > 0.8
 
