@@ -192,3 +192,13 @@ def test_a_violation_is_found(tmp_path: Path):
     )
     assert own_imports(wrong) == {"train", "cli", "data"}
     assert "pickle" in set(imports(wrong))
+
+
+def test_the_cores_tests_need_no_extra():
+    tools = {"pytest", "hypothesis", "problems", "transcriptions", "bilevel_flax"}
+    for path in (ROOT / "tests" / "core").glob("*.py"):
+        names = set(imports(path))
+        assert {name.partition(".")[0] for name in names} <= CORE | tools | sys.stdlib_module_names
+        assert (
+            not {name.split(".")[1] for name in names if name.startswith("bilevel_flax.")} & HARNESS
+        )
