@@ -169,20 +169,20 @@ def _checked_batch_size(batch_size: int, n: int) -> int:
     return int(batch_size)
 
 
-def subsample(side: FiniteSum, most: int) -> FiniteSum:
-    """At most `most` of the minibatches, evenly spaced: always the same ones.
+def subsample(side: FiniteSum, max_batches: int) -> FiniteSum:
+    """At most `max_batches` of the minibatches, evenly spaced: always the same ones.
 
     Args:
         side: all of them.
-        most: >= 1. A padded last minibatch is among them only if all are.
+        max_batches: >= 1. A padded last minibatch is among them only if all are.
 
     Returns:
         A `FiniteSum` of its own, whose shares sum to 1.
     """
-    if side.num_batches <= most:
+    if side.num_batches <= max_batches:
         return side
     # A padded minibatch would count its examples twice.
-    ids = np.linspace(0, side.num_batches - 1 - side.ragged, most).astype(int)
+    ids = np.linspace(0, side.num_batches - 1 - side.ragged, max_batches).astype(int)
     return FiniteSum(
         jax.tree.map(lambda leaf: leaf[ids], side.batches),
         side.weights[ids] / side.weights[ids].sum(),

@@ -12,6 +12,7 @@ give the class away in training and be missing in validation.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
@@ -51,7 +52,9 @@ def load(config: Any) -> Examples:
             "invariances, leave it out"
         )
     splits = tuple(config.data.splits or SPLITS)
-    if len(splits) != 3 or not all(isinstance(size, int) and size > 0 for size in splits):
+    if len(splits) != 3 or not all(
+        isinstance(size, numbers.Integral) and size > 0 for size in splits
+    ):
         raise ConfigError(f"--config.data.splits={splits}: give three sizes above 0")
     rng = np.random.default_rng(config.seed)
     train, validation, test = (

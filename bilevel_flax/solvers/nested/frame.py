@@ -43,7 +43,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     only,
 )
 from bilevel_flax.solvers.single_loop import init_state
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import norm, rows_at
 
 
 class Trace(NamedTuple):
@@ -81,7 +81,7 @@ def refresh_sample(problem: Problem, state: TrainState, batch: Batch, side: str,
     """The one minibatch of a full pass; its key is that of its id, the same in every pass."""
     data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
     rng = _fixed_key(state, side, ids) if problem.stateful else None
-    return Sample(data, None if factors is None else factors[ids], rng)
+    return Sample(data, None if factors is None else rows_at(factors, ids), rng)
 
 
 def _fixed_key(state: TrainState, side: str, position: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def _samples(side: str, batch: Batch, batches, factors, key: Callable | None, na
     if key is not None:
         positions = jnp.arange(count)
         keys = jax.vmap(functools.partial(key, side))(positions, positions if ids is None else ids)
-    return Sample(data, None if factors is None else factors[ids], keys)
+    return Sample(data, None if factors is None else rows_at(factors, ids), keys)
 
 
 def nested(
