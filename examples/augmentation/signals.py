@@ -12,7 +12,6 @@ give the class away in training and be missing in validation.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
@@ -53,7 +52,7 @@ def load(config: Any) -> Examples:
         )
     splits = tuple(config.data.splits or SPLITS)
     if len(splits) != 3 or not all(
-        isinstance(size, numbers.Integral) and size > 0 for size in splits
+        isinstance(size, int | np.integer) and size > 0 for size in splits
     ):
         raise ConfigError(f"--config.data.splits={splits}: give three sizes above 0")
     rng = np.random.default_rng(config.seed)

@@ -14,7 +14,6 @@ References:
 from __future__ import annotations
 
 import json
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,7 +196,7 @@ def _checked_edge(edge: Any, state: int, where: str) -> Edge:
             f"{where}: unknown operation {name!r}, choose among {', '.join(OPERATIONS)}"
             f"{nearest(str(name), OPERATIONS)}"
         )
-    if isinstance(start, bool) or not isinstance(start, numbers.Integral) or not 0 <= start < state:
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < state:
         raise ConfigError(
             f"{where}: {name} comes from state {start!r}, but states 0 to {state - 1} come before"
         )

@@ -13,7 +13,6 @@ References:
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +166,7 @@ def make_task(config: Any) -> Task:
     texts = load_texts(config)
     names = list(texts.domains)
     oversampling = len(names) if config.oversampling is None else config.oversampling
-    if not isinstance(oversampling, numbers.Integral) or oversampling < 1:
+    if not isinstance(oversampling, int | np.integer) or oversampling < 1:
         raise ConfigError(f"--config.oversampling={oversampling}: must be 1 or more")
     mixture = make_mixture(config.mixture, len(names), config.temperature)
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
