@@ -51,9 +51,7 @@ def load(config: Any) -> Examples:
             "invariances, leave it out"
         )
     splits = tuple(config.data.splits or SPLITS)
-    if len(splits) != 3 or not all(
-        isinstance(size, int | np.integer) and size > 0 for size in splits
-    ):
+    if len(splits) != 3 or not all(isinstance(size, int) and size > 0 for size in splits):
         raise ConfigError(f"--config.data.splits={splits}: give three sizes above 0")
     rng = np.random.default_rng(config.seed)
     train, validation, test = (

@@ -172,7 +172,7 @@ def make_task(config: Any) -> Task:
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
     inner = stream.candidates(texts.domains, count, config.seed)
     sample = texts.target.outer.all()
-    problem = make_problem(model, mixture, config.use, oversampling)
+    problem = make_problem(model, mixture, config.use, int(oversampling))
     nats = measure(model)
     validation = thin(texts.target.validation.all(), config.data.windows_measured)
     several = {
