@@ -1,0 +1,73 @@
+"""The scripts of benchmarks/ name what there is, and so do the commands of their README."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py")) + sorted(
+    (ROOT / "benchmarks/tasks").glob("*.py")
+)
+COMMAND = re.compile(r"python (?:-m pytest (?:-m slow )?)?((?:benchmarks|tests)/\S+\.py)(.*)")
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("bilevel_flax", "examples", "benchmarks")
+
+
+def names_in(path: Path) -> list[tuple[str, str | None]]:
+    """(module, attribute) for all that a script asks of this project's modules."""
+    modules, used = {}, []
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if is_ours(alias.name):
+                    modules[alias.asname or alias.name.partition(".")[0]] = alias.name
+                    used.append((alias.name, None))
+        elif isinstance(node, ast.ImportFrom) and node.module and is_ours(node.module):
+            for alias in node.names:
+                modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                used.append((node.module, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.append((modules.get(node.value.id, ""), node.attr))
+    return [(module, name) for module, name in used if module]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_names_what_there_is(path: Path):
+    for module, name in names_in(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # by its present name
+            try:
+                found = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                parent, _, last = module.rpartition(".")
+                found = getattr(importlib.import_module(parent), last, None)
+                assert found is not None, error
+            if name is not None and isinstance(found, ModuleType):
+                there = hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}")
+                assert there, f"{module} has no {name}"
+
+
+def test_the_commands_of_the_readme_name_scripts_and_options_that_there_are():
+    text = (ROOT / "benchmarks" / "README.md").read_text().replace("\\\n", " ")
+    commands = COMMAND.findall(text)
+    assert len(commands) > 15
+    for script, arguments in commands:
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", arguments):
+            assert f'"{option}"' in source, (script, option)
+    for config in set(re.findall(r"configs/\w+\.py", text)):
+        assert (ROOT / config).is_file(), config
+    for module in set(re.findall(r"python -m (examples\.[\w.]+)", text)):
+        assert importlib.util.find_spec(module), module
