@@ -1,5 +1,6 @@
 """Sources of labelled images: bundled, prepared from original files, missing, damaged."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -16,7 +17,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from bilevel_flax import data
 from examples.datasets import catalog, decoded, sources
 
 MNIST_FILES = (
@@ -40,16 +40,56 @@ def offline(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
 
 
+SIZES = {"train": 1200, "t10k": 400}  # of the excerpt
+
+
+@contextlib.contextmanager
+def registered(name, paths):
+    """Makes small files the registered originals of a data set, in the order of the real ones."""
+    from tensorflow_datasets.core.download import checksums
+    from tensorflow_datasets.core.utils import Size
+
+    fakes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for real, path in zip(catalog.originals(name), paths, strict=False):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            fake = catalog.Original(real.url, path.stat().st_size, digest, real.filename)
+            info = checksums.UrlInfo(Size(fake.size), digest, fake.filename)
+            patch.setitem(checksums.get_all_url_infos(), real.url, info)
+            fakes.append(fake)
+        patch.setattr(catalog, "originals", lambda _: fakes)
+        yield
+
+
+def excerpt(path, count):
+    """The first examples of an idx file, as such a file."""
+    content = gzip.decompress(path.read_bytes())
+    ndim = content[3]
+    shape = struct.unpack(f">{ndim}i", content[4 : 4 + 4 * ndim])
+    rows = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+    return idx(rows[:count])
+
+
 @pytest.fixture(scope="module")
 def mnist(data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    first = sources.load(
-        "mnist",
-        manual_dir=data_dir / "mnist",
-        data_dir=folder,
-        splits={"train": 20_000, "validation": 5_000, "test": 10_000},
-    )
-    return folder, first
+    """An excerpt of the real files, prepared as MNIST: (its folder, the files', what was loaded).
+
+    Writing all 70,000 pictures takes half a minute and is the slow test's.
+    """
+    folder, manual = tmp_path_factory.mktemp("tfds"), tmp_path_factory.mktemp("manual")
+    for original in catalog.originals("mnist"):
+        count = SIZES[original.filename.partition("-")[0]]
+        path = manual / original.filename
+        path.write_bytes(excerpt(data_dir / "mnist" / path.name, count))
+    paths = [manual / original.filename for original in catalog.originals("mnist")]
+    with registered("mnist", paths):
+        first = sources.load(
+            "mnist",
+            manual_dir=manual,
+            data_dir=folder,
+            splits={"train": 600, "validation": 200, "test": 400},
+        )
+    return folder, manual, first
 
 
 def refused(name, **kwargs):
@@ -110,53 +150,59 @@ def test_impossible_splits(splits, words):
     assert words in refused("mnist5k", splits=splits)[0]
 
 
-def test_real_mnist_from_original_files(mnist, data_dir):
-    _, loaded = mnist
-    assert loaded.train_images.shape == (20_000, 28, 28, 1)
-    assert loaded.validation_images.shape == (5_000, 28, 28, 1)
-    assert loaded.test_images.shape == (10_000, 28, 28, 1)
+def originals(folder, prefix):
+    files = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    images, labels = (gzip.decompress(path.read_bytes()) for path in files)
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784)
+    return {p.tobytes(): d for p, d in zip(pixels, labels[8:], strict=True)}
+
+
+def pairs(loaded, part):
+    images, labels = getattr(loaded, f"{part}_images"), getattr(loaded, f"{part}_labels")
+    return {p.tobytes(): d for p, d in zip(images, labels, strict=True)}
+
+
+def test_real_mnist_from_original_files(mnist):
+    _, manual, loaded = mnist
+    assert loaded.train_images.shape == (600, 28, 28, 1)
+    assert loaded.validation_images.shape == (200, 28, 28, 1)
+    assert loaded.test_images.shape == (400, 28, 28, 1)
     assert not set(loaded.train_index) & set(loaded.validation_index)
-
-    def originals(prefix, n):
-        files = [data_dir / "mnist" / f"{prefix}-{kind}-ubyte.gz" for kind in KINDS]
-        images, labels = (gzip.decompress(path.read_bytes()) for path in files)
-        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(n, 784)
-        return {p.tobytes(): d for p, d in zip(pixels, labels[8:], strict=True)}
-
-    def pairs(part):
-        images, labels = getattr(loaded, f"{part}_images"), getattr(loaded, f"{part}_labels")
-        return {p.tobytes(): d for p, d in zip(images, labels, strict=True)}
-
-    assert pairs("test") == originals("t10k", 10_000)
-    train = originals("train", 60_000)
-    assert (pairs("train") | pairs("validation")).items() <= train.items()
+    assert pairs(loaded, "test") == originals(manual, "t10k")
+    train = originals(manual, "train")
+    assert (pairs(loaded, "train") | pairs(loaded, "validation")).items() <= train.items()
     assert "tensorflow" not in sys.modules
 
 
-KINDS = ("images-idx3", "labels-idx1")
+@pytest.mark.slow
+def test_all_of_mnist_from_original_files(data_dir, tmp_path):
+    loaded = sources.load("mnist", manual_dir=data_dir / "mnist", data_dir=tmp_path)
+    assert len(loaded.train_labels) == 60_000
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        assert pairs(loaded, part) == originals(data_dir / "mnist", prefix)
 
 
 def test_a_prepared_set_needs_no_original_files_and_no_second_decoding(mnist, offline):
-    folder, first = mnist
+    folder, _, first = mnist
     start = time.monotonic()
-    again = sources.load("mnist", data_dir=folder, splits=(20_000, 5_000, 10_000))
+    again = sources.load("mnist", data_dir=folder, splits=(600, 200, 400))
     assert time.monotonic() - start < 3
     np.testing.assert_array_equal(again.train_images, first.train_images)
     np.testing.assert_array_equal(again.test_labels, first.test_labels)
 
     everything = sources.load("mnist:3.0.1", data_dir=folder)
-    assert len(everything.train_labels) == 60_000 and len(everything.test_labels) == 10_000
+    assert len(everything.train_labels) == 1200 and len(everything.test_labels) == 400
     assert everything.validation_images.shape == (0, 28, 28, 1)
-    message, _ = refused("mnist", data_dir=folder, splits=(1, 1, 10_001))
-    assert "mnist's test part has 10000: take 1 fewer" in message
-    message, _ = refused("mnist", data_dir=folder, splits=(55_001, 5_000, 1))
-    assert "mnist's training part has 60000: take 1 fewer" in message
+    message, _ = refused("mnist", data_dir=folder, splits=(1, 1, 401))
+    assert "mnist's test part has 400: take 1 fewer" in message
+    message, _ = refused("mnist", data_dir=folder, splits=(1001, 200, 1))
+    assert "mnist's training part has 1200: take 1 fewer" in message
 
 
 def test_tfds_itself_reads_what_was_prepared(mnist):
     import tensorflow_datasets as tfds
 
-    folder, _ = mnist
+    folder, _, _ = mnist
     source = tfds.data_source("mnist", split="test", data_dir=folder, download=False)
     everything = sources.load("mnist", data_dir=folder)
     at = int(np.argmax(everything.test_index == 17))
@@ -174,7 +220,8 @@ def test_missing_files_offline_are_an_error_within_a_second(offline, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "emnist/balanced", "cifar10"])
-def test_every_source_fails_fast(name, offline, tmp_path):
+def test_every_source_fails_fast(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "reachable", lambda url: False)
     message, seconds = refused(name, data_dir=tmp_path)
     assert seconds < 1 and f'"{name}" is not prepared in {tmp_path}' in message
 
@@ -248,23 +295,6 @@ def idx(array):
     return gzip.compress(header + array.tobytes())
 
 
-@pytest.fixture
-def register(monkeypatch):
-    """Makes a small file the registered original of a data set."""
-    from tensorflow_datasets.core.download import checksums
-    from tensorflow_datasets.core.utils import Size
-
-    def put(name, path):
-        real = catalog.originals(name)[0]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        fake = catalog.Original(real.url, path.stat().st_size, digest, real.filename)
-        info = checksums.UrlInfo(Size(fake.size), digest, fake.filename)
-        monkeypatch.setitem(checksums.get_all_url_infos(), real.url, info)
-        monkeypatch.setattr(catalog, "originals", lambda _: [fake])
-
-    return put
-
-
 def check_against(loaded, expected):
     for part, (images, labels) in expected.items():
         got_images, got_labels = (
@@ -275,7 +305,7 @@ def check_against(loaded, expected):
         assert sorted(zip(map(bytes, got_images), got_labels.tolist(), strict=True)) == want
 
 
-def test_emnist_is_read_from_its_archive(tmp_path, register):
+def test_emnist_is_read_from_its_archive(tmp_path):
     rng = np.random.default_rng(0)
     expected = {
         part: (rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 47, n, np.uint8))
@@ -286,19 +316,18 @@ def test_emnist_is_read_from_its_archive(tmp_path, register):
         for part, (images, labels) in expected.items():
             archive.writestr(f"gzip/emnist-balanced-{part}-images-idx3-ubyte.gz", idx(images))
             archive.writestr(f"gzip/emnist-balanced-{part}-labels-idx1-ubyte.gz", idx(labels))
-    register("emnist", path)
+    load = functools.partial(sources.load, data_dir=tmp_path / "tfds", manual_dir=tmp_path)
+    with registered("emnist", [path]):
+        loaded = load("emnist/balanced")
+        assert loaded.num_classes == 47
+        check_against(loaded, expected)
+        with pytest.raises(ValueError, match='use "emnist/balanced"'):
+            load("emnist/balancd")
+        with pytest.raises(ValueError, match="needs one of the configurations balanced, byclass"):
+            load("emnist")
 
-    load = functools.partial(data.load, data_dir=tmp_path / "tfds", manual_dir=tmp_path)
-    loaded = load("emnist/balanced")
-    assert loaded.num_classes == 47
-    check_against(loaded, expected)
-    with pytest.raises(ValueError, match='use "emnist/balanced"'):
-        load("emnist/balancd")
-    with pytest.raises(ValueError, match="needs one of the configurations balanced, byclass"):
-        load("emnist")
 
-
-def test_cifar_is_read_from_its_archive(tmp_path, register):
+def test_cifar_is_read_from_its_archive(tmp_path):
     rng = np.random.default_rng(0)
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     rows = {
@@ -312,9 +341,8 @@ def test_cifar_is_read_from_its_archive(tmp_path, register):
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    register("cifar10", path)
-
-    loaded = sources.load("cifar10", data_dir=tmp_path / "tfds", manual_dir=tmp_path)
+    with registered("cifar10", [path]):
+        loaded = sources.load("cifar10", data_dir=tmp_path / "tfds", manual_dir=tmp_path)
     assert loaded.class_names[3] == "class3" and loaded.train_images.shape == (35, 32, 32, 3)
 
     def part(names):
