@@ -82,10 +82,10 @@ def make(name: str, context: Context) -> BenchTask:
 
     def measure(state) -> Measured:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.inner_params)):
-            return Measured(np.nan, np.nan, np.nan)
+            return Measured(np.nan, np.nan)
         validation = error(model, state, examples.validation_images, examples.validation_labels)
         test = error(model, state, examples.test_images, examples.test_labels)
-        return Measured(test, test, validation)
+        return Measured(test, validation)
 
     column = 1 + list(CORRUPTION).index(name)
     finals = {row[0].lower(): row[column] for row in _PUBLISHED}

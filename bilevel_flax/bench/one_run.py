@@ -26,7 +26,7 @@ class Run:
         key: solver, seed and params.
         ratio: ρ / γ.
         solver: the method with its steps.
-        loop: at its beginning; its clocks are the run's.
+        runner: at its beginning; its clocks are the run's.
         start: `start(x) -> TrainState`, with z as the task starts it.
         outer_params: x as the task starts it.
         seconds: the budget.
@@ -41,7 +41,7 @@ class Run:
     key: Key
     ratio: float
     solver: BilevelSolver
-    loop: StepRunner
+    runner: StepRunner
     start: Callable[[PyTree], TrainState]
     outer_params: PyTree
     seconds: float
@@ -59,16 +59,17 @@ class Run:
     @property
     def spent(self) -> float:
         """Seconds of the budget."""
-        return getattr(self.loop, self.clock)
+        return getattr(self.runner, self.clock)
 
     def row(self, state: TrainState, status: str = "") -> Row:
         """Measures; a value that is not finite makes the row the run's last."""
-        nothing = (math.nan,) * 3
-        found = nothing if status == DIVERGED else self.bench_task.measure(state)
-        if not all(map(math.isfinite, found)):
-            status, found = DIVERGED, nothing
-        value, gap, validation = map(float, found)
-        spent = (self.loop.seconds, self.loop.cpu_seconds, self.units)
+        value, validation = math.nan, math.nan
+        if status != DIVERGED:
+            value, validation = map(float, self.bench_task.measure(state))
+        if not (math.isfinite(value) and math.isfinite(validation)):
+            status, value, validation = DIVERGED, math.nan, math.nan
+        gap = value - self.bench_task.best()
+        spent = (self.runner.seconds, self.runner.cpu_seconds, self.units)
         name = self.bench_task.name
         return Row(name, *self.key, self.step, *spent, value, gap, validation, status)
 
@@ -92,12 +93,12 @@ class Run:
         Returns:
             The state, the updates taken, and whether all directions were finite.
         """
-        state, info = self.loop.run(state, start, stop)
-        alive = all(bool(side[-1]) for side in info.finite)
-        taken = len(info.inner_loss) - (not alive)
+        state, info = self.runner.run(state, start, stop)
+        finite = all(bool(side[-1]) for side in info.finite)
+        taken = len(info.inner_loss) - (not finite)
         self.step += taken
         self.units += float(np.sum(info.oracle_units, dtype=np.float64))
-        return state, taken, alive
+        return state, taken, finite
 
     def too_short(self) -> ConfigError:
         """What to raise where the budget is over before the first step."""
@@ -118,17 +119,17 @@ def walk(run: Run) -> Iterator[Row]:
     while run.spent < run.seconds:
         refresh_step = int(run.solver.next_refresh(state))
         if refresh_step <= run.step:
-            state, units = run.loop.refresh(state)
+            state, units = run.runner.refresh(state)
             run.units += units
         else:
-            state, _, alive = run.advance(state, run.step, refresh_step)
-            if not alive:
+            state, _, finite = run.advance(state, run.step, refresh_step)
+            if not finite:
                 yield run.row(state, DIVERGED)
                 return
         if run.is_due():
-            found = run.row(state)
-            yield found
-            if found.status:
+            row = run.row(state)
+            yield row
+            if row.status:
                 return
     if run.step == 0 or (run.step == 1 and run.spent > run.seconds):
         raise run.too_short()

@@ -8,6 +8,7 @@ the task's own validation metric at the end of a run with seed 0.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,53 +50,108 @@ def run(options: Options, say: Callable[[str], None] = print) -> Any:
 
 def _compare(options: Options, say: Callable[[str], None]) -> Runs:
     options.check()
-    seeds = 1 if options.seeds is None else options.seeds
-    maker = _TaskMaker(options, say)
-    seconds = options.seconds if options.seconds is not None else maker(0).seconds
-    _claim(options, seconds)
-    path = options.out / "results.csv"
-    done = results.read(path)
-    results.write(path, done)
+    with folder.lock(options.out):
+        bench = _Bench(options, say)
+        chosen: Runs = {}
+        for number, solver in enumerate(options.solvers):
+            chosen |= bench.choose_and_run(solver, number)
+        bench.finish(chosen)
+    return chosen
 
-    runner = Runner(seconds, options.clock)
 
-    def ensure(solver: str, seed: int, pair: tuple[float, float], where: str, screening=False):
+class _Bench:
+    """One folder's runs: those that are there, and those that are missing."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]):
+        self._options, self._say = options, say
+        self._path = options.out / "results.csv"
+        # Before the task is made: that may take minutes and leave files in the folder.
+        asked = {
+            "task": options.task,
+            "clock": options.clock,
+            "float": str(jax.dtypes.canonicalize_dtype(float)),
+            "grid": options.grid,
+        }
+        folder.check_same_bench(options.out, asked)
+        self._done = results.read(self._path)
+        self._task_of = _TaskMaker(options, say)
+        task = self._task_of(0)
+        self._seconds = task.seconds if options.seconds is None else options.seconds
+        folder.claim(options.out, {**asked, "seconds": self._seconds, "data": _checksum(task)})
+        for solver in set(options.solvers) & set(methods.SEARCHES):
+            searches.check(solver, task)
+        self._runner = Runner(self._seconds, options.clock)
+        self._pairs = grid(options.grid)
+        self._seeds = 1 if options.seeds is None else options.seeds
+        self._update_gaps()
+
+    def choose_and_run(self, solver: str, number: int) -> Runs:
+        """Tries the pairs of the grid on one method, then runs all seeds with the best.
+
+        Args:
+            solver: its name.
+            number: of methods before it.
+        """
+        per_solver = len(self._pairs) + self._seeds
+        before, total = number * per_solver, len(self._options.solvers) * per_solver
+        pair, scores = self._task_of(0).tuned.get(solver, self._task_of(0).default), []
+        for count, candidate in enumerate(self._pairs, start=before + 1):
+            rows = self._ensure(solver, 0, candidate, f"{count}/{total}", screening=True)
+            scores.append(results.score(rows))
+        if scores:
+            pair = self._pairs[int(np.argmin(scores))]
+        done: Runs = {}
+        for seed in range(self._seeds):
+            where = f"{before + len(self._pairs) + seed + 1}/{total}"
+            key = Key(solver, seed, params_text(*pair))
+            done[key] = self._ensure(solver, seed, pair, where)
+        return done
+
+    def finish(self, chosen: Runs) -> None:
+        """Writes the report of the chosen runs, and says what it says."""
+        self._runner.close()
+        self._update_gaps()
+        chosen |= {key: self._done[key] for key in chosen}
+        options, task = self._options, self._task_of(0)
+        report.write(
+            options.out, task, chosen, self._done, self._seconds, options.clock, options.grid
+        )
+        self._say(report.table_text(task, chosen, CLOCKS[options.clock]))
+        self._say(f"{self._path}, {options.out / 'bench.html'}")
+
+    def _ensure(
+        self, solver: str, seed: int, pair: tuple[float, float], where: str, screening: bool = False
+    ) -> list[Row]:
+        """The rows of a run, done now unless it is there."""
         key = Key(solver, seed, params_text(*pair))
-        rows = done.get(key)
+        rows = self._done.get(key)
         if rows is None or (rows[-1].status == SCREENED and not screening):
-            say(f"[{where}] {solver}, seed {seed}, {key.params}")
-            fresh = runner.run(maker(seed), key, pair, screening)
+            self._say(f"[{where}] {solver}, seed {seed}, {key.params}")
+            fresh = self._runner.run(self._task_of(seed), key, pair, screening)
             if rows is None:
-                done[key] = fresh
-                results.append(path, fresh)
+                self._done[key] = fresh
+                results.append(self._path, fresh)
             else:  # a pair of the grid, measured anew at more times
                 score = results.score(rows)
-                done[key] = [dataclasses.replace(row, screened=score) for row in fresh]
-                results.write(path, done)
-            say(_last_line(done[key], maker(seed).quantity))
-        return done[key]
+                self._done[key] = [dataclasses.replace(row, screened=score) for row in fresh]
+                results.write(self._path, self._done)
+            self._say(_last_line(self._done[key], self._task_of(seed).quantity))
+        return self._done[key]
 
-    for solver in set(options.solvers) & set(methods.SEARCHES):
-        searches.check(solver, maker(0))
-    chosen: Runs = {}
-    searched = grid(options.grid)
-    per_solver = len(searched) + seeds
-    for number, solver in enumerate(options.solvers):
-        before, total = number * per_solver, len(options.solvers) * per_solver
-        pairs = searched or [maker(0).tuned.get(solver, maker(0).default)]
-        scores = []
-        for count, pair in enumerate(searched, start=before + 1):
-            scores.append(results.score(ensure(solver, 0, pair, f"{count}/{total}", True)))
-        best = pairs[int(np.argmin(scores))] if scores else pairs[0]
-        for seed in range(seeds):
-            where = f"{before + len(searched) + seed + 1}/{total}"
-            key = Key(solver, seed, params_text(*best))
-            chosen[key] = ensure(solver, seed, best, where)
-    runner.close()
-    report.write(options.out, maker(0), chosen, done, seconds, options.clock, options.grid)
-    say(report.table_text(maker(0), chosen, CLOCKS[options.clock]))
-    say(f"{path}, {options.out / 'bench.html'}")
-    return chosen
+    def _update_gaps(self) -> None:
+        """Measures all runs against the best value known by now, which a run may have found."""
+        best = self._task_of(0).best()
+        self._done = {key: results.with_gaps(rows, best) for key, rows in self._done.items()}
+        results.write(self._path, self._done)
+
+
+def _checksum(task: BenchTask) -> str:
+    """Of all examples of both losses, in the order of seed 0."""
+    sides = (task.task.inner, task.task.outer)
+    checksum = 0
+    for leaf in jax.tree.leaves([(side.batches, side.weights) for side in sides]):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 class _TaskMaker:
@@ -103,26 +159,15 @@ class _TaskMaker:
 
     def __init__(self, options: Options, say: Callable[[str], None]):
         self._options, self._say = options, say
-        self._seed, self._made = -1, None
+        self._seed, self._task = -1, None
 
     def __call__(self, seed: int) -> BenchTask:
         # Two at a time would hold the data twice.
-        if self._made is None or self._seed != seed:
-            options, self._made = self._options, None
+        if self._task is None or self._seed != seed:
+            options, self._task = self._options, None
             context = Context(seed, options.manual_dir, options.out, self._say)
-            self._made, self._seed = tasks.make(options.task, context), seed
-        return self._made
-
-
-def _claim(options: Options, seconds: float) -> None:
-    content = {
-        "task": options.task,
-        "seconds": seconds,
-        "clock": options.clock,
-        "float": str(jax.dtypes.canonicalize_dtype(float)),
-        "full_data": options.manual_dir is not None,
-    }
-    folder.claim(options.out, content)
+            self._task, self._seed = tasks.make(options.task, context), seed
+        return self._task
 
 
 def _last_line(rows: Sequence[Row], quantity: str) -> str:

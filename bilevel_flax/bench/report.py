@@ -22,6 +22,7 @@ from bilevel_flax.train.report.sections import figure_html, note_html
 
 LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
 _POINTS = 200
+_FLOOR = 1e-16  # of a logarithmic axis; float64 resolves no smaller gap
 _LABELS = {
     "seconds": "seconds",
     "cpu_seconds": "seconds of CPU time",
@@ -89,7 +90,11 @@ def table(bench_task: BenchTask, runs: Runs, clock: str) -> tuple[list[str], lis
 
 def table_text(bench_task: BenchTask, runs: Runs, clock: str) -> str:
     """The table for a terminal."""
-    header, rows = table(bench_task, runs, clock)
+    return aligned(*table(bench_task, runs, clock))
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text, its columns one below the other."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -131,7 +136,10 @@ def write(
         f"{figure_html(curves(bench_task, chosen, axis), f'bench {axis}')}</div>"
         for axis in ("seconds", "cpu_seconds", "oracle_units")
     )
-    note = note_html("Line: median over seeds. Band: 20 to 80 %. A curve ends where runs diverged.")
+    note = note_html(
+        "Line: median over seeds. Band: 20 to 80 %. A curve ends where runs diverged; one at 1e-16 "
+        "is at the best value known."
+    )
     sections.append(
         report.Section(f"Curves of {bench_task.quantity}", f'<div class="grid">{grid}</div>{note}')
     )
@@ -207,10 +215,12 @@ def curves(bench_task: BenchTask, runs: Runs, axis: str) -> Figure:
         colour = COLOURS[number % len(COLOURS)]
         style = ("-", "--", ":")[number // len(COLOURS) % 3]
         where, middle, low, high = band(group, axis)
-        # A gap below 0 (a better point than h* was found) has no place on a logarithmic axis.
-        drawn = np.isfinite(middle) & ((middle > 0) | rate)
-        show = lambda values, keep=drawn: np.where(keep & np.isfinite(values), values, np.nan)
-        empty = empty and not drawn.any()
+        finite = np.isfinite(middle)
+        # A run that reached the best value there is has a gap of 0, which no logarithm shows.
+        show = lambda values, finite=finite: np.where(
+            finite & np.isfinite(values), np.maximum(values, -np.inf if rate else _FLOOR), np.nan
+        )
+        empty = empty and not finite.any()
         axes.plot(where, show(middle), style, color=colour, linewidth=1.7, label=solver)
         axes.fill_between(where, show(low), show(high), color=colour, alpha=0.18, linewidth=0)
     if empty:  # every run diverged, and a logarithmic axis needs a value

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from bilevel_flax.bench.folder import write_csv
 
 FINISHED, SCREENED, DIVERGED = "finished", "screened", "diverged"
 
@@ -38,7 +39,7 @@ class Row:
         cpu_seconds: CPU time of all threads, of the same.
         oracle_units: gradients, HVPs and cross-JVPs of minibatches so far, full passes included.
         value: h, or the test error in [0, 1]; NaN once diverged.
-        gap: value minus the best one, see `tasks.Measured`.
+        gap: value minus the best one (`BenchTask.best`) as far as that was known.
         validation: what steps are selected by.
         status: "" within a run; in its last row "finished", "screened" (the same, measured at few
             times: a pair of a grid) or "diverged".
@@ -117,28 +118,24 @@ def _parsed(line: dict[str, str | None]) -> Row | None:
 
 def write(path: Path, runs: Runs) -> None:
     """Replaces the file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        _write_rows(file, (row for rows in runs.values() for row in rows), header=True)
-    os.replace(partial, path)
+    write_csv(path, COLUMNS, _as_text(row for rows in runs.values() for row in rows))
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows at the end of a file that `write` made."""
     with path.open("a", newline="", encoding="utf-8") as file:
-        _write_rows(file, rows, header=False)
+        csv.writer(file, lineterminator="\n").writerows(_as_text(rows))
 
 
-def _write_rows(file, rows: Iterable[Row], header: bool) -> None:
-    writer = csv.writer(file, lineterminator="\n")
-    if header:
-        writer.writerow(COLUMNS)
+def _as_text(rows: Iterable[Row]) -> Iterator[list[str]]:
     for row in rows:
-        writer.writerow([_shown(getattr(row, name)) for name in COLUMNS])
+        values = [getattr(row, name) for name in COLUMNS]
+        yield [repr(float(v)) if isinstance(v, float) else str(v) for v in values]
 
 
-def _shown(value) -> str:
-    return repr(float(value)) if isinstance(value, float) else str(value)
+def with_gaps(rows: Iterable[Row], best: float) -> list[Row]:
+    """The rows with their gaps to `best`."""
+    return [dataclasses.replace(row, gap=row.value - best) for row in rows]
 
 
 def score(rows: list[Row]) -> float:

@@ -28,7 +28,7 @@ class Runner:
         self._seconds, self._clock = seconds, CLOCKS[clock]
         self._task: BenchTask | None = None
         self._name = ""
-        self._loop: StepRunner | None = None
+        self._step_runner: StepRunner | None = None
 
     def run(
         self, bench_task: BenchTask, key: Key, pair: tuple[float, float], screening: bool = False
@@ -47,7 +47,7 @@ class Runner:
         Raises:
             ConfigError: the budget is over before the first step.
         """
-        solver, loop = self._prepared(bench_task, key, pair)
+        solver, step_runner = self._prepared(bench_task, key, pair)
         init_rng, run_rng = jax.random.split(jax.random.PRNGKey(key.seed))
         start = bench_task.task.init(init_rng)
         run = one_run.Run(
@@ -55,7 +55,7 @@ class Runner:
             key=key,
             ratio=pair[1],
             solver=solver,
-            loop=loop,
+            runner=step_runner,
             start=lambda x: solver.init(
                 start.inner_params, x, model_state=start.model_state, rng=run_rng
             ),
@@ -71,19 +71,19 @@ class Runner:
     def _prepared(
         self, bench_task: BenchTask, key: Key, pair: tuple[float, float]
     ) -> tuple[BilevelSolver, StepRunner]:
-        """The solver with the pair's steps, and a loop at its beginning."""
+        """The solver with the pair's steps, and a runner at its beginning."""
 
         def build(rho, ratio):
             return methods.build(key.solver, bench_task, rho, ratio)
 
         varies = steps.can_vary(build)
         solver = steps.with_steps(build, *pair) if varies else build(*pair)
-        if self._loop and varies and self._task is bench_task and self._name == key.solver:
-            self._loop.rewind()
-            return solver, self._loop
+        if self._step_runner and varies and self._task is bench_task and self._name == key.solver:
+            self._step_runner.rewind()
+            return solver, self._step_runner
         self.close()
         self._task, self._name = bench_task, key.solver
-        self._loop = StepRunner(
+        self._step_runner = StepRunner(
             solver,
             bench_task.task.inner,
             bench_task.task.outer,
@@ -91,10 +91,10 @@ class Runner:
             capacity=_CHUNK_STEPS,
             target_seconds=min(0.1, self._seconds / 100),
         )
-        return solver, self._loop
+        return solver, self._step_runner
 
     def close(self) -> None:
         """Frees what the last run left."""
-        if self._loop:
-            self._loop.close()
-        self._task = self._loop = None
+        if self._step_runner:
+            self._step_runner.close()
+        self._task = self._step_runner = None

@@ -80,12 +80,10 @@ class Measured(NamedTuple):
 
     Attributes:
         value: what the task is judged by: h, or the test error in [0, 1].
-        gap: value minus the best possible one where that is known, else the value itself.
         validation: what steps are selected by; lower is better.
     """
 
     value: float
-    gap: float
     validation: float
 
 
@@ -97,11 +95,14 @@ class BenchTask(NamedTuple):
         task: problem, data, start.
         measure: `measure(state) -> Measured`.
         optimizers: `optimizers(setting) -> Optimizers`.
-        quantity: what `gap` is, for axes and tables.
+        quantity: what `value - best()` is, for axes and tables.
         unit: what it is measured in, as `Task.units`; "fraction" is shown in percent.
         default: (ρ, ratio) for all other solvers.
         seconds: the default budget of a run.
         tuned: (ρ, ratio) by solver, as an earlier grid of this bench found them: `make` fills it.
+        best: `best()` is the lowest value there is, as far as is known by now: runs are asked
+            after, too, for a search of h* need not find the lowest of many minima. 0, the default:
+            the value itself is the gap.
         box: (low, high) of every entry of x, where searches look for it; None: a search over x is
             hopeless on this task.
         published: header and rows of published results, to be shown beside ours.
@@ -118,6 +119,7 @@ class BenchTask(NamedTuple):
     seconds: float = 30.0
     unit: str = ""
     tuned: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    best: Callable[[], float] = lambda: 0.0
     box: tuple[float, float] | None = None
     published: tuple[Sequence[str], Sequence[Sequence[Any]]] = ((), ())
     published_note: str = ""

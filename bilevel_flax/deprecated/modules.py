@@ -72,7 +72,7 @@ MODULES = {
     "bilevel_flax.solvers.pieces": "bilevel_flax.solvers.nested.sampled_oracles",
     "bilevel_flax.solvers.running": "bilevel_flax.solvers.memory.averages",
     "bilevel_flax.solvers.saga_memory": "bilevel_flax.solvers.memory.saga",
-    "bilevel_flax.solvers.search": "bilevel_flax.bench.search_baselines",
+    "bilevel_flax.solvers.search": "bilevel_flax.bench.searches",
     "bilevel_flax.solvers.spaba": "bilevel_flax.contrib.spaba",
     "bilevel_flax.solvers.stocbio": "bilevel_flax.solvers.nested.stocbio",
     "bilevel_flax.solvers.sustain": "bilevel_flax.contrib.sustain",

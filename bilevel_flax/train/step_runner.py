@@ -6,8 +6,10 @@ one trace serves every chunk length, and a direction that is not finite ends the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -127,13 +129,11 @@ class StepRunner:
         """
         self.compile(state, start)
         args = self.arguments(start, min(stop, start + self._count))
-        began, cpu_began = time.perf_counter(), time.process_time()
-        state, infos, done = self._chunk(state, *args)
-        done = int(done)
-        taken = time.perf_counter() - began
-        self.seconds += taken
-        self.cpu_seconds += time.process_time() - cpu_began
-        pace = max(taken / done, 1e-9)
+        before = self.seconds
+        with self.clocks_running():
+            state, infos, done = self._chunk(state, *args)
+            done = int(done)
+        pace = max((self.seconds - before) / done, 1e-9)
         count = int(np.clip(self._target_seconds / pace, 1, self._capacity))
         self._count = self._processes.broadcast(count)
         return state, jax.tree.map(lambda leaf: np.asarray(leaf)[:done], infos)
@@ -163,11 +163,17 @@ class StepRunner:
         name = ("inner", "outer")[side]
         if name not in self._passes:
             self._passes[name] = self._compiled(self._make_pass(name), state, *args)
+        with self.clocks_running():
+            state = jax.block_until_ready(self._passes[name](state, *args))
+        return state, count * self._solver.refresh_units[side]
+
+    @contextlib.contextmanager
+    def clocks_running(self) -> Iterator[None]:
+        """Adds what the block takes to `seconds` and `cpu_seconds`."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        state = jax.block_until_ready(self._passes[name](state, *args))
+        yield
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - cpu_began
-        return state, count * self._solver.refresh_units[side]
 
     def rewind(self) -> None:
         """Sets the clocks to zero, for another run of the compiled chunk from step 0."""

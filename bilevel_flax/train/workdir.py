@@ -8,9 +8,9 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bilevel_flax import deprecated
 from bilevel_flax.checkpoints import checkpointer as checkpoint
@@ -28,8 +28,15 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(
+    workdir: Path, option: str = "--workdir", marks: Sequence[str] = _MARKS
+) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it until the block is left.
+
+    Args:
+        workdir: the folder.
+        option: what the messages call it by.
+        marks: names of which a folder that is not empty must hold one; empty: any folder will do.
 
     Raises:
         ConfigError: it cannot be made or written to, it holds something else than a run, or another
@@ -41,15 +48,15 @@ def lock(workdir: Path) -> Iterator[None]:
         descriptor = os.open(workdir, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(
-            f"--workdir={workdir}: {error.strerror}, so it cannot be made; choose another folder"
+            f"{option}={workdir}: {error.strerror}, so it cannot be made; choose another folder"
         ) from error
     try:
         if not os.access(workdir, os.W_OK | os.X_OK):
-            raise ConfigError(f"--workdir={workdir}: not writable; choose another folder")
+            raise ConfigError(f"{option}={workdir}: not writable; choose another folder")
         names = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
-        if names and not any(mark in names for mark in _MARKS):
+        if marks and names and not any(mark in names for mark in marks):
             raise ConfigError(
-                f"--workdir={workdir}: the folder is not empty and holds no run "
+                f"{option}={workdir}: the folder is not empty and holds no run "
                 f"({', '.join(names[:3])}{' ...' if names[3:] else ''}); choose another folder"
             )
         try:
@@ -57,7 +64,7 @@ def lock(workdir: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"--workdir={workdir}: another process is training in it; wait for its end, or "
+                f"{option}={workdir}: another process is training in it; wait for its end, or "
                 "choose another folder"
             ) from error
         yield
@@ -65,7 +72,7 @@ def lock(workdir: Path) -> Iterator[None]:
         if error.errno not in _DISK_FULL or isinstance(error, DiskFullError):
             raise
         raise DiskFullError(
-            f"--workdir={workdir}: {error.strerror}; what was saved is kept: make room, and the "
+            f"{option}={workdir}: {error.strerror}; what was saved is kept: make room, and the "
             "same command goes on"
         ) from error
     finally:
@@ -126,9 +133,16 @@ def write_json(path: Path, content: Any) -> None:
 
     Numbers that are not finite become null, which every reader of JSON understands.
     """
+    with replaced(path) as file:
+        file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` once the block is left without an error."""
     partial = path.with_name(path.name + ".partial")
-    text = json.dumps(_finite(content), indent=2, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
     os.replace(partial, path)
 
 

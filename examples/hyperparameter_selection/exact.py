@@ -18,6 +18,7 @@ from scipy import linalg, optimize, special
 BOUNDS = (-25.0, 12.0)
 # Without a penalty a linear classifier separates breast_cancer's examples, and has no minimiser.
 SEPARABLE_BOUNDS = (-8.0, 12.0)
+STARTS = (-12.0, -8.0, -5.0)  # constant x, where the search for the lowest h begins
 _BLOCK_ROWS = 16_384
 _MAX_NEWTON_STEPS = 200
 _MAX_POLISHING_STEPS = 5
@@ -168,22 +169,22 @@ class Exact:
     def optimum(
         self,
         num_penalties: int,
-        starts: Sequence[float] = (-12.0, -8.0, -5.0),
+        starts: Sequence[float | np.ndarray] = STARTS,
         bounds: tuple[float, float] = BOUNDS,
     ) -> Optimum:
-        """The lowest h in the box: L-BFGS from several constant x, then Newton's method on h.
+        """The lowest h in the box: L-BFGS from several x, then Newton's method on h.
 
         h is not convex, hence the starts. L-BFGS alone leaves gradients of 1e-10.
 
         Args:
             num_penalties: the length of x.
-            starts: the constants; one outside the box starts at its edge.
+            starts: points [num_penalties], or constants; what lies outside starts at the edge.
             bounds: the box, for every coordinate of x.
         """
-        found = [
+        ends = [
             optimize.minimize(
                 self.value_and_grad,
-                np.full(num_penalties, np.clip(start, *bounds)),
+                np.broadcast_to(np.clip(start, *bounds), num_penalties),
                 jac=True,
                 method="L-BFGS-B",
                 bounds=[bounds] * num_penalties,
@@ -191,9 +192,9 @@ class Exact:
             )
             for start in starts
         ]
-        best = min(found, key=lambda result: result.fun)
+        best = min(ends, key=lambda result: result.fun)
         x, value, stationarity = self._polished(best.x, bounds)
-        return Optimum(x, value, tuple(float(result.fun) for result in found), stationarity)
+        return Optimum(x, value, tuple(float(result.fun) for result in ends), stationarity)
 
     def _polished(
         self, x: np.ndarray, bounds: tuple[float, float]

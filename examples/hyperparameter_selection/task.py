@@ -68,6 +68,17 @@ def exact_problem(table: features.Features) -> exact.Exact:
     return exact.Exact(loss, table.train, table.validation, num_penalties(table))
 
 
+# breast_cancer's h has dozens of local minima: of 60 draws this one led to the lowest.
+_DRAWS = {"breast_cancer": (11,)}
+_CONSTANTS = {"breast_cancer": (-8.0, -4.0), "covtype": (-10.0,)}
+
+
+def starts(name: str, length: int) -> list[float | np.ndarray]:
+    """Where a search for the lowest h on a table begins."""
+    draws = [np.random.default_rng(seed).uniform(-8, 0, length) for seed in _DRAWS.get(name, ())]
+    return [*_CONSTANTS.get(name, exact.STARTS), *draws]
+
+
 def as_arrays(part: exact.Data, num_classes: int) -> dict[str, np.ndarray]:
     """What the losses are given, in JAX's default float type."""
     dtype = jnp.result_type(float)
@@ -118,7 +129,9 @@ def make_task(config: Any, table: features.Features | None = None) -> Task:
         results: dict[str, Any] = {**evaluate(state), "penalties": np.exp(x).tolist()}
         if config.optimum:
             log("computing the optimum in float64 (--config.optimum=False leaves it out)")
-            best = reference.optimum(length, bounds=tuple(config.bounds))
+            # The run's own end is one of the starts: no run ends below the optimum.
+            begin = [*starts(config.data.name, length), x]
+            best = reference.optimum(length, begin, tuple(config.bounds))
             results |= {"optimum": best.value, "gap": results["validation_loss"] - best.value}
         return results
 

@@ -146,13 +146,15 @@ def test_saba_finds_the_optimum_of_a_small_problem():
     assert after - best < 1e-3 * (before - best)
 
 
-def test_train_writes_the_gap(tmp_path):
+def test_train_writes_the_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "starts", lambda name, length: [])  # the run's end alone
     arguments = ["--config.steps=2000", "--config.eval_every=1000", "--config.log_every=1000"]
     workdir = tmp_path / "run"
     code = cli.main(["train", "--config", CONFIG, "--workdir", str(workdir), *arguments])
     summary = json.loads((workdir / "summary.json").read_text())
     assert code == 0 and len(summary["penalties"]) == 30
     assert summary["gap"] == pytest.approx(summary["validation_loss"] - summary["optimum"])
+    assert summary["gap"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -194,15 +196,24 @@ def test_the_series_of_explicit_methods_stays_stable(tmp_path):
     assert float(chosen.adjoint_step * jnp.exp(x).max()) < 1
 
 
-def test_the_optimum_is_kept(tmp_path):
-    context = Context(0, None, tmp_path, lambda line: None)
-    reference: Any = task.exact_problem(small())
-    first = bench.optimum("small", context, reference, 5)
-    reference.optimum = lambda *args: pytest.fail("computed again")
-    assert bench.optimum("small", context, reference, 5) == first
-    (tmp_path / "optimum_small.json").write_text("{}")
+def test_the_optimum_is_kept_and_lowered_by_a_run_below_it(tmp_path):
+    solver: Any = task.exact_problem(small())
+    path = tmp_path / "optimum_small.json"
+    begin = lambda: bench.Reference(path, solver, 5, (12.0,), exact.BOUNDS)
+    path.write_text('{"value": 0.9}')  # of a search that ended in a bad minimum
+    first, other = begin(), begin()
+    assert first.best() == 0.9
+    point = np.full(5, -2.0)
+    assert first.value(point) < 0.9
+    lowest = first.best()
+    assert lowest < solver.value(point) and other.best() == lowest
+    assert lowest == pytest.approx(solver.optimum(5).value, abs=1e-12)
+    solver.optimum = lambda *args: pytest.fail("searched again")
+    assert first.value(point) > lowest and begin().best() == lowest
+    assert np.isnan(first.value(np.full(5, np.nan))) and first.best() == lowest
+    path.write_text("{}")
     with pytest.raises(config.ConfigError, match="holds no optimum"):
-        bench.optimum("small", context, reference, 5)
+        begin()
 
 
 def test_covtype_subset(data_dir, tmp_path):

@@ -1,6 +1,6 @@
 import csv
-import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from benchmarks.tasks import quadratics as quadratic_task
 from benchmarks.tasks.tuned import TUNED
 from bilevel_flax import bench, cli
 from bilevel_flax.base import Batch
-from bilevel_flax.bench import methods, protocol, results, searches, steps, tasks
+from bilevel_flax.bench import folder, methods, protocol, results, searches, steps, tasks
 from bilevel_flax.bench import report as bench_report
 from bilevel_flax.bench.options import grid
 from bilevel_flax.bench.plain_training import inner_only
@@ -33,11 +33,28 @@ def context(tmp_path, seed=0):
     return Context(seed, None, tmp_path, lambda line: None)
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(scope="module")
+def small():
     """The quadratics task, small enough for a run to take no time."""
     make = quadratic_task.make
-    monkeypatch.setattr(quadratic_task, "make", lambda name, c: make(name, c, **SMALL))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quadratic_task, "make", lambda name, c, **sizes: make(name, c, **SMALL))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ran(small, tmp_path_factory):
+    """One bench of two methods and two seeds: (its folder, its runs, what it said)."""
+    folder = tmp_path_factory.mktemp("bench")
+    runs, lines = quadratics(folder, solvers=("soba", "saba"), seeds=2)
+    return folder / "out", runs, lines
+
+
+@pytest.fixture(scope="module")
+def searched(small, tmp_path_factory):
+    """One bench of the two searches: its runs."""
+    folder = tmp_path_factory.mktemp("searches")
+    return quadratics(folder, solvers=("grid_search", "random_search"), seconds=0.4)[0]
 
 
 def quadratics(tmp_path, **options):
@@ -134,9 +151,9 @@ def test_grid_pairs_are_the_published_ones():
 # A bench: files, columns, resuming.
 
 
-def test_results_have_the_columns_and_count_what_was_spent(small, tmp_path):
-    runs, lines = quadratics(tmp_path, solvers=("soba", "saba"), seeds=2)
-    with (tmp_path / "out" / "results.csv").open() as file:
+def test_results_have_the_columns_and_count_what_was_spent(ran):
+    out, runs, lines = ran
+    with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[: len(REQUIRED)] == REQUIRED
     assert {(r["solver"], r["seed"]) for r in rows} == {
@@ -153,7 +170,7 @@ def test_results_have_the_columns_and_count_what_was_spent(small, tmp_path):
             assert values == sorted(values)
         # How far .05 s of CPU time lead depends on the machine; that they lead down does not.
         assert group[-1].gap < group[0].gap
-    page = (tmp_path / "out" / "bench.html").read_text()
+    page = (out / "bench.html").read_text()
     assert "<svg" in page and "saba" in page and "http://" not in page.replace("http://www.w3", "")
     assert any("saba" in line and "final h - h*" in line for line in lines[-2:])
 
@@ -167,29 +184,83 @@ def test_full_passes_are_counted(small, tmp_path):
     assert math.ceil(last.iteration / 4) <= passes <= last.iteration // 4 + 1
 
 
-def test_the_same_command_again_runs_nothing(small, tmp_path, monkeypatch):
-    quadratics(tmp_path, seeds=2)
-    path = tmp_path / "out" / "results.csv"
-    before = path.read_text()
+def again(ran, tmp_path, **options):
+    """The module's bench once more, in a copy of its folder."""
+    if not (tmp_path / "out").exists():
+        shutil.copytree(ran[0], tmp_path / "out")
+    return quadratics(tmp_path, **({"solvers": ("soba", "saba"), "seeds": 2} | options))
+
+
+def test_the_same_command_again_runs_nothing(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "run", lambda *args: pytest.fail("ran again"))
-    quadratics(tmp_path, seeds=2)
-    assert path.read_text() == before
+    assert again(ran, tmp_path)[0].keys() == ran[1].keys()
+    before = (ran[0] / "results.csv").read_text()
+    assert (tmp_path / "out" / "results.csv").read_text() == before
 
 
-def test_a_run_that_was_cut_off_is_done_again_and_the_others_are_kept(small, tmp_path):
-    quadratics(tmp_path, seeds=2)
+def test_a_run_that_was_cut_off_is_done_again_and_the_others_are_kept(ran, tmp_path):
+    shutil.copytree(ran[0], tmp_path / "out")
     path = tmp_path / "out" / "results.csv"
     whole = path.read_text().splitlines(keepends=True)
-    first_of_second = next(i for i, line in enumerate(whole) if ",soba,1," in f",{line}")
-    kept, cut = whole[:first_of_second], whole[first_of_second : first_of_second + 2]
-    path.write_text("".join(kept + cut) + "quadratics,soba,1,rho")
-    runs, lines = quadratics(tmp_path, seeds=2)
-    again = path.read_text().splitlines(keepends=True)
-    assert again[: len(kept)] == kept
-    assert sum("seed 1" in line for line in lines) == 1
-    assert not any("seed 0" in line for line in lines)
+    first_of_last = next(i for i, line in enumerate(whole) if ",saba,1," in f",{line}")
+    kept, cut = whole[:first_of_last], whole[first_of_last : first_of_last + 2]
+    path.write_text("".join(kept + cut) + "quadratics,saba,1,rho")
+    runs, lines = again(ran, tmp_path)
+    assert path.read_text().splitlines(keepends=True)[: len(kept)] == kept
+    assert [line for line in lines if line.startswith("[")] == [
+        line for line in ran[2] if line.startswith("[") and "saba, seed 1" in line
+    ]
     assert all(group[-1].status == FINISHED for group in runs.values())
-    assert len(runs) == 2
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"seconds": 0.06}, "seconds 0.05, not 0.06"),
+        ({"clock": "wall"}, "clock 'cpu', not 'wall'"),
+        ({"grid": 3}, "grid 0, not 3"),
+        ({"task": "ijcnn1"}, "task 'quadratics', not 'ijcnn1'"),
+        ({"task": "darts_micro", "seconds": None, "clock": "wall"}, "not 'darts_micro'"),
+    ],
+)
+def test_a_folder_with_another_bench_is_refused(options, says, ran, tmp_path):
+    with pytest.raises(ConfigError, match=says) as caught:
+        again(ran, tmp_path, **({"solvers": ("soba",)} | options))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    for name in ("results.csv", "bench.json"):
+        assert (tmp_path / "out" / name).read_text() == (ran[0] / name).read_text()
+
+
+def test_a_folder_with_other_data_is_refused(ran, tmp_path, monkeypatch):
+    draw = quadratic_task.draw
+    monkeypatch.setattr(quadratic_task, "draw", lambda seed, **sizes: draw(seed + 1, **sizes))
+    with pytest.raises(ConfigError, match="data '[0-9a-f]{8}', not '[0-9a-f]{8}'"):
+        again(ran, tmp_path)
+
+
+def test_a_folder_is_one_process_at_a_time(ran, tmp_path):
+    shutil.copytree(ran[0], tmp_path / "out")
+    with folder.lock(tmp_path / "out"), pytest.raises(ConfigError, match="another process"):
+        again(ran, tmp_path)
+
+
+def test_what_no_bench_wrote_is_refused(ran, tmp_path):
+    shutil.copytree(ran[0], tmp_path / "out")
+    (tmp_path / "out" / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="which no bench wrote"):
+        again(ran, tmp_path)
+
+
+def test_a_run_below_the_reference_lowers_it_for_all(ran, tmp_path, monkeypatch):
+    """Gaps are measured against the best value known at the end, not at the time."""
+    exact = quadratic_task.means(*quadratic_task.draw(0, **SMALL))
+    monkeypatch.setattr(quadratic_task.Means, "minimiser", lambda self: np.ones(3))
+    raised = exact.value_and_grad(np.ones(3))[0]
+    runs, _ = again(ran, tmp_path)
+    for key, rows in runs.items():
+        assert [one.gap for one in rows] == [one.value - raised for one in rows]
+        assert [one.value for one in rows] == [one.value for one in ran[1][key]]
 
 
 def test_the_grid_is_searched_with_equal_effort_and_selects_by_validation(small, tmp_path):
@@ -270,10 +341,9 @@ def test_what_needs_its_steps_at_once_is_told_apart():
 # Searches over x.
 
 
-def test_searches_find_a_better_x_within_the_budget_of_a_method(small, tmp_path):
-    runs, _ = quadratics(tmp_path, solvers=("grid_search", "random_search"), seconds=0.4)
+def test_searches_find_a_better_x_within_the_budget_of_a_method(searched, tmp_path):
     task = quadratic_task.make("quadratics", context(tmp_path))
-    for key, rows in runs.items():
+    for key, rows in searched.items():
         last = rows[-1]
         assert last.status == FINISHED and last.gap < rows[0].gap
         # A trial may end half a chunk late.
@@ -283,10 +353,9 @@ def test_searches_find_a_better_x_within_the_budget_of_a_method(small, tmp_path)
         assert last.oracle_units == last.iteration + judged, key
 
 
-def test_a_grid_search_returns_the_candidate_with_the_lowest_loss(small, tmp_path):
-    quadratics(tmp_path, solvers=("grid_search",), seconds=0.4)
+def test_a_grid_search_returns_the_candidate_with_the_lowest_loss(searched):
     exact = quadratic_task.means(*quadratic_task.draw(0, **SMALL))
-    (rows,) = results.read(tmp_path / "out" / "results.csv").values()
+    (rows,) = (rows for key, rows in searched.items() if key.solver == "grid_search")
     values = [exact.value_and_grad(np.full(3, c))[0] for c in np.linspace(*quadratic_task.BOX, 30)]
     # z is trained by few noisy steps, so it may choose a neighbour of the best one.
     assert min(abs(rows[-1].value - value) for value in values) < 1e-5 * max(values)
@@ -385,7 +454,7 @@ def test_mistakes_end_in_one_line(arguments, expected, tmp_path, capsys, monkeyp
 
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out=.*/file/below.*: cannot be written"):
+    with pytest.raises(ConfigError, match=r"--out=.*/file/below.*: Not a directory"):
         quadratics(tmp_path / "file" / "below")
 
 
@@ -394,16 +463,6 @@ def test_a_budget_without_a_step_is_refused(small, tmp_path):
         quadratics(tmp_path, seconds=1e-9)
     with pytest.raises(ConfigError, match="full passes count"):
         quadratics(tmp_path / "b", seconds=1e-9, solvers=("srba",))
-
-
-def test_a_folder_with_another_bench_is_refused(small, tmp_path):
-    quadratics(tmp_path)
-    with pytest.raises(ConfigError, match=r"seconds 0.05, not 0.06"):
-        quadratics(tmp_path, seconds=0.06)
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["task"] == "quadratics"
-    (tmp_path / "out" / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="which no bench wrote"):
-        quadratics(tmp_path)
 
 
 def test_every_task_on_the_list_can_be_imported():
@@ -436,8 +495,16 @@ def test_the_published_split_names_missing_files(tmp_path):
 
 
 def test_the_quadratics_task_of_published_size_is_well_conditioned(tmp_path):
-    task = quadratic_task.make("quadratics", context(tmp_path))
-    assert task.task.inner.num_samples == 32768 and task.task.outer.num_samples == 1024
-    exact = quadratic_task.means(*quadratic_task.draw(0, **quadratic_task.SIZES))
-    eigenvalues = np.linalg.eigvalsh(exact.hessian)
+    inner, outer = quadratic_task.draw(0, **quadratic_task.SIZES)
+    assert len(inner["a"]) == 32_768 and len(outer["p"]) == 1_024
+    eigenvalues = np.linalg.eigvalsh(inner["a"].T @ inner["a"] / 32_768)
     assert eigenvalues[0] > 0.08 and eigenvalues[-1] < 1.2
+
+
+def test_a_curve_that_reaches_the_best_value_goes_on():
+    """A gap of 0, or below by rounding, is no divergence."""
+    gaps = (1.0, 0.1, 0.0, -1e-17)
+    rows = [row(gap, seconds=10.0**k) for k, gap in enumerate(gaps)]
+    drawn = bench_report.curves("h - h*", {rows[0].key: rows}, "seconds")
+    heights = drawn.axes[0].lines[0].get_ydata()
+    assert np.isfinite(heights).all() and heights[-1] == pytest.approx(1e-16)

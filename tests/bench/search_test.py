@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bilevel_flax.bench.search_baselines import grid_search, random_search
+from bilevel_flax.bench.searches import grid_search, random_search
 
 
 def parabola(spent):
@@ -69,12 +69,12 @@ def test_evaluate_cannot_change_the_history():
             "budget must be a positive finite number",
         ),
         (
-            lambda f: grid_search(f, {"a": [1, 2]}, 10.0, least=22.0),
+            lambda f: grid_search(f, {"a": [1, 2]}, 10.0, min_share=22.0),
             "budget=10 over 2 trials leaves 5 for each, and one step takes 22",
         ),
         (
             lambda f: random_search(f, {"a": (0, 1)}, 1.0, trials=0),
-            "trials must be an integer",
+            "trials must be an integer >= 1",
         ),
         (lambda f: random_search(f, {}, 1.0, trials=1), "space is empty"),
         (lambda f: random_search(f, {"a": (1, 1)}, 1.0, trials=1), "low < high"),

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import csv
 import html
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +19,12 @@ from matplotlib.figure import Figure
 
 from bilevel_flax.bench import folder
 from bilevel_flax.bench.options import Options
+from bilevel_flax.bench.report import aligned
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
-from examples.darts.micro import methods as micro_methods
-from examples.darts.micro import scores as micro_scores
+from examples.darts.micro import methods, scores
 from examples.darts.micro import table as micro_table
 from examples.darts.micro.run import Searcher
 from examples.darts.micro.search import make_search
@@ -61,7 +60,7 @@ class Searched(NamedTuple):
 
 def scored(one: Searched, table: np.ndarray) -> Row:
     """What it is worth, by the table."""
-    score = micro_scores.score(tuple(one.genotype.split()), table)
+    score = scores.score(tuple(one.genotype.split()), table)
     return Row(one.solver, one.seed, *score[1:], one.oracle_units, one.seconds)
 
 
@@ -80,10 +79,16 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
         ValueError: the table of the micro-space is not complete.
     """
     check(options)
+    with folder.lock(options.out):
+        return _run_missing(options, say)
+
+
+def _run_missing(options: Options, say: Callable[[str], None]) -> list[Row]:
     seeds = SEEDS if options.seeds is None else options.seeds
-    folder.claim(options.out, {"task": options.task, "units": micro_methods.BUDGET})
     path = options.out / "genotypes.csv"
     done = {(one.solver, one.seed): one for one in read_searches(path)}
+    settings = {"task": options.task, "units": methods.BUDGET}
+    folder.claim(options.out, settings)
     wanted = [(solver, seed) for solver in options.solvers for seed in range(seeds)]
     searchers = {solver: Searcher(solver) for solver in options.solvers}
     for count, (solver, seed) in enumerate(wanted, 1):
@@ -94,13 +99,13 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
         done[solver, seed] = Searched(
             solver, seed, " ".join(found.genotype), found.oracle_units, found.seconds
         )
-        write(path, Searched._fields, done.values())
+        folder.write_csv(path, Searched._fields, _as_text(done.values()))
         say(f"    {done[solver, seed].genotype} after {found.seconds:.0f} s")
 
     # Only now: no search has seen a test accuracy.
     table = micro_table.read()
     rows = {key: scored(one, table) for key, one in done.items()}
-    write(options.out / "results.csv", COLUMNS, rows.values())
+    folder.write_csv(options.out / "results.csv", COLUMNS, _as_text(rows.values()))
     asked = [rows[key] for key in wanted]
     write_report(options.out, asked, table)
     say(table_text(asked))
@@ -115,9 +120,9 @@ def check(options: Options) -> None:
         ConfigError: names the option and the fix.
     """
     if not options.solvers:
-        raise ConfigError(f"--solvers is empty: choose some of {', '.join(micro_methods.METHODS)}")
+        raise ConfigError(f"--solvers is empty: choose some of {', '.join(methods.METHODS)}")
     for name in options.solvers:
-        micro_methods.check_method(name, "--solvers")
+        methods.check_method(name, "--solvers")
         if options.solvers.count(name) > 1:
             raise ConfigError(f"--solvers names {name} twice: give each once")
     for name, given in (
@@ -128,7 +133,7 @@ def check(options: Options) -> None:
     ):
         if given:
             raise ConfigError(
-                f"{name}: darts_micro compares methods at {micro_methods.BUDGET} oracle units, on "
+                f"{name}: darts_micro compares methods at {methods.BUDGET} oracle units, on "
                 "bundled digits; leave it out"
             )
 
@@ -151,21 +156,14 @@ def read_searches(path: Path) -> list[Searched]:
         raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
 
 
+def _as_text(rows: Iterable[Sequence]) -> Iterator[list]:
+    for row in rows:
+        yield [f"{value:.6g}" if isinstance(value, float) else value for value in row]
+
+
 def _parsed(solver: str, seed: str, genotype: str, units: str, seconds: str) -> Searched:
     names = check_genotype(genotype.split(), genotype)
     return Searched(solver, int(seed), " ".join(names), float(units), float(seconds))
-
-
-def write(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Replaces the file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(
-            [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows
-        )
-    os.replace(partial, path)
 
 
 HEADER = (
@@ -204,24 +202,19 @@ _OF = (np.median, np.max)
 
 def table_text(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
-    lines = [list(HEADER), *summary(rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return aligned(HEADER, summary(rows))
 
 
 def write_report(out: Path, rows: Sequence[Row], table: np.ndarray) -> Path:
     """Writes `bench.html`."""
-    ceiling = micro_scores.rank_ceiling(table)
+    ceiling = scores.rank_ceiling(table)
     best = 100 * table.mean(1).max()
     sections = [
         table_section("Methods", list(HEADER), summary(rows), _NOTE),
         figure_section("Every run among the 625 networks", _figure(rows, table), _FIGURE_NOTE),
     ]
     facts = (
-        f"{micro_methods.BUDGET} oracle units a search · best network of the table {best:.2f} % · "
+        f"{methods.BUDGET} oracle units a search · best network of the table {best:.2f} % · "
         f"Spearman correlation between its seeds {ceiling:.3f}"
     )
     body = (
