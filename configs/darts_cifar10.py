@@ -59,6 +59,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "cells": 20,
         "reductions": config_dict.placeholder(tuple),
         "stem_stride": 1,
+        "splits": config_dict.placeholder(tuple),  # None: the search's, which is all of it
         "epochs": 600.0,
         "batch_size": 96,
         "learning_rate": 0.025,

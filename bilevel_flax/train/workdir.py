@@ -28,9 +28,7 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def lock(
-    workdir: Path, option: str = "--workdir", marks: Sequence[str] = _MARKS
-) -> Iterator[None]:
+def lock(workdir: Path, option: str = "--workdir", marks: Sequence[str] = _MARKS) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it until the block is left.
 
     Args:

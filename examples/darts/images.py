@@ -36,27 +36,32 @@ class Images(NamedTuple):
     num_classes: int
 
 
-def load_images(config: Any) -> Images:
+def load_images(config: Any, splits: Any = None) -> Images:
     """Loads and splits what `config.data` asks for: (train, validation, test) and `held_out`.
 
     The first `held_out` examples of the validation part are kept from both losses.
+
+    Args:
+        config: keys `data.name`, `.manual_dir`, `.data_dir`, `.splits`, `.held_out`, `.seed`.
+        splits: in the place of `config.data.splits`; None: these.
 
     Raises:
         ConfigError: splits that leave a part empty.
         ValueError: the data is not there.
     """
+    splits = splits or config.data.splits
     found = sources.load(
         config.data.name,
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,
-        splits=config.data.splits,
+        splits=splits,
         seed=config.data.seed,
     )
     kept, there = config.data.held_out, len(found.validation_labels)
     if not 0 < kept < there or not len(found.train_labels):
         raise ConfigError(
-            f"--config.data.held_out={kept}, --config.data.splits={config.data.splits}: both "
-            "losses and the held-out part need examples"
+            f"--config.data.held_out={kept} with the splits {tuple(splits)}: both losses and the "
+            "held-out part need examples"
         )
     train, validation, test = data.standardize(
         found.train_images, found.validation_images, found.test_images

@@ -67,7 +67,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, job: J
     try:
         config = configs.load(options.config, overrides)
         try:
-            images = load_images(config)
+            images = load_images(config, config.retrain.get("splits"))
         except ValueError as error:  # of the data: unknown, missing, damaged
             raise configs.ConfigError(str(error)) from error
         job(options, config, images)

@@ -230,6 +230,7 @@ def train_seeds(
         ConfigError: the file is of another genotype or other settings.
     """
     settings = {**config.retrain.to_dict(), "data": config.data.name}
+    settings["splits"] = settings.get("splits") or config.data.splits
     wanted = _plain({"genotype": as_json(genotype), "settings": settings})
     record = read_json(path) if path.exists() else {**wanted, "runs": []}
     for key, value in wanted.items():

@@ -10,6 +10,7 @@ import pytest
 
 from bilevel_flax.train.config import ConfigError, load
 from examples.darts import genotype, random_cells, retrain, training
+from examples.darts import images as images_of
 from examples.darts.images import Images, Part
 
 # No convolutions: the cheapest network to compile.
@@ -64,6 +65,20 @@ def test_seeds_are_trained_once_and_kept(images, tmp_path, monkeypatch):
         training.train_seeds(other, POOLS, images, 2, path, said.append)
 
 
+def test_a_retraining_sees_all_of_mnist_and_the_search_its_parts(monkeypatch):
+    config, asked = load("configs/darts_mnist.py"), []
+
+    def load_source(name, splits, **kwargs):
+        asked.append(splits)
+        raise ValueError("no data")
+
+    monkeypatch.setattr(images_of.sources, "load", load_source)
+    for splits in (None, config.retrain.splits):
+        with pytest.raises(ValueError, match="no data"):
+            images_of.load_images(config, splits)
+    assert sum(asked[0][:2]) == 21_000 and sum(asked[1][:2]) == 60_000
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "says"),
     [
@@ -79,7 +94,7 @@ def test_seeds_are_trained_once_and_kept(images, tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_end_in_one_line(command, arguments, says, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(retrain, "load_images", lambda config: images)
+    monkeypatch.setattr(retrain, "load_images", lambda config, splits: images)
     genotype.save(tmp_path / "g.json", POOLS)
     config = ["--config", str(Path("configs/darts_mnist.py").resolve())]
     monkeypatch.chdir(tmp_path)

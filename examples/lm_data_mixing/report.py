@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_flax.train.metrics import read_metrics
-from bilevel_flax.train.report.plots import COLOURS, humanize, new_figure
+from bilevel_flax.train.report.plots import COLOURS, new_figure
 from bilevel_flax.train.report.sections import (
     Section,
     compare_in_words,
@@ -39,7 +39,7 @@ def sections(workdir: str | Path) -> list[Section]:
     summary = _read(workdir / "summary.json")
     parts = []
     if summary.get("mixture"):
-        parts.append(_mixture(summary, rows))
+        parts.append(_mixture(summary))
     results = _read(workdir / "baselines.json")
     if summary and len(results) > 1:
         parts += [_bars(summary, results), _curves(rows, results), _table(summary, results)]
@@ -62,28 +62,14 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _mixture(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Section:
+def _mixture(summary: Mapping[str, Any]) -> Section:
     ordered = sorted(summary["mixture"].items(), key=lambda item: -item[1])
-    text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in ordered)
-    figure, axes = new_figure(7.2, 3.2)
-    for number, (name, _) in enumerate(ordered):
-        points = [(row["step"], row[f"mixture/{name}"]) for row in rows if f"mixture/{name}" in row]
-        points.insert(0, (0, 1 / len(ordered)))
-        axes.plot(
-            *zip(*points, strict=True),
-            "-" if number < len(COLOURS) else "--",
-            color=COLOURS[number % len(COLOURS)],
-            linewidth=1.8,
-            label=humanize(name),
-        )
-    axes.set(xlabel="step", ylabel="share of the training text")
-    axes.set_ylim(0, None)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    rows = [(name, f"{100 * share:.1f} %") for name, share in ordered]
     caption = (
-        f"What was learned for the target, {summary.get('target', '')}: {text}. All domains start "
-        "alike."
+        f"What was learned for the target, {summary.get('target', '')}. All domains start alike; "
+        "the panel of the metrics shows how the shares went."
     )
-    return figure_section("Learned mixture over time", figure, caption)
+    return table_section("Learned mixture", ("domain", "share of the training text"), rows, caption)
 
 
 def _bars(summary: Mapping[str, Any], results: Mapping[str, Any]) -> Section:

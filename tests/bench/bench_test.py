@@ -1,6 +1,7 @@
 import csv
 import math
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -505,6 +506,7 @@ def test_a_curve_that_reaches_the_best_value_goes_on():
     """A gap of 0, or below by rounding, is no divergence."""
     gaps = (1.0, 0.1, 0.0, -1e-17)
     rows = [row(gap, seconds=10.0**k) for k, gap in enumerate(gaps)]
-    drawn = bench_report.curves("h - h*", {rows[0].key: rows}, "seconds")
+    task = SimpleNamespace(quantity="h - h*", unit="")
+    drawn = bench_report.curves(task, {rows[0].key: rows}, "seconds")
     heights = drawn.axes[0].lines[0].get_ydata()
     assert np.isfinite(heights).all() and heights[-1] == pytest.approx(1e-16)

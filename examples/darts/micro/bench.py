@@ -222,9 +222,7 @@ def write_report(out: Path, rows: Sequence[Row], table: np.ndarray) -> Path:
         f'<p class="lead">{html.escape(facts)}</p></header>'
     ) + "".join(map(_html, sections))
     path = out / "bench.html"
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(report.page("darts_micro · bilevel_flax bench", body), encoding="utf-8")
-    return fresh.replace(path)
+    return report.write_page(path, report.page("darts_micro · bilevel_flax bench", body))
 
 
 def _html(section: Section) -> str:

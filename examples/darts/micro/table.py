@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel_flax.bench.folder import write_csv
 from examples.darts.micro import data as micro_data
 from examples.darts.micro import space as micro_space
 from examples.darts.micro.network import MicroNetwork
@@ -69,15 +69,15 @@ def read(path: Path = PATH) -> np.ndarray:
 
 def write(accuracies: np.ndarray, path: Path = PATH) -> None:
     """Replaces the table in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for genotype, row in zip(micro_space.genotypes(), accuracies, strict=True):
-            shown = ["" if np.isnan(value) else f"{value:.4f}" for value in row]
-            same_as = number(micro_space.canonical(genotype))
-            writer.writerow([*genotype, same_as, *shown])
-    os.replace(partial, path)
+    rows = [
+        (
+            *genotype,
+            number(micro_space.canonical(genotype)),
+            *("" if np.isnan(value) else f"{value:.4f}" for value in row),
+        )
+        for genotype, row in zip(micro_space.genotypes(), accuracies, strict=True)
+    ]
+    write_csv(path, COLUMNS, rows)
 
 
 def make_trainer(
