@@ -47,14 +47,14 @@ SEARCHES: tuple[str, ...] = ("grid_search", "random_search")
 
 def names() -> list[str]:
     """What can run: all exported functions of a problem and two optimisers, and the searches."""
-    found = list(SEARCHES)
+    listed = list(SEARCHES)
     for name in (row.name for row in table.ROWS):
         function = table.method(name)
         if _returns_solver(function):
             parameters = inspect.signature(function).parameters
             if {"problem", "inner", "outer"} <= set(parameters) and "estimator" not in parameters:
-                found.append(name)
-    return sorted(found)
+                listed.append(name)
+    return sorted(listed)
 
 
 def _returns_solver(function: Callable[..., Any]) -> bool:

@@ -32,10 +32,10 @@ _LABELS = {
 
 def by_solver(runs: Runs) -> dict[str, list[list[Row]]]:
     """The runs of each method, in the order in which they were done."""
-    found: dict[str, list[list[Row]]] = {}
+    groups: dict[str, list[list[Row]]] = {}
     for key, rows in runs.items():
-        found.setdefault(key.solver, []).append(rows)
-    return found
+        groups.setdefault(key.solver, []).append(rows)
+    return groups
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

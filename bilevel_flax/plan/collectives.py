@@ -98,12 +98,12 @@ def collectives(text: str, *, unknown_trips: int = 1) -> dict[str, dict[str, int
     return by_kind(instructions(text, unknown_trips=unknown_trips))
 
 
-def by_kind(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+def by_kind(program: Iterable[Collective]) -> dict[str, dict[str, int]]:
     """Sums up `instructions`; bytes and counts of each kind, in the order of `KINDS`."""
-    found = list(found)
+    program = list(program)
     totals: dict[str, dict[str, int]] = {}
     for kind in KINDS:
-        mine = [one for one in found if one.kind == kind]
+        mine = [one for one in program if one.kind == kind]
         if mine:
             totals[kind] = {
                 "count": sum(one.count for one in mine),
@@ -233,8 +233,8 @@ def _walk(
             yield from (each for branch in branches for each in branch)
 
 
-def _moved(found: list[Collective]) -> int:
-    return sum(one.bytes * one.count for one in found)
+def _moved(branch: list[Collective]) -> int:
+    return sum(one.bytes * one.count for one in branch)
 
 
 def _group_size(rest: str) -> int | None:
@@ -268,8 +268,8 @@ def _trip_count(
 def _constants(computations: dict[str, list[_Instruction]], name: str) -> Iterator[int]:
     for one in computations.get(name, []):
         if one.opcode == "constant":
-            found = _CONSTANT.match(f"{one.shape} constant({one.rest}")
-            if found:
-                yield int(found[1])
+            match = _CONSTANT.match(f"{one.shape} constant({one.rest}")
+            if match:
+                yield int(match[1])
         for _, called in _CALLED.findall(one.rest):
             yield from _constants(computations, called)

@@ -27,17 +27,17 @@ def composition(lowered: Lowered, compiled: Compiled) -> dict[str, int]:
         name -> bytes: the parts of the state, the minibatch, "activations" (all temporaries:
         also gathered parameters and directions), and "other" (padding to tiles, code).
     """
-    found = {
+    parts = {
         name: sum(
             _bytes(getattr(lowered.state, field), getattr(lowered.shardings, field))
             for field in fields
         )
         for name, fields in _PARTS.items()
     }
-    found["minibatch"] = _bytes(lowered.batch, lowered.batch_shardings)
-    found["activations"] = int(compiled.temporary_bytes)
-    other = compiled.hbm_bytes_needed - sum(found.values())
-    return found | {"other": max(0, other)}
+    parts["minibatch"] = _bytes(lowered.batch, lowered.batch_shardings)
+    parts["activations"] = int(compiled.temporary_bytes)
+    other = compiled.hbm_bytes_needed - sum(parts.values())
+    return parts | {"other": max(0, other)}
 
 
 def parameter_bytes(lowered: Lowered) -> int:

@@ -132,8 +132,8 @@ def _slice(topology: Topology) -> Sequence[Any]:
     try:
         # A v4 chip's two cores are one device, as on Cloud TPUs; later chips know no other way.
         cores = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **cores)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **cores)
     except Exception as error:  # libtpu's own, of several types
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"--topology={topology.name}: libtpu refuses it: {first}") from error
-    return found.devices
+    return slice_.devices
