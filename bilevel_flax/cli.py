@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     shipped.make_importable()
     try:
-        code = _run(parsed, overrides)
+        with warnings.catch_warnings():
+            # Python hides the warning of an old key from whoever gives a command.
+            warnings.filterwarnings("always", r"config\.", DeprecationWarning)
+            warnings.showwarning = _show_warning
+            code = _run(parsed, overrides)
     except (Exception, KeyboardInterrupt) as error:
         message, code = _verdict(error)
         if message is None or os.environ.get("BILEVEL_FLAX_TRACEBACK"):
@@ -255,6 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         distributed.leave(code)
     return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _verdict(error: BaseException) -> tuple[str | None, int]:

@@ -344,3 +344,19 @@ def test_a_full_disk_loses_nothing(train: Callable[..., Outcome], tmp_path: Path
     outcome = train("--config.checkpoint.every=2")
     assert outcome.code == 0, outcome.error
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_an_old_key_is_warned_of_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    config = tmp_path / "old.py"
+    config.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    config = ml_collections.ConfigDict({'steps': 5, 'health': {'share': 0.03}})\n"
+        "    config.task = {'call': 'no_such_module:make_task'}\n"
+        "    config.solver = {'call': 'bilevel_flax:soba'}\n"
+        "    return config\n"
+    )
+    assert cli.main(["train", "--config", str(config), "--workdir", str(tmp_path / "run")]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "health.share" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: config.health.share=0.03 is now config.health.every=None")

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_task
 
 from bilevel_flax import cli
 from bilevel_flax.train import experiment
+from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report import trusted
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +136,26 @@ def test_shipped_sections_need_no_trust():
         function = trusted.find_sections(name, Path("/nowhere"))
         assert f"{function.__module__}:{function.__name__}" == name
     assert trusted.find_sections("examples.darts.micro_task:sections", Path("/nowhere"))  # moved
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.html.new"])
+def test_a_link_in_the_folder_is_not_written_through(folder: Path, tmp_path: Path, name: str):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (folder / name).symlink_to(victim)
+    report(folder, None)
+    assert victim.read_text() == "mine"
+    assert "soba" in (folder / "report.html").read_text()
+
+
+def test_a_folders_config_is_compared_and_never_resolved(folder: Path):
+    call = {"call": "shutil:rmtree", "path": str(folder)}
+    saved = {"task": call, "solver": {"call": "payload:sections"}, "report": "payload:sections"}
+    (folder / "config.json").write_text(json.dumps(saved))
+    sys.path.insert(0, str(folder))
+    with pytest.raises(ConfigError, match="another config"):
+        experiment.train_and_evaluate(tiny_task.get_config(), folder)
+    assert not list(folder.rglob("executed"))
 
 
 def test_training_takes_the_sections_of_its_own_config_and_not_the_folders(folder: Path):

@@ -103,7 +103,10 @@ def write_report(
 def write_page(path: Path, content: str) -> Path:
     """Writes a page in one step: a killed process leaves the old one or the new one."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(content, encoding="utf-8", errors="replace")
+    # A link that lies in a stranger's folder under this name must not be written through.
+    fresh.unlink(missing_ok=True)
+    with fresh.open("x", encoding="utf-8", errors="replace") as file:
+        file.write(content)
     os.replace(fresh, path)
     return path
 
