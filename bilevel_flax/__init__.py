@@ -44,7 +44,7 @@ from bilevel_flax.solvers import (
 )
 
 if TYPE_CHECKING:
-    from bilevel_flax import contrib, diagnostics, nnx, sharding
+    from bilevel_flax import checkpoints, contrib, diagnostics, nnx, sharding
 
 __version__ = "0.1.0"
 
@@ -64,6 +64,7 @@ __all__ = [
     "amigo",
     "auto",
     "check_finite",
+    "checkpoints",
     "contrib",
     "data",
     "diagnostics",
@@ -85,7 +86,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: flax.nnx alone takes a tenth of a second.
-_LATE = ("contrib", "diagnostics", "nnx", "sharding")
+_LATE = ("checkpoints", "contrib", "diagnostics", "nnx", "sharding")
 _old_name = deprecated.names(__name__)
 deprecated.find_old_modules()
 

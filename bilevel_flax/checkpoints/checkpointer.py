@@ -2,7 +2,7 @@
 
 One directory holds the newest `keep` checkpoints, in Orbax's format and readable with Orbax alone:
 
-    <directory>/<step>/     one checkpoint (`checkpoint_format`)
+    <directory>/<step>/     one checkpoint (`format`)
     <directory>/damaged/    what `restore` found unreadable or altered, moved aside
 
 A save writes into a temporary directory that is renamed when complete, so a killed or failed save
@@ -10,9 +10,11 @@ leaves nothing that looks like a checkpoint. What is lost or altered on the disk
 by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
 
 With many processes every one makes the same calls and writes and reads its own shards, in a
-directory that all of them see. What was saved by one number of processes, on
-one mesh, is restored by any other: the template's shardings decide.
+directory that all of them see. What was saved by one number of processes, on one mesh, is restored
+by any other: the template's shardings decide.
 """
+
+from __future__ import annotations
 
 import contextlib
 import logging
@@ -20,19 +22,21 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
-from etils import epath
 
-from bilevel_flax.checkpoints import checksum as fingerprint
-from bilevel_flax.checkpoints import collective as checkpoint_together
-from bilevel_flax.checkpoints import directory as checkpoint_search
-from bilevel_flax.checkpoints import format as checkpoint_format
-from bilevel_flax.checkpoints import shards as checkpoint_leaves
-from bilevel_flax.checkpoints.format import CheckpointError, CheckpointMismatch, quiet_orbax, reason
+from bilevel_flax.checkpoints import collective, format
+from bilevel_flax.checkpoints import directory as folders
+from bilevel_flax.checkpoints.errors import CheckpointError, CheckpointMismatch, reason
 from bilevel_flax.checkpoints.processes import Processes, SingleProcess
+from bilevel_flax.checkpoints.records import Record
+from bilevel_flax.checkpoints.shards import host_copy, is_spread
+from bilevel_flax.checkpoints.template import Template
+
+if TYPE_CHECKING:
+    from etils import epath
 
 __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
 
@@ -41,10 +45,16 @@ _logger = logging.getLogger("bilevel_flax")
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore` found."""
+    """What `Checkpointer.restore` returns.
 
-    state: Any  # structure, dtypes and shardings of the template
-    meta: dict[str, Any]  # as handed to `save`, after a round trip through JSON
+    Attributes:
+        state: with structure, dtypes and shardings of the template.
+        meta: as handed to `save`, after a round trip through JSON.
+        step: the step.
+    """
+
+    state: Any
+    meta: dict[str, Any]
     step: int
 
 
@@ -61,12 +71,14 @@ class Checkpointer:
             the logger `bilevel_flax`.
         read_only: only read: nothing is made, moved or deleted, and `save` is refused. For programs
             that look into the directory of a running training.
+        required: the first save is waited for, and raises if it fails, so that a run which cannot
+            be saved ends before hours are lost. False: it is reported, as later ones are.
         processes: how the processes of this run talk to each other, where there are several; no
             other thread may use it meanwhile.
 
     Raises:
         ValueError: `keep` is below 1.
-        CheckpointError: the directory cannot be made or written to.
+        CheckpointError: the directory cannot be made or written to, or Orbax is not installed.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -86,29 +98,33 @@ class Checkpointer:
         asynchronous: bool = True,
         on_event: Callable[[str], Any] | None = None,
         read_only: bool = False,
+        required: bool = True,
         processes: Processes | None = None,
     ):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must be kept.")
-        self._directory = checkpoint_search.absolute(directory)
+        self._directory = folders.absolute(directory)
         self._keep = keep
         self._asynchronous = asynchronous
         self._on_event = on_event or _logger.warning
         self._read_only = read_only
-        self._copies: dict[str, np.ndarray | jax.Array] = {}
+        self._required = required
         self._processes = processes or SingleProcess()
+        self._copies: dict[str, np.ndarray | jax.Array] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._running: tuple[int, Future[None]] | None = None
         self._failure: CheckpointError | None = None
+        self._saves = self._failures = 0  # calls of `save`; failures in a row
         if not read_only:
-            checkpoint_search.make_directory(self._directory)
+            folders.make_directory(self._directory)
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: Mapping[str, Any] | None = None) -> None:
         """Saves a checkpoint; the state may be donated as soon as this returns.
 
-        A failing write (a full disk) does not stop the training: it is reported through `on_event`,
-        earlier checkpoints stay, and the next `save` tries anew. `wait` and `close` raise if the
-        last save failed, as does `save` itself with `asynchronous=False`.
+        A failing write (a full disk) after the first save does not stop the training: `on_event`
+        hears of the first failure in a row, earlier checkpoints stay, and the next `save` tries
+        anew. `wait` and `close` raise if the last save failed, as does `save` itself with
+        `asynchronous=False`.
 
         Args:
             step: the step that the state has reached; above that of every checkpoint there is.
@@ -117,11 +133,13 @@ class Checkpointer:
 
         Raises:
             TypeError: a leaf of the state is not an array (it is named), or `meta` is not JSON.
-            ValueError: `step` is not above the latest, or a leaf has been donated.
-            CheckpointError: the save failed, with `asynchronous=False`; or `read_only`.
+            ValueError: `step` is not above the latest, a leaf has been donated, or `processes` is
+                missing where there are several.
+            CheckpointError: the save failed and was waited for; or `read_only`.
         """
         if self._read_only:
             raise CheckpointError(f"step={step}: this Checkpointer was opened with read_only=True.")
+        self._check_processes(state)
         # Joined first: were the save before this one to fail, its step would be free again.
         self._join()
         step = int(step)
@@ -131,44 +149,54 @@ class Checkpointer:
                 f"step={step}: {str(self._directory)!r} has a checkpoint of step {latest} already; "
                 "the steps saved must increase (see latest_step())."
             )
-        plain = checkpoint_format.plain_json(meta)
-        arrays, records = checkpoint_leaves.host_copy(
-            state, self._copies, self._processes.is_leader
-        )
+        plain = format.plain_json(meta or {})
+        arrays, records = host_copy(state, self._copies, self._processes.is_leader)
         self._copies = arrays
         self._failure = None
         # A thread even if not asynchronous: under a running event loop (a notebook) Orbax patches
         # asyncio, or gives up.
         self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running = (
-            step,
-            self._worker.submit(self._write, step, arrays, records, plain),
-        )
-        if not self._asynchronous:
+        self._saves += 1
+        running = self._worker.submit(self._write, step, arrays, records, plain)
+        self._running = step, running
+        if not self._asynchronous or (self._required and self._saves == 1):
             self.wait()
+
+    def _check_processes(self, tree: Any) -> None:
+        if self._processes.count == 1 and any(map(is_spread, jax.tree_util.tree_leaves(tree))):
+            raise ValueError(
+                "processes=None: the state has shards in other processes; give what they talk "
+                "through (bilevel_flax.train.multihost.Channel)."
+            )
 
     def _write(
         self,
         step: int,
         arrays: dict[str, np.ndarray | jax.Array],
-        records: dict[str, fingerprint.Record],
+        records: dict[str, Record],
         meta: dict[str, Any],
     ) -> None:
         try:
-            with quiet_orbax():
-                checkpoint_together.write(
+            with format.quiet_orbax():
+                collective.write(
                     self._directory, step, arrays, records, meta, self._keep, self._processes
                 )
         except Exception as error:
-            if self._processes.is_leader:
-                # The disk has failed, and that is being reported; the next save cleans up.
-                with contextlib.suppress(OSError):
-                    checkpoint_search.discard(self._directory)
-            self._failure = CheckpointError(
-                f"The checkpoint of step {step} was not saved: {reason(error)}. Earlier ones in "
-                f"{str(self._directory)!r} are untouched."
-            )
-            self._on_event(str(self._failure))
+            text = f"The checkpoint of step {step} was not saved: {reason(error)}."
+            # The disk has failed, and that is being reported; the next save cleans up.
+            with contextlib.suppress(OSError):
+                if folders.list_steps(self._directory):
+                    text += f" Earlier ones in {str(self._directory)!r} are untouched."
+                if self._processes.is_leader:
+                    folders.discard(self._directory)
+            self._failures += 1
+            self._failure = CheckpointError(text)
+            if self._failures == 1 and not (self._required and self._saves == 1):
+                self._on_event(str(self._failure))
+        else:
+            if self._failures:
+                self._on_event(f"The checkpoint of step {step} was saved, after failures.")
+            self._failures = 0
 
     def restore(self, template: Any, step: int | None = None) -> Restored | None:
         """Restores the newest sound checkpoint, falling back over damaged ones.
@@ -189,15 +217,17 @@ class Checkpointer:
             CheckpointError: there are checkpoints, but none is sound; or `step` is not there.
             TypeError: a leaf of the template is not an array.
         """
-        leaves = fingerprint.named_leaves(template)
-        expected = {name: fingerprint.describe(name, leaf) for name, leaf in leaves.items()}
-        structure = jax.tree_util.tree_structure(template)
+        self._check_processes(template)
+        return self._restore(Template(template), step)
 
-        def read(path: epath.Path, found: int) -> Restored:
-            wanted = checkpoint_together.Wanted(leaves, expected)
-            values, meta = checkpoint_together.read(path, found, wanted, self._processes)
-            state = jax.tree_util.tree_unflatten(structure, list(values.values()))
-            return Restored(state, meta, found)
+    def restore_parts(self, parts: Mapping[str, Any], step: int | None = None) -> Restored | None:
+        """As `restore`, but only some fields of the state (see `checkpoints.restore_parts`)."""
+        return self._restore(Template(parts, in_parts=True), step)
+
+    def _restore(self, template: Template, step: int | None) -> Restored | None:
+        def read(path: epath.Path, at: int) -> Restored:
+            values, meta = collective.read(path, at, template, self._processes)
+            return Restored(template.fill(values), meta, at)
 
         return self._search(read, step, self._processes, move_aside=not self._read_only)
 
@@ -217,8 +247,8 @@ class Checkpointer:
             CheckpointError: there are checkpoints, but none has sound metadata.
         """
 
-        def read(path: epath.Path, found: int) -> tuple[int, dict[str, Any]]:
-            return found, checkpoint_format.read_document(path, found)[0]
+        def read(path: epath.Path, at: int) -> tuple[int, dict[str, Any]]:
+            return at, format.read_document(path, at).meta
 
         return self._search(read, step, None, move_aside=False)
 
@@ -230,19 +260,19 @@ class Checkpointer:
         move_aside: bool,
     ) -> _T | None:
         self._join()
-        result, damaged = checkpoint_search.newest_sound(self._directory, read, only, processes)
+        result, damaged = folders.newest_sound(self._directory, read, only, processes)
         for step, why in damaged.items():
             fate = "It was passed over."
             if move_aside:
                 leads = self._processes.is_leader
-                fate = checkpoint_search.move_aside(self._directory, step) if leads else ""
+                fate = folders.move_aside(self._directory, step) if leads else ""
                 fate = processes.broadcast(fate) if processes is not None else fate
             self._on_event(f"The checkpoint of step {step} is damaged: {why}. {fate}")
         return result
 
     def latest_step(self) -> int | None:
         """The newest step, that of a save still running included; None without any."""
-        steps = checkpoint_search.list_steps(self._directory)
+        steps = folders.list_steps(self._directory)
         if self._running is not None and self.is_saving():
             steps.append(self._running[0])
         return max(steps, default=None)
@@ -258,17 +288,14 @@ class Checkpointer:
             CheckpointError: the last save failed (raised once).
         """
         self._join()
-        self._raise_failure()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _join(self) -> None:
         if self._running is not None:
             self._running[1].result()
             self._running = None
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     def close(self) -> None:
         """Waits for a running save and releases threads; using it afterwards opens it anew.
@@ -281,7 +308,7 @@ class Checkpointer:
             self._worker.shutdown()
             self._worker = None
         self._copies = {}
-        self._raise_failure()
+        self.wait()
 
     def __enter__(self) -> Self:
         return self

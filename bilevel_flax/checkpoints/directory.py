@@ -1,30 +1,32 @@
 """A directory of checkpoints: which steps it has, and the newest of them that is sound."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
-from etils import epath
-
-from bilevel_flax.checkpoints import format as checkpoint_format
-from bilevel_flax.checkpoints.format import CheckpointError, Damaged, reason
+from bilevel_flax.checkpoints.errors import CheckpointError, Damaged, reason
+from bilevel_flax.checkpoints.format import TEMPORARY, orbax
 from bilevel_flax.checkpoints.processes import Processes
+
+if TYPE_CHECKING:
+    from etils import epath
 
 _T = TypeVar("_T")
 
 
 def absolute(directory: str | os.PathLike[str]) -> epath.Path:
     """A local path made absolute, as Orbax wants it; a URL (`gs://...`) as it is."""
+    orbax()  # first, for the message where it is missing: epath comes with it
+    from etils import epath
+
     path = os.fspath(directory)
     return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
 def make_directory(directory: epath.Path) -> None:
-    """Makes the directory.
-
-    Raises:
-        CheckpointError: it cannot be made or written to.
-    """
+    """Makes the directory, or raises CheckpointError if it cannot be written to."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if "://" not in str(directory) and not os.access(directory, os.W_OK | os.X_OK):
@@ -52,12 +54,11 @@ def newest_sound(
     only: int | None = None,
     processes: Processes | None = None,
 ) -> tuple[_T | None, dict[int, str]]:
-    """Reads the newest checkpoint that can be read.
+    """What `read` makes of the newest checkpoint of which it does not raise `Damaged`.
 
     Args:
-        directory: the directory of all checkpoints.
-        read: reads one, from its path and step; raises `Damaged` where that fails, on all
-            processes or on none.
+        directory: of all checkpoints.
+        read: reads one, from its path and step.
         only: consider this step alone.
         processes: who must look at the same steps; None: this process looks alone.
 
@@ -90,19 +91,19 @@ def newest_sound(
     return None, damaged
 
 
-def prepare(path: epath.Path) -> None:
+def prepare(path: epath.Path, items: Iterable[str]) -> None:
     """Makes the folder in which a checkpoint is put together, and deletes what is left of others.
 
     At once, not after the next save: on a full disk the remains are in the way.
     """
     discard(path.parent)
-    for item in checkpoint_format.ITEMS:
+    for item in items:
         (path / item).mkdir(parents=True)
 
 
 def discard(directory: epath.Path) -> None:
     """Deletes what is left of saves that did not come to their end."""
-    for path in directory.glob(f"*{checkpoint_format.TEMPORARY}*"):
+    for path in directory.glob(f"*{TEMPORARY}*"):
         path.rmtree()
 
 
@@ -112,7 +113,7 @@ def commit(path: epath.Path, step: int, keep: int) -> None:
     path.rename(directory / str(step))
     for old in list_steps(directory)[:-keep]:
         # Renamed first: a kill in the middle of the deletion leaves no half of a checkpoint.
-        doomed = directory / f"{old}{checkpoint_format.TEMPORARY}"
+        doomed = directory / f"{old}{TEMPORARY}"
         (directory / str(old)).rename(doomed)
         doomed.rmtree()
 

@@ -1,185 +1,261 @@
-"""One checkpoint on disk: what is written for a step, and how it is read and verified.
+"""One checkpoint on disk: items that Orbax alone reads, and what says that they are sound.
 
-    <step>/state    nested dicts of arrays, every leaf at its name (`fingerprint.named_leaves`);
-                    each process writes its shards (`ocdbt.process_<i>`), one index finds them all
-    <step>/meta     JSON: {"format", "step", "meta", "leaves", "digest"}
+    <step>/inner_params, adjoint, outer_params, model_state    z, v, x and the model's own state
+    <step>/state        every other leaf: optimisers, the estimator's memory, step, key
+    <step>/meta         the user's metadata (JSON)
+    <step>/checksums    {"format", "step", "leaves", "files", "digest"} (JSON)
 
-`leaves` holds the records of all leaves, `digest` is a hash of the rest of the document. Leaves
-without elements are kept in `leaves` only, for Orbax refuses them.
+The first five are pytrees of nested dicts with each leaf at its name (`records.named_leaves`; a
+tree that is one leaf is at "value"). Leaves without elements, which Orbax refuses, are in `leaves`
+alone. `digest` is a hash of both documents. Format 1 had all leaves in `state` and one document.
+
+Written and read by Orbax's handlers: `CheckpointManager` and `Checkpointer` wait at barriers, for
+minutes where one process cannot write, and say there what went wrong to none of the others.
 """
 
+from __future__ import annotations
+
+import asyncio
 import contextlib
-import gc
+import functools
 import hashlib
 import json
 import logging
-import sys
-import time
-from collections.abc import Iterator, Mapping
+import pathlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
-from bilevel_flax.checkpoints import checksum as fingerprint
-from bilevel_flax.checkpoints.checksum import Record
+from bilevel_flax.checkpoints.errors import CheckpointError, Damaged, reason
+from bilevel_flax.checkpoints.files import describe_files, first_damaged_file
+from bilevel_flax.checkpoints.records import Record
 
-ITEMS = ("state", "meta")
+if TYPE_CHECKING:
+    from etils import epath
+
+PARTS = ("inner_params", "adjoint", "outer_params", "model_state")
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax skips such directories, and deletes them.
-_VERSION = 1
-_SETTLE_SECONDS = 0.1  # After a failure the other reads and writes of an operation are soon over.
+_REST, _META, _CHECKSUMS = "state", "meta", "checksums"
+_VERSION = 2
+_TESTED = ((0, 11, 24), (0, 12, 8))  # versions of Orbax, the first and the last
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message is one line for the user."""
+@functools.cache
+def orbax() -> Any:
+    """Orbax's module, imported when it is first needed.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise CheckpointError(
+            "checkpoints need orbax-checkpoint, which cannot be imported: pip install "
+            f"'bilevel-flax[train]' ({reason(error)})"
+        ) from error
+    numbers = (part for part in ocp.__version__.split(".")[:3] if part.isdecimal())
+    if not _TESTED[0] <= tuple(map(int, numbers)) <= _TESTED[1]:
+        first, last = (".".join(map(str, version)) for version in _TESTED)
+        warnings.warn(
+            f"orbax-checkpoint {ocp.__version__} is not among the versions that bilevel_flax was "
+            f"tested with ({first} to {last})",
+            stacklevel=2,
+        )
+    return ocp
 
 
-class CheckpointMismatch(CheckpointError):
-    """A sound checkpoint, but of another model."""
+def item_names(leaf_names: Iterable[str]) -> list[str]:
+    """The items of a checkpoint with these leaves, the documents included."""
+    return list(dict.fromkeys([*(_place(name)[0] for name in leaf_names), _META, _CHECKSUMS]))
 
 
-class Damaged(Exception):
-    """One checkpoint cannot be used; the message says why, in one line."""
+def _place(name: str, version: int = _VERSION) -> list[str]:
+    """Where a leaf is: the item, and the keys inside it."""
+    if version == 1:
+        return [_REST, *name.split(".")]
+    part, _, rest = name.partition(".")
+    if part in PARTS:
+        return [part, *(rest or "value").split(".")]
+    return [_REST, *(name or "value").split(".")]
+
+
+def _placed(values: Mapping[str, Any], version: int = _VERSION) -> dict[str, Any]:
+    """Item -> nested dicts."""
+    items: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = _place(name, version)
+        node = items
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return items
+
+
+class _Owned(np.ndarray):
+    """An array that nobody changes while it is written: the deep copy that Orbax makes is itself.
+
+    A true copy goes into fresh memory, which the system clears first: half of the time of a save.
+    """
+
+    def __deepcopy__(self, memo: Any) -> _Owned:
+        return self
 
 
 def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Writes what this process has of the arrays.
+    """Writes what this process has of the arrays."""
+    items = _placed(
+        {
+            name: array.view(_Owned) if isinstance(array, np.ndarray) else array
+            for name, array in arrays.items()
+            if array.size
+        }
+    )
+    futures: list[Any] = []
 
-    Args:
-        path: the step's directory, with `state` in it.
-        arrays: leaf name -> array in host memory, the caller's until this returns.
-    """
-    stored = _nested({name: array for name, array in arrays.items() if array.size})
-    _handler().save(path / "state", args=ocp.args.PyTreeSave(stored))
+    async def start() -> None:
+        for item, tree in items.items():
+            args = orbax().args.PyTreeSave(tree)
+            futures.extend(await _handler().async_save(path / item, args=args) or ())
+
+    failures = []
+    try:
+        asyncio.run(start())
+    except Exception as error:
+        failures.append(error)
+    for future in futures:  # All of them: what failed is deleted, and must not be written to then.
+        try:
+            future.result()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def finish(
     path: epath.Path, step: int, records: Mapping[str, Record], meta: Mapping[str, Any]
 ) -> None:
-    """Completes a checkpoint, on one process, once all have written their arrays.
-
-    Args:
-        path: the step's directory, with `state` and `meta` in it.
-        step: the step.
-        records: leaf name -> record with its checksum.
-        meta: the user's metadata, plain JSON.
-    """
-    _handler().finalize(path / "state")
+    """Completes a checkpoint, on one process, once all have written their arrays."""
+    names = {name for name, record in records.items() if 0 not in record.shape}
+    items = [item for item in item_names(names) if item not in (_META, _CHECKSUMS)]
+    for item in items:
+        _handler().finalize(path / item)
     document = {
         "format": _VERSION,
         "step": step,
-        "meta": meta,
         "leaves": {name: record._asdict() for name, record in records.items()},
+        "files": describe_files(path, items),
     }
-    document["digest"] = _digest(document)
-    ocp.JsonCheckpointHandler().save(path / "meta", args=ocp.args.JsonSave(document))
+    document["digest"] = _digest({**document, "meta": meta})
+    for item, content in ((_META, meta), (_CHECKSUMS, document)):
+        orbax().JsonCheckpointHandler().save(path / item, args=orbax().args.JsonSave(dict(content)))
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    # The arrays are ours: Orbax need not copy them. One replica writes a shard; slicing it among
-    # all of them would run on the devices, under the training.
-    types = ocp.type_handlers
+def _handler() -> Any:
+    # One replica writes a shard: to slice it among all of them would run on the devices, under the
+    # training.
+    types = orbax().type_handlers
     registry = types.create_type_handler_registry(
         (jax.Array, types.ArrayHandler(use_replica_parallel=False)),
-        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)),
+        (np.ndarray, types.NumpyHandler()),
     )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return orbax().PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def read_document(path: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Record]]:
+class Document(NamedTuple):
+    """All of a checkpoint but its arrays."""
+
+    version: int
+    meta: dict[str, Any]
+    leaves: dict[str, Record]
+    files: dict[str, list[int]]
+
+
+def read_document(path: epath.Path, step: int) -> Document:
     """Reads and verifies everything but the arrays.
-
-    Args:
-        path: the step's directory.
-        step: the step that it should be.
-
-    Returns:
-        The user's metadata and the records.
 
     Raises:
         Damaged: it cannot be read, or is not what was written.
     """
     try:
-        document = dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
+        read = orbax().JsonCheckpointHandler().restore
+        document = dict(read(path / _META))
+        if (path / _CHECKSUMS).exists():  # since format 2
+            document = {"meta": document, **read(path / _CHECKSUMS)}
     except MemoryError:
         raise
     except Exception as error:
         raise Damaged(f"its metadata cannot be read ({reason(error)})") from error
     if document.pop("digest", None) != _digest(document):
         raise Damaged("its metadata have changed on disk (their digest differs)")
-    if document["format"] != _VERSION:
-        raise Damaged(f"it has format {document['format']}, this program reads {_VERSION}")
+    version = document["format"]
+    if version > _VERSION:
+        raise Damaged(f"it has format {version}, this program reads 1 to {_VERSION}")
     if document["step"] != step:
         raise Damaged(f"it was saved as step {document['step']}")
-    records = {name: Record.from_json(r) for name, r in document["leaves"].items()}
-    return document["meta"], records
+    leaves = {name: Record.from_json(r) for name, r in document["leaves"].items()}
+    return Document(version, document["meta"], leaves, document.get("files", {}))
+
+
+def check_files(path: epath.Path, document: Document) -> None:
+    """Raises Damaged if a file is not as it was written."""
+    damage = first_damaged_file(path, document.files)
+    if damage is not None:
+        raise Damaged(damage)
 
 
 def read_arrays(
     path: epath.Path,
-    records: Mapping[str, Record],
+    document: Document,
+    names: Iterable[str] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, np.ndarray | jax.Array]:
-    """Reads the arrays into host memory, or to devices; nothing is verified.
-
-    Args:
-        path: the step's directory.
-        records: what they should be, by leaf name.
-        shardings: of those of which this process reads its own pieces only.
+    """Reads arrays into host memory, or to devices; nothing is verified.
 
     Raises:
         Damaged: an array cannot be read.
     """
     shardings = shardings or {}
-    empty = {name: np.empty(r.shape, jnp.dtype(r.dtype)) for name, r in records.items()}
-    # Targets of the saved dtype: Orbax casts to any other without a word.
-    targets = _nested(
-        {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
-            if name in shardings
-            else array
-            for name, array in empty.items()
-            if array.size
-        }
-    )
-    args = ocp.args.PyTreeRestore(
-        targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
-    )
+    names = list(document.leaves if names is None else names)
+    items = {_place(name, document.version)[0] for name in names}
+    arrays: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
+    for name, record in document.leaves.items():
+        if _place(name, document.version)[0] in items:
+            # Targets of the saved dtype: Orbax casts to any other without a word.
+            array = targets[name] = np.empty(record.shape, jnp.dtype(record.dtype))
+            if name in shardings:
+                struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
+                targets[name] = struct
+            if not array.size:
+                arrays[name] = targets.pop(name)
     try:
         # In a thread: under a running event loop (a notebook) Orbax patches asyncio, or gives up.
         with quiet_orbax(), ThreadPoolExecutor(1) as thread:
-            tree = thread.submit(_handler().restore, path / "state", args=args).result()
-        return {n: _at(tree, n) if array.size else array for n, array in empty.items()}
+            trees = {
+                item: thread.submit(_restore, path / item, tree).result()
+                for item, tree in _placed(targets, document.version).items()
+            }
     except MemoryError:
         raise
     except Exception as error:
         raise Damaged(f"its arrays cannot be read ({reason(error)})") from error
+    for name in targets:
+        array = functools.reduce(lambda tree, key: tree[key], _place(name, document.version), trees)
+        arrays[name] = array if isinstance(array, jax.Array) else np.asarray(array)
+    return {name: arrays[name] for name in names}
 
 
-def first_damage(
-    arrays: Mapping[str, np.ndarray | jax.Array],
-    sums: Mapping[str, int],
-    saved: Mapping[str, Record],
-) -> str | None:
-    """The first array that does not match its record, in words; None if all do.
-
-    Args:
-        arrays: by leaf name.
-        sums: of all processes, by leaf name.
-        saved: what they should be.
-    """
-    for name, record in saved.items():
-        array = arrays[name]
-        if (array.dtype.name, array.shape) != (record.dtype, record.shape):
-            found = Record(array.dtype.name, array.shape, record.impl)
-            return f"leaf {name!r} was saved as {record} and reads as {found}"
-        if fingerprint.as_checksum(sums[name]) != record.checksum:
-            return f"leaf {name!r} has changed on disk (its checksum differs)"
-    return None
+def _restore(path: epath.Path, targets: Any) -> Any:
+    restore_args = orbax().checkpoint_utils.construct_restore_args(targets)
+    return _handler().restore(
+        path, args=orbax().args.PyTreeRestore(targets, restore_args=restore_args)
+    )
 
 
 def plain_json(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,86 +273,27 @@ def plain_json(meta: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def reason(error: BaseException) -> str:
-    """An error in one short line; Orbax's and tensorstore's run over many."""
-    text = " ".join(str(error).split())
-    for sign, plain in _PLAIN_REASONS.items():
-        if sign in text:
-            return plain
-    if not isinstance(error, RuntimeError):  # which every library raises with a sentence
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-_PLAIN_REASONS = {
-    "No space left on device": "no space left on the disk",
-    "Disk quota exceeded": "the disk quota is exceeded",
-    "File too large": "a file would exceed the size limit",
-    "Read-only file system": "the file system is read-only",
-    "Permission denied": "no permission to write there",
-}
-
-
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keeps Orbax from writing to the user's terminal, and lets a failure of it come to rest.
+    """Keeps Orbax's log from the user's terminal, where no one asked for it.
 
     It logs everything through absl's one logger, with tracebacks of failures that it raises as
     well. Only records from its own files are dropped, only while one of our operations runs, and
     not if the logger `absl` has been set to INFO or below. No level or handler changes.
-
-    At the first failure among its concurrent reads or writes it closes their event loop; every
-    other one then finds the loop closed, which Python prints as an exception that nobody can catch,
-    or fails as the first did, which asyncio logs when the task is deleted.
     """
-    logger, show = logging.getLogger("absl"), sys.unraisablehook
-    tasks = logging.getLogger("asyncio")
-
-    def retrieved(record: logging.LogRecord) -> bool:
-        return "never retrieved" not in record.getMessage()
+    logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:
         asked_for = logging.NOTSET < logger.level <= logging.INFO
-        return asked_for or "orbax" not in epath.Path(record.pathname).parts
-
-    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        from_orbax = code is not None and "orbax" in epath.Path(code.co_filename).parts
-        if str(unraisable.exc_value) != "Event loop is closed" and not from_orbax:
-            show(unraisable)
+        return asked_for or "orbax" not in pathlib.Path(record.pathname).parts
 
     logger.addFilter(keep)
-    tasks.addFilter(retrieved)
-    sys.unraisablehook = show_others
     try:
         yield
-    except Exception:
-        time.sleep(_SETTLE_SECONDS)
-        gc.collect()
-        raise
     finally:
         logger.removeFilter(keep)
-        tasks.removeFilter(retrieved)
-        sys.unraisablehook = show
 
 
 def _digest(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *parents, last = name.split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = array
-    return tree
-
-
-def _at(tree: Any, name: str) -> np.ndarray | jax.Array:
-    for key in name.split("."):
-        tree = tree[key]
-    return tree if isinstance(tree, jax.Array) else np.asarray(tree)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from bilevel_flax.checkpoints.format import CheckpointError, Damaged, reason
+from bilevel_flax.checkpoints.errors import CheckpointError, Damaged, reason
 
 _T = TypeVar("_T")
 
@@ -15,29 +15,22 @@ class Processes(Protocol):
     Attributes:
         count: how many there are.
         is_leader: whether this is the one that makes folders and writes metadata.
+        broadcast: the leader's value (anything that JSON holds), on every process.
+        all_gather: everyone's value (anything that JSON holds), by process.
+        barrier: returns when every process has come to it.
     """
 
     @property
-    def count(self) -> int:
-        """How many processes there are."""
-        ...
+    def count(self) -> int: ...  # noqa: D102
 
     @property
-    def is_leader(self) -> bool:
-        """Whether this is process 0."""
-        ...
+    def is_leader(self) -> bool: ...  # noqa: D102
 
-    def broadcast(self, value: Any) -> Any:
-        """The leader's value (anything that JSON holds), on every process."""
-        ...
+    def broadcast(self, value: Any) -> Any: ...  # noqa: D102
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Everyone's value (anything that JSON holds), by process."""
-        ...
+    def all_gather(self, value: Any) -> list[Any]: ...  # noqa: D102
 
-    def barrier(self) -> None:
-        """Returns when every process has come to it."""
-        ...
+    def barrier(self) -> None: ...  # noqa: D102
 
 
 class SingleProcess:
@@ -63,12 +56,8 @@ def run_on_all(
 ) -> tuple[_T, list[Any]]:
     """Runs something on every process, with one outcome for all.
 
-    Args:
-        processes: all of them.
-        function: returns something to keep here and something to tell the others (JSON).
-
-    Returns:
-        What was returned here, and what everyone told.
+    `function` returns something to keep here and something to tell the others (JSON); what comes
+    back is the former, and what everyone told.
 
     Raises:
         Damaged: at least one process found damage, and nothing worse happened.

@@ -2,7 +2,7 @@
 
 A leaf whose values differ from process to process is *spread*: it stays in pieces, each process
 copies, sums, writes and reads its own, and nobody holds the whole. Any other leaf is one array in
-host memory, written by process 0.
+host memory, which the leader writes.
 """
 
 import os
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax.checkpoints import checksum as fingerprint
-from bilevel_flax.checkpoints.checksum import Record
+from bilevel_flax.checkpoints import records
+from bilevel_flax.checkpoints.checksum import piece_sum
+from bilevel_flax.checkpoints.records import Record
 
 _PIECE = 16 * 2**20  # bytes that one thread copies at a time
 
@@ -40,22 +41,21 @@ def host_copy(
 
     Args:
         tree: any pytree of jax or NumPy arrays, typed PRNG keys included.
-        spare: copies of before that nobody needs any more; their memory is used again where it
-            fits. Fresh memory takes three times as long: the system clears it first.
+        spare: copies of before, whose memory is used again where it fits. Fresh memory takes three
+            times as long: the system clears it first.
         is_leader: whether this is the process that writes what is not spread.
 
     Returns:
-        Leaf name -> array (key data for a typed PRNG key): NumPy's, without values where process 0
-        writes it and this is another one; a spread leaf as a jax array of the same sharding in host
-        memory. And leaf name -> record without checksum.
+        Arrays by leaf name, of the leaves that this process writes (NumPy's, key data for a typed
+        PRNG key; a jax array in host memory for a spread leaf); records without checksum, of all.
 
     Raises:
         TypeError: a leaf is not an array (Python scalars and strings included).
         ValueError: a leaf has been donated.
     """
-    leaves, impls = fingerprint.named_leaves(tree), {}
+    leaves, described = records.named_leaves(tree), {}
     for name, leaf in leaves.items():
-        is_key = fingerprint.is_key(name, leaf)
+        described[name] = records.describe(name, leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"state: leaf {name!r} is a jax.ShapeDtypeStruct; save arrays.")
         if not isinstance(leaf, jax.Array):
@@ -65,8 +65,7 @@ def host_copy(
                 f"state: leaf {name!r} has been donated or deleted; save the state that the step "
                 "returned."
             )
-        if is_key:
-            impls[name] = str(jax.random.key_impl(leaf))
+        if described[name].impl:
             leaf = leaves[name] = jax.random.key_data(leaf)
         if next(iter(leaf.devices())).platform != "cpu" and not is_spread(leaf):
             leaf.copy_to_host_async()  # All transfers run at once; _own_copy collects them.
@@ -75,12 +74,11 @@ def host_copy(
     for name, leaf in leaves.items():
         if is_spread(leaf):
             copies[name] = _spread_copy(leaf)
-        else:
-            copies[name] = _own_copy(leaf, spare.get(name), pending) if is_leader else _hollow(leaf)
+        elif is_leader:
+            copies[name] = _own_copy(leaf, spare.get(name), pending)
     _copy(pending)
     jax.block_until_ready([copy for copy in copies.values() if isinstance(copy, jax.Array)])
-    records = {n: Record(c.dtype.name, c.shape, impls.get(n, "")) for n, c in copies.items()}
-    return copies, records
+    return copies, described
 
 
 def _own_copy(
@@ -110,11 +108,6 @@ def _copy(pending: list[tuple[np.ndarray, np.ndarray]]) -> None:
             list(pool.map(lambda piece: np.copyto(*piece), pieces))
 
 
-def _hollow(leaf: Any) -> np.ndarray:
-    """Of the leaf's shape and dtype, without memory for values."""
-    return np.broadcast_to(np.zeros((), np.dtype(leaf.dtype).newbyteorder("=")), leaf.shape)
-
-
 def _spread_copy(leaf: jax.Array) -> jax.Array:
     """The same array in the host's memory, sharded alike: nothing crosses a network."""
     kind = "pinned_host"
@@ -128,45 +121,30 @@ def _spread_copy(leaf: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
 
-def own_sums(
-    arrays: Mapping[str, np.ndarray | jax.Array], whole_count: bool = True
-) -> dict[str, int]:
+def own_sums(arrays: Mapping[str, np.ndarray | jax.Array]) -> dict[str, int]:
     """What this process contributes to every checksum; the sum over processes is the checksum.
 
     Of a piece that several devices hold, only the first one counts.
-
-    Args:
-        arrays: by leaf name.
-        whole_count: whether arrays in one piece count here.
     """
     sums = {}
     for name, array in arrays.items():
         if isinstance(array, np.ndarray):
-            whole = (array, (0,) * array.ndim, array.shape)
-            sums[name] = fingerprint.piece_sum(*whole) if whole_count else 0
-        else:
-            sums[name] = sum(
-                fingerprint.piece_sum(
-                    np.asarray(shard.data), tuple(s.start or 0 for s in shard.index), array.shape
-                )
-                for shard in array.addressable_shards
-                if shard.replica_id == 0
-            )
+            sums[name] = piece_sum(array, (0,) * array.ndim, array.shape)
+            continue
+        sums[name] = sum(
+            piece_sum(np.asarray(shard.data), tuple(s.start or 0 for s in shard.index), array.shape)
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        )
     return sums
 
 
 def rebuild(leaf: Any, array: np.ndarray | jax.Array, impl: str) -> Any:
-    """A leaf like the template's, with the stored values.
+    """A leaf of the template's kind (jax or NumPy) and sharding, with the stored values.
 
-    Args:
-        leaf: the template's leaf; its kind (jax or NumPy) and sharding are taken over. The result
-            is committed to devices only if that leaf is: a jitted function retraces otherwise.
-        array: the stored values: in host memory, or already sharded as the leaf is.
-        impl: the implementation, where the leaf is a typed PRNG key; else empty.
-
-    Returns:
-        A jax array without weak type and with memory of its own (safe to donate), or a NumPy array
-        where the template has one.
+    A jax array has no weak type, memory of its own (safe to donate), and is committed to devices
+    only if the template's leaf is: a jitted function retraces otherwise. `array` is in host memory,
+    or already sharded as the leaf is; `impl` is a typed PRNG key's implementation, else empty.
     """
     if isinstance(leaf, np.ndarray | np.generic):
         return array

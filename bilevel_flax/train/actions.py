@@ -152,7 +152,6 @@ class Saving:
         checkpointer: of all processes.
         processes: of all processes; what the disk says goes through it before it decides.
         check: what finds a NaN.
-        required: whether the run ends where the first of this session's checkpoints fails.
     """
 
     def __init__(
@@ -161,34 +160,32 @@ class Saving:
         checkpointer: Checkpointer,
         processes: Channel,
         check: FiniteCheck,
-        required: bool,
     ):
         self.schedule = schedule
         self._checkpointer, self._processes, self._check = checkpointer, processes, check
-        self._must_succeed = required
+        self._unsaved: str | None = None
 
     def __call__(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Saves unless this step is saved already.
 
         Raises:
             Diverged: a leaf is not finite. No checkpoint holds it then.
-            CheckpointError: the first checkpoint of the session could not be written.
+            CheckpointError: the first checkpoint of the session could not be written, and there are
+                steps to come.
         """
         latest = self._processes.broadcast(self._checkpointer.latest_step())
         if latest == step:
             return
         raise_if_lost(self._check.first_lost(state), step, latest)
-        self._checkpointer.save(step, state, meta)
-        if self._must_succeed:
-            # Better now than after hours of training: a folder that takes one takes the others.
-            try:
-                self._checkpointer.wait()
-            except CheckpointError as error:
+        try:
+            self._checkpointer.save(step, state, meta)
+        except CheckpointError as error:
+            if step < self.schedule.last:
                 raise CheckpointError(
                     f"{error} It is the first one, so the run ends here; make room, or train on "
                     "without: --config.checkpoint.required=False"
                 ) from error
-            self._must_succeed = False
+            self._unsaved = str(error)
 
     def finish(self) -> str | None:
         """Waits for the last one; says what went wrong with it. The run itself is done."""
@@ -196,7 +193,7 @@ class Saving:
             self._checkpointer.wait()
         except CheckpointError as error:
             return str(error)
-        return None
+        return self._unsaved
 
 
 class MetricLog:

@@ -13,6 +13,7 @@ import jax
 
 from bilevel_flax import data, diagnostics
 from bilevel_flax.base import TrainState
+from bilevel_flax.checkpoints import arrays_file
 from bilevel_flax.checkpoints.best import BestCheckpoint
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.run_config import RunConfig
@@ -41,9 +42,10 @@ def summarize(
     """
     state, totals = trained.state, trained.totals
     chosen, step = _selected(task, state, run.steps, workdir)
-    network = (chosen.inner_params, chosen.model_state)
-    (workdir / "network.npz").unlink(missing_ok=True)
-    BestCheckpoint(workdir / "network.npz").maybe_save(step, 0.0, network)
+    parts = {
+        name: getattr(chosen, name) for name in ("inner_params", "outer_params", "model_state")
+    }
+    arrays_file.write(workdir / "network.npz", parts, {"step": step})
     return {
         "seed": run.seed,
         "steps": run.steps,

@@ -9,7 +9,7 @@ may differ between them (a signal, a clock, a disk) goes through a channel befor
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ def train_loop(
             workdir / "checkpoints",
             keep=run.checkpoint.keep,
             on_event=messages.append,
+            required=run.checkpoint.required,
             processes=multihost.Channel("checkpoints"),
         ) as checkpointer,
     ):
@@ -116,7 +117,7 @@ def train_loop(
         means = actions.StepMeans(schedule(run.log_every), totals, meta.get("window"))
         best, writer, watch = None, writers.MultiWriter([]), Watch()
         if leads:
-            best = _best(workdir, step)
+            best = _best(workdir, step, messages.append)
             write_json(workdir / "config.json", run.record)
             write_json(workdir / "units.json", task.units)
             writer = writers.open_writers(workdir, step, metric_writers, messages.append)
@@ -126,9 +127,7 @@ def train_loop(
             processes,
         )
         measurements: list[actions.Measurement] = [means, evaluation, monitor]
-        saving = actions.Saving(
-            schedule(run.checkpoint.every), checkpointer, processes, check, run.checkpoint.required
-        )
+        saving = actions.Saving(schedule(run.checkpoint.every), checkpointer, processes, check)
         log = actions.MetricLog(writer, watch, progress, messages)
 
         def save(state: TrainState, step: int) -> None:
@@ -201,11 +200,11 @@ def _raise_if_poisoned(lost: str | None, checkpoint: Path) -> None:
         )
 
 
-def _best(workdir: Path, step: int) -> BestCheckpoint:
+def _best(workdir: Path, step: int, on_event: Callable[[str], Any]) -> BestCheckpoint:
     """Where the best network is kept."""
     if step == 0:  # of a run that ended before its first checkpoint
         (workdir / "best.npz").unlink(missing_ok=True)
-    return BestCheckpoint(workdir / "best.npz")
+    return BestCheckpoint(workdir / "best.npz", on_event)
 
 
 def _updates(info: Info) -> int:

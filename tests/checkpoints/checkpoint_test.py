@@ -120,10 +120,10 @@ def test_orbaxs_manager_reads_the_directory(tmp_path: Path):
     with ocp.CheckpointManager(tmp_path, item_names=("state", "meta")) as manager:
         assert manager.latest_step() == 2
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-        found = manager.restore(2, args=items)
-    assert found.meta["meta"] == {"at": 2}
+        restored = manager.restore(2, args=items)
+    assert restored.meta == {"at": 2}
     np.testing.assert_array_equal(
-        found.state["params"]["dense"]["kernel"], make_state(2).params["dense"]["kernel"]
+        restored.state["params"]["dense"]["kernel"], make_state(2).params["dense"]["kernel"]
     )
 
 
@@ -333,7 +333,7 @@ _PLAIN = """
         for step in range(4):
             checkpointer.save(step, state, {})
         assert checkpointer.restore(state).step == 3
-        open(sys.argv[1] + "/3/state/_METADATA", "w").close()
+        open(sys.argv[1] + "/3/state/manifest.ocdbt", "w").close()
         assert checkpointer.restore(state).step == 2
     print("done")
 """

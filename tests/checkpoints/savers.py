@@ -35,7 +35,9 @@ if __name__ == "__main__":
         child = os.fork()
         if child == 0:
             save_forever(sys.argv[1], int(step), pipe)
-        os.read(saved, 1)
+        os.close(pipe)  # else the read below waits for ever where the child has failed
+        assert os.read(saved, 1), "the child has failed"
+        os.close(saved)
         time.sleep(float(delay))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

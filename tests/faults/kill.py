@@ -74,7 +74,7 @@ def child(workdir: Path, arguments: list[str], devices: int, flags: Flags | None
         import jax
 
         from bilevel_flax import cli
-        from bilevel_flax.checkpoints import collective as checkpoint_together
+        from bilevel_flax.checkpoints import collective
         from bilevel_flax.train.step_runner import StepRunner
 
         with workdir.with_suffix(".log").open("a") as file:
@@ -84,7 +84,7 @@ def child(workdir: Path, arguments: list[str], devices: int, flags: Flags | None
         if flags is not None:
             StepRunner.run = flags.during("step", StepRunner.run)
             StepRunner.refresh = flags.during("refresh", StepRunner.refresh)
-            checkpoint_together.write = flags.during("save", checkpoint_together.write)
+            collective.write = flags.during("save", collective.write)
         code = cli.main(
             ["train", "--config", "tests/faults/small_run.py:srba", "--workdir", str(workdir)]
             + arguments
@@ -149,11 +149,10 @@ def fingerprint(workdir: Path, steps: int) -> str:
     if pid == 0:
         from etils import epath
 
-        from bilevel_flax.checkpoints import format as checkpoint_format
+        from bilevel_flax.checkpoints import format
 
         path = epath.Path(workdir / "checkpoints" / str(steps))
-        _, records = checkpoint_format.read_document(path, steps)
-        arrays = checkpoint_format.read_arrays(path, records)
+        arrays = format.read_arrays(path, format.read_document(path, steps))
         digest = hashlib.blake2b((workdir / "metrics.jsonl").read_bytes())
         for name in sorted(arrays):
             digest.update(name.encode() + bytes(memoryview(arrays[name]).cast("B")))

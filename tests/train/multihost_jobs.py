@@ -137,19 +137,19 @@ def fail_on_one(directory: str) -> None:
     """Process 1 cannot write: nobody gets a checkpoint, everybody hears why, and goes on."""
     import orbax.checkpoint as ocp
 
-    original = ocp.PyTreeCheckpointHandler.save
+    original = ocp.PyTreeCheckpointHandler.async_save
     with _checkpointer(directory, on_event=lambda line: print("event:", line)) as checkpointer:
         checkpointer.save(1, state(1, "2x4"), {"at": 1})
         checkpointer.wait()
         if not distributed.is_leader():
 
-            def full(*args, **kwargs):
+            async def full(*args, **kwargs):
                 raise OSError(28, "No space left on device")
 
-            ocp.PyTreeCheckpointHandler.save = full
+            ocp.PyTreeCheckpointHandler.async_save = full
         checkpointer.save(2, state(2, "2x4"), {"at": 2})
         checkpointer.save(3, state(3, "2x4"), {"at": 3})
-        ocp.PyTreeCheckpointHandler.save = original
+        ocp.PyTreeCheckpointHandler.async_save = original
         checkpointer.save(4, state(4, "2x4"), {"at": 4})
         checkpointer.wait()
     print("steps", sorted(path.name for path in Path(directory).iterdir()))

@@ -173,7 +173,8 @@ def test_a_disk_that_is_full_for_one_process_loses_nothing(groups: Groups):
     codes, outputs = groups("fail_on_one", groups.folder / "full")
     assert codes == [0, 0], outputs
     for output in outputs:
-        event, steps = output.splitlines()
+        event, again, steps = output.splitlines()
+        assert "The checkpoint of step 3 was saved" in again
         assert "The checkpoint of step 2 was not saved: " in event
         assert "no space left on the disk" in event
         assert steps == "steps ['1', '3', '4']"
@@ -211,8 +212,8 @@ def test_settings_that_join_nobody_are_refused(settings: object, message: str):
 
 def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
     path = epath.Path(workdir / "checkpoints" / str(step))
-    _, records = checkpoint_format.read_document(path, step)
-    found = checkpoint_format.read_arrays(path, records)
+    document = checkpoint_format.read_document(path, step)
+    found = checkpoint_format.read_arrays(path, document)
     return {name: np.asarray(array) for name, array in found.items()}
 
 

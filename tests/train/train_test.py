@@ -61,8 +61,8 @@ def load(*overrides: str, solver: str = "soba") -> Any:
 def final(workdir: Path) -> dict[str, bytes]:
     """All that must not depend on interruptions: metrics and the last state, bit for bit."""
     path = workdir / "checkpoints" / str(STEPS)
-    _, records = checkpoint_format.read_document(path, STEPS)
-    arrays = checkpoint_format.read_arrays(path, records)
+    document = checkpoint_format.read_document(path, STEPS)
+    arrays = checkpoint_format.read_arrays(path, document)
     found = {name: array.tobytes() for name, array in arrays.items()}
     assert len(found) >= 9
     return found | {"metrics.jsonl": (workdir / "metrics.jsonl").read_bytes()}
@@ -104,6 +104,7 @@ def test_the_files_are_there(finished: tuple[Path, dict[str, Any]]):
         "report.html",
         "tensorboard",
         "checkpoints",
+        "network.npz",
         "learned.npz",
         "suspicious.csv",
     }

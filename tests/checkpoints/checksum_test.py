@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel_flax.checkpoints import checksum as fingerprint
+from bilevel_flax.checkpoints import checksum, records
 
 
 @settings(max_examples=200, deadline=None)
@@ -24,7 +24,7 @@ def test_any_flipped_bit_shows(dtype: str, size: int, data: st.DataObject):
     altered = bytearray(array)
     altered[data.draw(st.integers(0, size * width - 1))] ^= 1 << data.draw(st.integers(0, 7))
     before, after = (np.frombuffer(b, np.uint8).view(jnp.dtype(dtype)) for b in (array, altered))
-    assert fingerprint.checksum(before) != fingerprint.checksum(after)
+    assert checksum.checksum(before) != checksum.checksum(after)
 
 
 @settings(max_examples=50, deadline=None)
@@ -34,25 +34,25 @@ def test_two_exchanged_elements_show(size: int, data: st.DataObject):
     pair = data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=2, unique=True))
     altered = array.copy()
     altered[pair] = array[pair[::-1]]
-    assert fingerprint.checksum(array) != fingerprint.checksum(altered)
+    assert checksum.checksum(array) != checksum.checksum(altered)
 
 
 def test_changed_signs_show():
     # Changes of the highest bits alone: with 64-bit words two of them would cancel.
     for dtype in (np.float32, np.float64, np.complex128):
         array = np.ones(50, dtype)
-        sums = {fingerprint.checksum(array)}
+        sums = {checksum.checksum(array)}
         for stop in range(1, 51):
             altered = array.copy()
             altered[:stop] *= -1
-            sums.add(fingerprint.checksum(altered))
+            sums.add(checksum.checksum(altered))
         assert len(sums) == 51
 
 
 def test_order_in_memory_does_not_matter():
     array = np.arange(12.0).reshape(3, 4)
-    assert fingerprint.checksum(array) == fingerprint.checksum(np.asfortranarray(array))
-    assert fingerprint.checksum(array) != fingerprint.checksum(array.T)
+    assert checksum.checksum(array) == checksum.checksum(np.asfortranarray(array))
+    assert checksum.checksum(array) != checksum.checksum(array.T)
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,8 +75,8 @@ def test_pieces_add_up_to_the_whole(shape: tuple[int, ...], dtype: str, data: st
     for piece in itertools.product(*(itertools.pairwise(positions) for positions in cuts)):
         index = tuple(slice(*ends) for ends in piece)
         start = tuple(first for first, _ in piece)
-        total += fingerprint.piece_sum(array[index], start, shape)
-    assert fingerprint.as_checksum(total) == fingerprint.checksum(array)
+        total += checksum.piece_sum(array[index], start, shape)
+    assert checksum.as_checksum(total) == checksum.checksum(array)
 
 
 def test_the_checksum_is_the_sum_that_the_docstring_says():
@@ -84,15 +84,15 @@ def test_the_checksum_is_the_sum_that_the_docstring_says():
     words = np.random.default_rng(3).integers(0, 2**32, 40_000, np.uint32)
     position = np.arange(len(words), dtype=np.uint64)
     block, inside = np.divmod(position, np.uint64(1 << 14))
-    weights = fingerprint._odd_words(0, 1 << 14)[inside]
-    weights = weights * fingerprint._odd_words(1 << 14, 3)[block]
-    assert fingerprint.checksum(words) == f"{int((weights * words).sum()):016x}"
-    assert fingerprint.checksum(np.arange(5, dtype=np.float32)) == "c359cd8f24400000"
+    weights = checksum._odd_words(0, 1 << 14)[inside]
+    weights = weights * checksum._odd_words(1 << 14, 3)[block]
+    assert checksum.checksum(words) == f"{int((weights * words).sum()):016x}"
+    assert checksum.checksum(np.arange(5, dtype=np.float32)) == "c359cd8f24400000"
 
 
 def test_names_are_paths_and_never_collide():
     tree = {"a": {"b.c": 1, "b": {"c": 2}, "b/c": 3, "b%2Ec": 4}, "t": (5, [6])}
-    names = fingerprint.named_leaves(tree)
+    names = records.named_leaves(tree)
     assert names == {
         "a.b.c": 2,
         "a.b%252Ec": 4,
@@ -113,4 +113,4 @@ def test_equal_names_are_refused():
         lambda *_: Twins(),
     )
     with pytest.raises(ValueError, match="two leaves are named 'x'"):
-        fingerprint.named_leaves(Twins())
+        records.named_leaves(Twins())

@@ -1,0 +1,77 @@
+"""What a reader expects: leaves by name, which say where the values go, and their records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bilevel_flax.checkpoints.errors import CheckpointMismatch
+from bilevel_flax.checkpoints.records import Record, describe, first_mismatch, named_leaves, nested
+
+
+class Template:
+    """A state, or some of its fields.
+
+    Args:
+        tree: of arrays or `jax.ShapeDtypeStruct`. With `in_parts` a dict of fields by name, with
+            None for those that are to be read as they were saved, to the default device.
+        in_parts: whether the tree is such a dict; the rest of the state is then left out.
+
+    Raises:
+        TypeError: a leaf of the tree is not an array.
+    """
+
+    def __init__(self, tree: Any, in_parts: bool = False):
+        self._tree = tree
+        self._as_saved = {name for name, part in tree.items() if part is None} if in_parts else ()
+        self._parts = set(tree) if in_parts else None
+        self.leaves = named_leaves(tree)
+        self._records = {name: describe(name, leaf) for name, leaf in self.leaves.items()}
+
+    def match(self, saved: Mapping[str, Record], path: str) -> dict[str, Any]:
+        """The leaves to read, as they are here or else as they were saved.
+
+        Raises:
+            CheckpointMismatch: it is another model's; the first differing leaf is named.
+        """
+        leaves = dict(self.leaves)
+        if self._parts is not None:
+            missing = self._parts - {_part(name) for name in saved}
+            if missing:
+                there = ", ".join(dict.fromkeys(map(_part, saved)))
+                raise CheckpointMismatch(f"{path!r} has no {min(missing)!r}, it has {there}.")
+            for name, record in saved.items():
+                if _part(name) in self._as_saved:
+                    leaves[name] = jax.ShapeDtypeStruct(record.shape, record.dtype)
+            given = self._parts.difference(self._as_saved)
+            saved = {name: record for name, record in saved.items() if _part(name) in given}
+        mismatch = first_mismatch(saved, self._records)
+        if mismatch is not None:
+            whole = set(map(_part, saved)) - set(map(_part, self._records))
+            hint = " (`restore_parts` reads some fields of a state)" if whole else ""
+            raise CheckpointMismatch(
+                f"{path!r} is a checkpoint of another model: {mismatch}{hint}."
+            )
+        return leaves
+
+    def fill(self, values: Mapping[str, Any]) -> Any:
+        """The tree with values by name; nested dicts where a part was to be read as saved."""
+        if self._parts is None:
+            structure = jax.tree_util.tree_structure(self._tree)
+            return jax.tree_util.tree_unflatten(structure, list(values.values()))
+        parts: dict[str, Any] = {}
+        for part, tree in self._tree.items():
+            inside = {n[len(part) + 1 :]: value for n, value in values.items() if _part(n) == part}
+            structure = jax.tree_util.tree_structure(tree)
+            parts[part] = (
+                nested(inside.items())
+                if part in self._as_saved
+                else jax.tree_util.tree_unflatten(structure, list(inside.values()))
+            )
+        return parts
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]

@@ -1,0 +1,74 @@
+"""Checkpoints that format 1 wrote: `old_format.zip` is one, of the version before format 2."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel_flax as bf
+from bilevel_flax.checkpoints import Checkpointer, CheckpointError
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    with zipfile.ZipFile(Path(__file__).with_name("old_format.zip")) as archive:
+        archive.extractall(tmp_path)
+    return tmp_path
+
+
+def make_solver(inner: Any) -> bf.BilevelSolver:
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.sum((z["dense"]["w"] - x) ** 2),
+        lambda z, x, batch: jnp.sum((z["dense"]["w"] - 3.0) ** 2),
+    )
+    return bf.soba(problem, inner=inner, outer=optax.sgd(0.1))
+
+
+def init(solver: bf.BilevelSolver) -> bf.TrainState:
+    z = {"dense": {"w": jnp.zeros(3)}, "half": jnp.zeros(4, jnp.bfloat16)}
+    model_state = {"mean": jnp.zeros(2), "empty": jnp.zeros((0, 2))}
+    return solver.init(z, jnp.float32(0), model_state=model_state, rng=jax.random.key(0))
+
+
+def check(state: bf.TrainState) -> None:
+    np.testing.assert_array_equal(state.inner_params["dense"]["w"], np.arange(3))
+    np.testing.assert_array_equal(state.inner_params["half"], np.arange(4))
+    assert state.inner_params["half"].dtype == jnp.bfloat16
+    assert float(state.outer_params) == 1.0
+
+
+def test_a_whole_state_comes_back(directory: Path):
+    template = init(make_solver(optax.adam(0.1)))
+    with Checkpointer(directory) as checkpointer:
+        assert checkpointer.read_meta() == (2, {"at": 2})
+        restored = checkpointer.restore(template)
+        assert restored is not None and (restored.step, restored.meta) == (2, {"at": 2})
+        check(restored.state)
+        assert int(restored.state.step) == 2
+        assert jnp.all(jax.random.key_data(restored.state.rng) == jnp.uint32([0, 7]))
+        assert restored.state.model_state["empty"].shape == (0, 2)
+        checkpointer.save(3, restored.state)  # The run goes on beside it, in the new format.
+    check(bf.checkpoints.restore(directory, template))
+
+
+def test_a_part_and_a_warm_start(directory: Path):
+    network = bf.checkpoints.restore_inner(directory)
+    np.testing.assert_array_equal(network["dense"]["w"], np.arange(3))
+    solver = make_solver(optax.sgd(0.1))
+    fresh = init(solver)
+    check(
+        bf.checkpoints.warm_start(
+            directory, solver, fresh.inner_params, fresh.outer_params, model_state=fresh.model_state
+        )
+    )
+
+
+def test_its_damage_is_found(directory: Path):
+    (directory / "2" / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match="step 2: its arrays cannot be read"):
+        bf.checkpoints.restore_inner(directory)
