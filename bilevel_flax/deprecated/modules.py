@@ -33,7 +33,7 @@ MODULES = {
     "bilevel_flax.health_report": "bilevel_flax.train.report.health",
     "bilevel_flax.host_loop": "bilevel_flax.train.train_loop",
     "bilevel_flax.hypergradient": "bilevel_flax.diagnostics.hypergradient",
-    "bilevel_flax.krylov": "bilevel_flax.diagnostics.minres",
+    "bilevel_flax.krylov": "bilevel_flax.solvers.nested.minres",
     "bilevel_flax.linear": "bilevel_flax.linear_models",
     "bilevel_flax.loop": "bilevel_flax.train.step_runner",
     "bilevel_flax.oracles.evaluation": "bilevel_flax.oracles.evaluate",

@@ -23,8 +23,8 @@ from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
-from bilevel_flax.diagnostics import minres as krylov
 from bilevel_flax.minibatches import example_mask
+from bilevel_flax.solvers.nested import minres as krylov
 from bilevel_flax.solvers.step import learnable
 from bilevel_flax.tree import norm
 

@@ -16,7 +16,7 @@ from problems import finite_sums, logistic, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import diagnostics
-from bilevel_flax.diagnostics import minres as krylov
+from bilevel_flax.solvers.nested import minres as krylov
 
 pytestmark = pytest.mark.usefixtures("x64")
 check = diagnostics.hypergradient_check
