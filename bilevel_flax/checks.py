@@ -6,6 +6,7 @@ import math
 import numbers
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def parameters(name: str, tree: PyTree) -> None:
     """Raises unless `tree` has at least one floating-point leaf and only arrays.
 
     Raises:
-        TypeError: a leaf is no array, or there is an NNX module in it.
+        TypeError: a leaf is no array, or complex, or there is an NNX module in it.
         ValueError: nothing in it can be learned.
     """
     nnx: Any = sys.modules.get("flax.nnx")  # where it was never imported, there is no module of it
@@ -60,6 +61,12 @@ def parameters(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is a {type(leaf).__name__}; "
                 "parameters are pytrees of arrays"
+            )
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, and the methods' "
+                "inner products are those of real vectors: give its real and imaginary part as two "
+                "leaves, and join them inside the loss"
             )
     if not any(is_inexact(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
@@ -177,9 +184,14 @@ def batch(value: Any, *, sides: tuple[str, ...] = ("inner", "outer")) -> None:
 
 
 def outer_is_used(
-    problem: Problem, variables: Variables, batch: Batch, model_state: PyTree, rng: Any
+    problem: Problem,
+    variables: Variables,
+    batch: Batch,
+    model_state: PyTree,
+    rng: Any,
+    also: Callable[[PyTree], PyTree] = lambda x: (),
 ) -> None:
-    """Raises when a leaf of x cannot influence the inner loss.
+    """Raises when a leaf of x can influence neither the inner loss nor `also(x)`.
 
     Raises:
         ValueError: names the first such leaf.
@@ -193,7 +205,7 @@ def outer_is_used(
         context = (model_state, rng)
         return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 
-    for (path, leaf), alive in zip(paths, uses(loss, x), strict=True):
+    for (path, leaf), alive in zip(paths, uses(lambda x: (loss(x), also(x)), x), strict=True):
         if is_inexact(leaf) and not alive:
             raise ValueError(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "

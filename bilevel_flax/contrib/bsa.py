@@ -21,9 +21,14 @@ import optax
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, moved, only, split
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    SampledOracles,
+    first,
+    optimizer_step,
+    split,
+)
 
 
 def bsa(
@@ -72,27 +77,29 @@ def bsa(
     check_count("adjoint_steps", adjoint_steps)
     check_positive("adjoint_step", adjoint_step)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
         system, cross, descent = split(inner, adjoint_steps - 1, 1, inner_steps)
-        samples = system, only(cross), only(outer)
-        found, factors = randomised_hypergradient(
-            pieces, state, z, x, samples, adjoint_step, adjoint_steps
+        minibatches = system, first(cross), first(outer)
+        estimate, factors = randomised_hypergradient(
+            sampled, state, z, x, minibatches, adjoint_step, adjoint_steps
         )
-        d_x = rows.densify(found.d_x, x)
-        x, outer_opt_state = moved(pieces.transforms.outer, d_x, state.outer_opt_state, x)
-        pieces = pieces.after(found.outer.out[1])
-        z, inner_opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
+        d_x = rows.densify(estimate.d_x, x)
+        x, outer_opt_state = optimizer_step(sampled.transforms.outer, d_x, state.outer_opt_state, x)
+        sampled = sampled.after(estimate.outer.out[1])
+        z, inner_opt_state, inner_out, norms = sampled.inner_sgd(
+            z, state.inner_opt_state, x, descent
+        )
         state = state.replace(
             inner_params=z,
-            adjoint=found.adjoint,
+            adjoint=estimate.adjoint,
             outer_params=x,
             inner_opt_state=inner_opt_state,
             outer_opt_state=outer_opt_state,
         )
         units = inner_steps + 2 + factors
-        seen = trace(first, found.outer, norms, found.hvp, d_x, units)
-        return state, seen._replace(inner_last=True)
+        report = report_at(inner_out, estimate, norms, d_x, units)
+        return state, report._replace(inner_last=True)
 
     return nested(
         problem,

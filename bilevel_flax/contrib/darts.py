@@ -27,8 +27,8 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem
-from bilevel_flax.solvers.nested.frame import Trace, nested
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, completed, moved, only
+from bilevel_flax.solvers.nested.frame import StepReport, nested
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, completed, first
 from bilevel_flax.solvers.nested.unrolled import unrolled
 from bilevel_flax.tree import norm
 
@@ -69,18 +69,19 @@ def darts1(
         [4.0]
     """
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, x = state.inner_params, state.outer_params
-        last = only(outer)
-        first, d_z = pieces.inner_grad(z, x, only(inner))
-        at = pieces.seen_by_outer(first[1])
-        checks.outer_loss_sees_all(problem, state.variables, last.data, at, last.rng)
-        grads = pieces.outer_grads(z, x, last, first[1])
-        z, opt_state = moved(pieces.transforms.inner, d_z, state.inner_opt_state, z, outer_params=x)
+        last = first(outer)
+        inner_out, d_z = sampled.inner_grad(z, x, first(inner))
+        model_state = sampled.state_for_outer(inner_out[1])
+        checks.outer_loss_sees_all(problem, state.variables, last.data, model_state, last.rng)
+        grads = sampled.outer_grads(z, x, last, inner_out[1])
+        args = state.inner_opt_state, x, first(inner), inner_out[0], d_z
+        z, opt_state = sampled.inner_step(z, *args)
         state = state.replace(inner_params=z, inner_opt_state=opt_state)
         zero, one = jnp.float32(0.0), jnp.float32(1.0)
         d_x = completed(grads.outer, x)
-        return state, Trace(first, grads.out, norm(d_z), zero, one, d_x)
+        return state, StepReport(inner_out, grads.out, norm(d_z), zero, one, d_x)
 
     return nested(
         problem,
@@ -128,7 +129,7 @@ def darts2(
         >>> state.outer_params.tolist()  # dz'/dx = 1/2
         [2.0]
     """
-    made = unrolled(
+    solver = unrolled(
         problem,
         inner=inner,
         outer=outer,
@@ -136,4 +137,4 @@ def darts2(
         inner_weights=inner_weights,
         outer_weights=outer_weights,
     )
-    return made._replace(name="darts2")
+    return solver._replace(name="darts2")

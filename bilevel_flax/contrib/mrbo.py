@@ -24,22 +24,21 @@ import optax
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem, PyTree, TrainState
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
-    Pieces,
+    SampledOracles,
     at_step,
     axpy,
     difference,
-    moved,
-    only,
+    first,
     split,
 )
 from bilevel_flax.solvers.storm import check_eta
 from bilevel_flax.tree import norm
 
 
-class Recursion(NamedTuple):
+class MRBOState(NamedTuple):
     """The previous point and the directions taken there."""
 
     inner_params: PyTree  # tree of z
@@ -48,10 +47,10 @@ class Recursion(NamedTuple):
     outer: PyTree  # d_x, dense
 
 
-def start(variables) -> Recursion:
+def start(variables) -> MRBOState:
     """Previous = initial point: the first difference is zero."""
     z, v, x = variables
-    return Recursion(z, x, v, jax.tree.map(jnp.zeros_like, x))
+    return MRBOState(z, x, v, jax.tree.map(jnp.zeros_like, x))
 
 
 def momentum_decay(t):
@@ -59,41 +58,43 @@ def momentum_decay(t):
     return (t + 1.0) ** (-2 / 3)
 
 
-def recursive_step(pieces: Pieces, state: TrainState, solve, decay, gradient, system, cross, outer):
+def recursive_step(
+    sampled: SampledOracles, state: TrainState, solve, decay, gradient, system, cross, outer
+):
     """One STORM update of (d_z, d_x) and of z; MRBO's and SUSTAIN's.
 
     Args:
-        pieces: of the update.
+        sampled: of the update.
         state: before it.
         solve: the adjoint's approximation, the same at both points.
         decay: the schedule of η.
-        gradient: the Sample of D_z.
-        system: the Samples of the Hessian products.
-        cross: the Sample of the cross-JVP.
-        outer: the Sample of F.
+        gradient: the Minibatch of D_z.
+        system: the Minibatches of the Hessian products.
+        cross: the Minibatch of the cross-JVP.
+        outer: the Minibatch of F.
     """
     z, _, x = state.variables
-    before: Recursion = state.estimator_state
+    before: MRBOState = state.estimator_state
     eta = jnp.where(state.step == 0, 1.0, decay(state.step))
 
-    first, d_z = pieces.inner_grad(z, x, gradient)
-    found = hypergradient(pieces, z, x, system, cross, outer, solve, first[1])
+    inner_out, d_z = sampled.inner_grad(z, x, gradient)
+    now = hypergradient(sampled, z, x, system, cross, outer, solve, inner_out[1])
     old_z, old_x = before.inner_params, before.outer_params
-    _, old_d_z = pieces.inner_grad(old_z, old_x, gradient)
-    old = hypergradient(pieces, old_z, old_x, system, cross, outer, solve, first[1])
+    _, old_d_z = sampled.inner_grad(old_z, old_x, gradient)
+    old = hypergradient(sampled, old_z, old_x, system, cross, outer, solve, inner_out[1])
 
-    kept_z = difference(before.inner, old_d_z)
-    kept_x = difference(before.outer, rows.densify(old.d_x, old_x))
-    d_z = axpy(1 - eta, kept_z, d_z)
-    d_x = axpy(1 - eta, kept_x, rows.densify(found.d_x, x))
-    new_z, opt_state = moved(pieces.transforms.inner, d_z, state.inner_opt_state, z, outer_params=x)
+    correction_z = difference(before.inner, old_d_z)
+    correction_x = difference(before.outer, rows.densify(old.d_x, old_x))
+    d_z = axpy(1 - eta, correction_z, d_z)
+    d_x = axpy(1 - eta, correction_x, rows.densify(now.d_x, x))
+    new_z, opt_state = sampled.inner_step(z, state.inner_opt_state, x, gradient, inner_out[0], d_z)
     state = state.replace(
         inner_params=new_z,
-        adjoint=found.adjoint,
+        adjoint=now.adjoint,
         inner_opt_state=opt_state,
-        estimator_state=Recursion(z, x, d_z, d_x),
+        estimator_state=MRBOState(z, x, d_z, d_x),
     )
-    return state, trace(first, found.outer, norm(d_z), found.hvp, d_x)
+    return state, report_at(inner_out, now, norm(d_z), d_x)
 
 
 def mrbo(
@@ -142,11 +143,11 @@ def mrbo(
     check_positive("adjoint_step", adjoint_step)
     decay = check_eta(eta)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         gradient, system, cross = split(inner, 1, adjoint_steps, 1)
         solve = neumann(at_step(adjoint_step, state.step))
-        samples = only(gradient), system, only(cross), only(outer)
-        return recursive_step(pieces, state, solve, decay, *samples)
+        minibatches = first(gradient), system, first(cross), first(outer)
+        return recursive_step(sampled, state, solve, decay, *minibatches)
 
     return nested(
         problem,

@@ -23,7 +23,7 @@ from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.contrib.mrbo import momentum_decay, recursive_step, start
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.linear_solves import draw_factors, randomised_neumann
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, at_step, only, split
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
 from bilevel_flax.solvers.storm import check_eta
 
 
@@ -73,14 +73,14 @@ def sustain(
     check_positive("adjoint_step", adjoint_step)
     decay = check_eta(eta)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         gradient, system, cross = split(inner, 1, adjoint_steps - 1, 1)
         factors = draw_factors(state.rng, state.step, adjoint_steps)
         step_size = at_step(adjoint_step, state.step)
         solve = randomised_neumann(step_size, adjoint_steps, factors)
-        samples = only(gradient), system, only(cross), only(outer)
-        state, seen = recursive_step(pieces, state, solve, decay, *samples)
-        return state, seen._replace(units=2 * (3 + factors))
+        minibatches = first(gradient), system, first(cross), first(outer)
+        state, report = recursive_step(sampled, state, solve, decay, *minibatches)
+        return state, report._replace(units=2 * (3 + factors))
 
     return nested(
         problem,

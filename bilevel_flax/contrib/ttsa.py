@@ -20,9 +20,9 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, only, split
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first, split
 
 
 def ttsa(
@@ -70,17 +70,17 @@ def ttsa(
     check_count("adjoint_steps", adjoint_steps)
     check_positive("adjoint_step", adjoint_step)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
         descent, system, cross = split(inner, inner_steps, adjoint_steps - 1, 1)
-        z, opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
-        samples = system, only(cross), only(outer)
-        found, factors = randomised_hypergradient(
-            pieces, state, z, x, samples, adjoint_step, adjoint_steps, first[1]
+        z, opt_state, inner_out, norms = sampled.inner_sgd(z, state.inner_opt_state, x, descent)
+        minibatches = system, first(cross), first(outer)
+        estimate, factors = randomised_hypergradient(
+            sampled, state, z, x, minibatches, adjoint_step, adjoint_steps, inner_out[1]
         )
-        state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
+        state = state.replace(inner_params=z, adjoint=estimate.adjoint, inner_opt_state=opt_state)
         units = inner_steps + 2 + factors
-        return state, trace(first, found.outer, norms, found.hvp, found.d_x, units)
+        return state, report_at(inner_out, estimate, norms, units=units)
 
     return nested(
         problem,

@@ -38,22 +38,22 @@ from bilevel_flax.checks import (
 )
 from bilevel_flax.minibatches import scaled, share_factors
 from bilevel_flax.solvers.freezing import frozen_unless
-from bilevel_flax.solvers.nested.frame import Trace, nested, refresh_sample, trace
+from bilevel_flax.solvers.nested.frame import StepReport, nested, refresh_minibatch, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
-    Pieces,
+    SampledOracles,
     at_step,
     axpy,
     completed,
     difference,
-    moved,
-    only,
+    first,
+    optimizer_step,
     split,
 )
 from bilevel_flax.tree import norm
 
 
-class Memory(NamedTuple):
+class VRBOState(NamedTuple):
     """The directions and the full pass in progress."""
 
     inner: PyTree  # d_z
@@ -67,21 +67,21 @@ class Memory(NamedTuple):
     total: PyTree  # the terms' sum
 
 
-def start(variables) -> Memory:
+def init_memory(variables) -> VRBOState:
     """No direction yet, a full pass due at once."""
     z, x = (jax.tree.map(jnp.zeros_like, tree) for tree in (variables.inner, variables.outer))
     zero = jnp.int32(0)
-    return Memory(z, x, zero, zero, zero, z, x, z, z)
+    return VRBOState(z, x, zero, zero, zero, z, x, z, z)
 
 
-def _stage_over(memory: Memory, step, eta, products: int, period: int) -> Memory:
+def _stage_over(memory: VRBOState, step, eta, products: int, period: int) -> VRBOState:
     """The memory once the last minibatch of a stage is in."""
     gradients, last = memory.stage == 0, memory.stage == products + 1
     choose = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
     zero_z, zero_x = (jax.tree.map(jnp.zeros_like, tree) for tree in memory[:2])
     next_term = axpy(-eta, memory.mean_inner, memory.term)
     total = choose(gradients, memory.term, axpy(1.0, next_term, memory.total))
-    return Memory(
+    return VRBOState(
         inner=choose(gradients, memory.mean_inner, memory.inner),
         outer=choose(last, memory.mean_outer, memory.outer),
         due=jnp.where(last, step + period, memory.due),
@@ -157,35 +157,41 @@ def vrbo(
         "outer": share_factors("outer_weights", outer_weights),
     }
 
-    def step(pieces: Pieces, state, inner, outer):
-        memory: Memory = state.estimator_state
+    def step(sampled: SampledOracles, state, inner, outer):
+        memory: VRBOState = state.estimator_state
         z, v, old_x = state.variables
-        x, outer_opt_state = moved(
-            pieces.transforms.outer, memory.outer, state.outer_opt_state, old_x
+        # Until its pass is done the memory holds no direction: nothing must move.
+        whole = jnp.where(memory.due > state.step, 1.0, jnp.nan)
+        memory = memory._replace(
+            inner=scaled(memory.inner, whole), outer=scaled(memory.outer, whole)
+        )
+        x, outer_opt_state = optimizer_step(
+            sampled.transforms.outer, memory.outer, state.outer_opt_state, old_x
         )
         solve = neumann(at_step(adjoint_step, state.step))
 
-        def directions(z, x, samples, held_out):
-            gradient, system, cross = split(samples, 1, adjoint_steps, 1)
-            first, d_z = pieces.inner_grad(z, x, only(gradient))
-            samples = system, only(cross), held_out
-            found = hypergradient(pieces, z, x, *samples, solve, first[1])
-            d_x = rows.densify(found.d_x, x)
-            return d_z, d_x, found, trace(first, found.outer, (), found.hvp, ())
+        def directions(z, x, minibatches, held_out):
+            gradient, system, cross = split(minibatches, 1, adjoint_steps, 1)
+            inner_out, d_z = sampled.inner_grad(z, x, first(gradient))
+            minibatches = system, first(cross), held_out
+            estimate = hypergradient(sampled, z, x, *minibatches, solve, inner_out[1])
+            d_x = rows.densify(estimate.d_x, x)
+            return d_z, d_x, estimate.adjoint, report_at(inner_out, estimate, (), ())
 
-        def body(carry, samples):
+        def body(carry, minibatches):
             old_z, old_x, z, opt_state, d_z, d_x, _ = carry
-            now_z, now_x, found, seen = directions(z, x, *samples)
-            before_z, before_x, *_ = directions(old_z, old_x, *samples)
+            now_z, now_x, v, report = directions(z, x, *minibatches)
+            before_z, before_x, *_ = directions(old_z, old_x, *minibatches)
             d_z = axpy(1.0, difference(now_z, before_z), d_z)
             d_x = axpy(1.0, difference(now_x, before_x), d_x)
-            new_z, opt_state = moved(pieces.transforms.inner, d_z, opt_state, z, outer_params=x)
-            seen = seen._replace(inner_norms=norm(d_z))
-            return (z, x, new_z, opt_state, d_z, d_x, found.adjoint), seen
+            gradient = first(minibatches[0])
+            new_z, opt_state = sampled.inner_step(z, opt_state, x, gradient, report.inner[0], d_z)
+            report = report._replace(inner_norms=norm(d_z))
+            return (z, x, new_z, opt_state, d_z, d_x, v), report
 
         by_step = jax.tree.map(lambda leaf: leaf.reshape(inner_steps, -1, *leaf.shape[1:]), inner)
         carry = (z, old_x, z, state.inner_opt_state, memory.inner, memory.outer, v)
-        carry, traces = jax.lax.scan(body, carry, (by_step, outer))
+        carry, reports = jax.lax.scan(body, carry, (by_step, outer))
         _, _, z, inner_opt_state, d_z, d_x, v = carry
         state = state.replace(
             inner_params=z,
@@ -195,17 +201,17 @@ def vrbo(
             outer_opt_state=outer_opt_state,
             estimator_state=memory._replace(inner=d_z, outer=d_x),
         )
-        first = only(traces)
+        start = first(reports)
         # d_x as it is now, the direction of x's next move: a NaN in it must stop this update.
-        seen = Trace(
-            first.inner,
-            first.outer,
-            traces.inner_norms,
-            traces.adjoint_norm[-1],
-            traces.residual[-1],
+        report = StepReport(
+            start.inner,
+            start.outer,
+            reports.inner_norms,
+            reports.adjoint_norm[-1],
+            reports.residual[-1],
             d_x,
         )
-        return state, seen
+        return state, report
 
     solver = nested(
         problem,
@@ -213,7 +219,7 @@ def vrbo(
         name="vrbo",
         inner=inner,
         outer=outer,
-        memory=start,
+        memory=init_memory,
         batches=(inner_steps * (adjoint_steps + 2), inner_steps),
         units=2 * inner_steps * (adjoint_steps + 3),
         inner_weights=inner_weights,
@@ -225,22 +231,22 @@ def vrbo(
     def refresh(state: TrainState, batch: Batch) -> TrainState:
         needed = {side: f is not None or problem.stateful for side, f in factors.items()}
         require_ids(batch, "vrbo", needed)
-        memory: Memory = state.estimator_state
+        memory: VRBOState = state.estimator_state
         z, _, x = state.variables
         eta = at_step(adjoint_step, state.step)
-        pieces = Pieces(problem, Variables(None, None, None), state.model_state)
+        sampled = SampledOracles(problem, Variables(None, None, None), state.model_state)
         mean_z, mean_x, term = memory.mean_inner, memory.mean_outer, memory.term
         if batch.inner is not None:
-            sample = refresh_sample(problem, state, batch, "inner", factors["inner"])
+            minibatch = refresh_minibatch(problem, state, batch, "inner", factors["inner"])
             no_z, no_x = (jax.tree.map(jnp.zeros_like, tree) for tree in (z, x))
 
             def cross():
                 v = scaled(memory.total, -eta)
-                return no_z, rows.densify(pieces.cross_jvp(z, v, x, sample), x)
+                return no_z, rows.densify(sampled.cross_jvp(z, v, x, minibatch), x)
 
             branches = (
-                lambda: (pieces.inner_grad(z, x, sample)[1], no_x),
-                lambda: (pieces.hvp(z, term, x, sample), no_x),
+                lambda: (sampled.inner_grad(z, x, minibatch)[1], no_x),
+                lambda: (sampled.hvp(z, term, x, minibatch), no_x),
                 cross,
             )
             kind = jnp.where(memory.stage == 0, 0, jnp.where(memory.stage <= adjoint_steps, 1, 2))
@@ -248,8 +254,8 @@ def vrbo(
             mean_z = axpy(1 / num_inner_batches, add_z, mean_z)
             mean_x = axpy(1 / num_inner_batches, add_x, mean_x)
         else:
-            sample = refresh_sample(problem, state, batch, "outer", factors["outer"])
-            grads = pieces.outer_grads(z, x, sample)
+            minibatch = refresh_minibatch(problem, state, batch, "outer", factors["outer"])
+            grads = sampled.outer_grads(z, x, minibatch)
             term = axpy(1 / num_outer_batches, grads.inner, term)
             mean_x = axpy(1 / num_outer_batches, completed(grads.outer, x), mean_x)
         memory = memory._replace(

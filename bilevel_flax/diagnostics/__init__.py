@@ -7,10 +7,13 @@ from bilevel_flax.diagnostics.residual import (
     full_oracles,
     probe_estimator,
 )
+from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 
 __all__ = [
     "HypergradientCheck",
+    "SymmetryCheck",
     "adjoint_residual",
+    "check_symmetry",
     "decoupled_decay",
     "full_oracles",
     "hypergradient_check",

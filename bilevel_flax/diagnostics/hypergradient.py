@@ -17,16 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_flax import oracles
+from bilevel_flax import checks, oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum
+from bilevel_flax.diagnostics.residual import moving_leaves
+from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.solvers.nested import minres as krylov
 from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import is_inexact, norm, ratio
 
 METHODS = ("auto", "dense", "minres")
 _DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take
@@ -42,14 +45,16 @@ class HypergradientCheck(NamedTuple):
         adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ of the tracked adjoint on the held minibatches.
         reference_residual: the same of the reference's adjoint: how well its system was solved.
         converged: whether that is below the tolerance. Where not, MINRES was stopped early or
-            the system has no solution (a singular H); the reference is then only the best in
-            its Krylov space, and the cosine says that much less.
+            the system has no solution (a singular H); the reference is then the least-squares
+            solution of smallest length, or the best in the Krylov space.
         smallest_curvature: the smallest eigenvalue of H + damping (dense), or the smallest that
             the Krylov space saw, which is an upper bound.
         largest_curvature: likewise the largest, a lower bound. SGD on v needs steps below 2 over
             it.
         iterations: products with H that the reference took.
         method: "dense" or "minres".
+        symmetry: whether the inner gradient is one, on the first held minibatch. Where it is not,
+            a warning has said so, and D_x and the reference are wrong alike.
         direction: D_x, in x's tree, dense. Rows of x that no held minibatch visits are 0.
         reference: the implicit gradient, likewise.
     """
@@ -64,6 +69,7 @@ class HypergradientCheck(NamedTuple):
     largest_curvature: float
     iterations: int
     method: str
+    symmetry: SymmetryCheck
     direction: PyTree
     reference: PyTree
 
@@ -88,6 +94,7 @@ def hypergradient_check(
     damping: float | PyTree = 0.0,
     method: str = "auto",
     warm_start: bool = False,
+    trainable: PyTree = None,
     max_iterations: int = 200,
     tolerance: float = 1e-6,
 ) -> HypergradientCheck:
@@ -114,6 +121,8 @@ def hypergradient_check(
         warm_start: MINRES starts from the tracked v instead of 0. It comes further in few
             iterations, but where `converged` is False the reference leans towards the tracked v,
             and the cosine is too kind.
+        trainable: a pytree prefix of z with booleans; False for parameters that z's optimiser
+            never moves: they are no variables of the reference's system. None: all.
         max_iterations: MINRES's at most.
         tolerance: the relative residual at which MINRES stops, and that `converged` asks for.
 
@@ -147,23 +156,27 @@ def hypergradient_check(
     if problem.stateful and rng is None:
         rng = jax.random.PRNGKey(0)
     rng = rng if problem.stateful else None
-    _, unravel = ravel_pytree(learnable(point.adjoint))
-    tree = damping if not np.isscalar(damping) and jax.tree.leaves(damping) else None
-    diagonal = jnp.asarray(damping if tree is None else ravel_pytree(learnable(tree))[0])
-    held = (point, *sides, model_state, rng, diagonal)
+    for name, tree in (("inner_params", point.inner), ("outer_params", point.outer)):
+        checks.parameters(name, tree)
+    first = jax.tree.map(lambda leaf: leaf[0], sides[0][0])
+    context = {"model_state": model_state, "rng": rng}
+    symmetry = check_symmetry(problem, point, first, **context)
 
-    size = ravel_pytree(learnable(point.adjoint))[0].size
-    if method == "dense" or (method == "auto" and size <= _DENSE_BELOW):
-        method, iterations = "dense", size
-        vector, seen = _solved(*map(np.asarray, _dense(problem, *held)))
+    moving = moving_leaves(point.inner, trainable)
+    vector = _flat(point.adjoint, moving)
+    by_leaf = not np.isscalar(damping) and jax.tree.leaves(damping)
+    diagonal = jnp.asarray(_flat(damping, moving) if by_leaf else damping)
+    held = (point, *sides, model_state, rng, diagonal)
+    if method == "dense" or (method == "auto" and vector.size <= _DENSE_BELOW):
+        method, iterations = "dense", vector.size
+        solution, curvature = _solved(*map(np.asarray, _dense(problem, moving, *held)))
     else:
         method = "minres"
-        solution = _iterated(problem, max_iterations, *held, warm_start, tolerance)
-        vector, seen = solution.vector, krylov.ritz_values(solution)
-        iterations = int(solution.iterations)
-    solved = _merged(unravel(jnp.asarray(vector, diagonal.dtype)), point.adjoint)
-    found = _compared(problem, *held, solved)
-    *numbers, ours, reference = found
+        args = (problem, moving, max_iterations, *held, warm_start, tolerance)
+        solution, lanczos = _iterated(*args)
+        curvature, iterations = krylov.ritz_values(lanczos), int(lanczos.iterations)
+    solution = jnp.asarray(solution, vector.dtype)
+    *numbers, ours, reference = _compared(problem, moving, *held, solution)
     cosine, error, ratio, residual, reference_residual = (float(number) for number in numbers)
     return HypergradientCheck(
         cosine=cosine,
@@ -173,10 +186,11 @@ def hypergradient_check(
         reference_residual=reference_residual,
         # The recurrence's own residual and the true one part ways near the machine precision.
         converged=reference_residual <= max(2 * tolerance, 1e-12),
-        smallest_curvature=float(seen[0]) if len(seen) else float("nan"),
-        largest_curvature=float(seen[-1]) if len(seen) else float("nan"),
+        smallest_curvature=float(curvature[0]) if len(curvature) else float("nan"),
+        largest_curvature=float(curvature[-1]) if len(curvature) else float("nan"),
         iterations=iterations,
         method=method,
+        symmetry=symmetry,
         direction=ours,
         reference=reference,
     )
@@ -197,18 +211,24 @@ def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
     return stacked, jnp.asarray(counts / counts.sum())
 
 
-def _merged(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree` in the dtypes of `like`, whose leaves stay where there is None."""
-    return jax.tree.map(
-        lambda new, old: old if new is None else new.astype(old.dtype),
-        tree,
-        like,
-        is_leaf=lambda node: node is None,
+def _flat(tree: PyTree, moving: tuple[bool, ...]) -> jax.Array:
+    chosen = [leaf for leaf, moves in zip(jax.tree.leaves(tree), moving, strict=True) if moves]
+    return ravel_pytree(chosen)[0]
+
+
+def _unflat(vector: jax.Array, like: PyTree, moving: tuple[bool, ...]) -> PyTree:
+    """The way back, in the dtypes of `like`; zeros for what does not move."""
+    leaves, treedef = jax.tree.flatten(like)
+    chosen = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+    new = iter(ravel_pytree(chosen)[1](vector))
+    return treedef.unflatten(
+        [
+            next(new).astype(leaf.dtype)
+            if moves
+            else (jnp.zeros_like(leaf) if is_inexact(leaf) else leaf)
+            for leaf, moves in zip(leaves, moving, strict=True)
+        ]
     )
-
-
-def _flat(tree: PyTree) -> jax.Array:
-    return ravel_pytree(learnable(tree))[0]
 
 
 def _mean(function, side, rng):
@@ -232,59 +252,60 @@ def _mean(function, side, rng):
     return total
 
 
-def _system(problem, point, inner, outer, model_state, rng, diagonal):
+def _system(problem, moving, point, inner, outer, model_state, rng, diagonal):
     """(v -> (H + damping) v, -∇₁F), on flat vectors."""
     z, v, x = point
-    _, unravel = ravel_pytree(learnable(v))
 
     def product(vector):
-        at = point._replace(adjoint=_merged(unravel(vector), v))
+        at = point._replace(adjoint=_unflat(vector, v, moving))
 
         def one(batch, key):
-            return learnable(oracles.hvp(problem, at, batch, model_state, key))
+            return _flat(oracles.hvp(problem, at, batch, model_state, key), moving)
 
-        return ravel_pytree(_mean(one, inner, rng))[0] + diagonal * vector
+        return _mean(one, inner, rng) + diagonal * vector
 
     def gradient(batch, key):
-        return learnable(oracles.outer_grads(problem, z, x, batch, model_state, key)[0])
+        return _flat(oracles.outer_grads(problem, z, x, batch, model_state, key)[0], moving)
 
-    return product, -ravel_pytree(_mean(gradient, outer, _for_outer(rng)))[0]
+    return product, -_mean(gradient, outer, _for_outer(rng))
 
 
 def _for_outer(rng):
     return None if rng is None else jax.random.fold_in(rng, 2**31 - 1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _dense(problem, *held):
-    product, target = _system(problem, *held)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _dense(problem, moving, *held):
+    product, target = _system(problem, moving, *held)
     return jax.lax.map(product, jnp.eye(target.size, dtype=target.dtype)), target
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _iterated(problem, max_iterations, *args):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _iterated(problem, moving, max_iterations, *args):
     *held, warm_start, tolerance = args
-    product, target = _system(problem, *held)
-    start = jnp.where(warm_start, _flat(held[0].adjoint), 0.0).astype(target.dtype)
-    left = target - product(start)
+    product, target = _system(problem, moving, *held)
+    start = jnp.where(warm_start, _flat(held[0].adjoint, moving), 0.0).astype(target.dtype)
+    rest = target - product(start)
     # The tolerance is relative to the target, wherever the start is.
-    allowed = tolerance * jnp.linalg.norm(target) / jnp.linalg.norm(left)
-    found = krylov.minres(product, left, max_iterations, allowed)
-    return found._replace(vector=start + found.vector)
+    length = jnp.linalg.norm(rest)
+    allowed = tolerance * jnp.linalg.norm(target) / jnp.where(length > 0, length, 1.0)
+    solution = krylov.minres(product, rest, max_iterations, allowed)
+    return start + solution.vector, solution
 
 
 def _solved(matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shortest least-squares solution, and the eigenvalues."""
     exact = matrix.astype(np.float64)
     values, vectors = np.linalg.eigh((exact + exact.T) / 2)
-    eps = np.finfo(matrix.dtype).eps
-    real = np.abs(values) > len(values) * eps * np.abs(values).max(initial=0.0)
+    # The products themselves are rounded, however few the parameters are.
+    eps = max(len(values), 30) * np.finfo(matrix.dtype).eps
+    real = np.abs(values) > eps * np.abs(values).max(initial=0.0)
     inverse = np.where(real, 1 / np.where(real, values, 1.0), 0.0)
     return vectors @ (inverse * (vectors.T @ target)), values
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compared(problem, point, inner, outer, model_state, rng, diagonal, solved):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compared(problem, moving, point, inner, outer, model_state, rng, diagonal, solution):
     z, v, x = point
 
     def gradients(batch, key):
@@ -296,30 +317,25 @@ def _compared(problem, point, inner, outer, model_state, rng, diagonal, solved):
         def products(batch, key):
             here = point._replace(adjoint=adjoint)
             _, _, hvp, cross = oracles.inner_products(problem, here, batch, model_state, key)
-            return learnable(hvp), rows.densify(cross, x)
+            return _flat(hvp, moving), rows.densify(cross, x)
 
         hvp, cross = _mean(products, inner, rng)
-        return _flat(hvp), rows.add(cross, grad_x)
+        return hvp, rows.add(cross, grad_x)
 
     # One after the other through the same code: half of it to compile.
+    solved = _unflat(solution, v, moving)
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), v, solved)
     hvps, directions = jax.lax.map(at, pair)
     ours, reference = (jax.tree.map(lambda leaf, i=i: leaf[i], directions) for i in (0, 1))
-    grad = _flat(grad_z)
-
-    def relative(vector):
-        size = norm(grad)
-        return jnp.where(size > 0, norm(vector) / jnp.where(size > 0, size, 1.0), 0.0)
-
-    leaves = zip(*(jax.tree.leaves(learnable(tree)) for tree in (ours, reference)), strict=True)
-    inner_product = sum(jnp.vdot(a, b) for a, b in leaves)
+    grad = _flat(grad_z, moving)
+    inner_product = optax.tree.vdot(learnable(ours), learnable(reference))
     size, right = norm(ours), norm(reference)
     return (
         inner_product / (size * right),
         norm(jax.tree.map(jnp.subtract, learnable(ours), learnable(reference))) / right,
         size / right,
-        relative(hvps[0] + grad),
-        relative(hvps[1] + diagonal * _flat(solved) + grad),
+        ratio(norm(hvps[0] + grad), norm(grad)),
+        ratio(norm(hvps[1] + diagonal * solution + grad), norm(grad)),
         ours,
         reference,
     )

@@ -18,7 +18,7 @@ from bilevel_flax.base import Batch, Oracles, Problem, PyTree, TrainState, Varia
 from bilevel_flax.data import FiniteSum, subsample
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import is_inexact, norm
 
 
 def full_oracles(
@@ -81,12 +81,45 @@ def adjoint_residual(
     outer: FiniteSum,
     model_state: PyTree = None,
     rng: jax.Array | None = None,
+    trainable: PyTree = None,
 ) -> float:
     """‖Hv + ∇₁F‖ / ‖∇₁F‖ over all of the data: 0 at v*, 1 at v = 0.
 
-    Args: as `full_oracles`.
+    Args: as `full_oracles`, and `trainable` as `hypergradient_check`.
     """
-    return float(residual(full_oracles(problem, variables, inner, outer, model_state, rng)))
+    full = full_oracles(problem, variables, inner, outer, model_state, rng)
+    moving = moving_leaves(variables.inner, trainable)
+
+    def chosen(tree):
+        return [leaf for leaf, moves in zip(jax.tree.leaves(tree), moving, strict=True) if moves]
+
+    return float(
+        residual(Oracles(None, chosen(full.hvp), None, chosen(full.outer_grad_inner), None))
+    )
+
+
+def moving_leaves(inner_params: PyTree, trainable: PyTree) -> tuple[bool, ...]:
+    """For each leaf of z, whether it is a float and under True of the prefix `trainable`.
+
+    Raises:
+        ValueError: `trainable` is no prefix of z, or leaves nothing to be trained.
+    """
+    prefix = True if trainable is None else trainable
+    try:
+        moving = jax.tree.map(
+            lambda flag, part: [bool(flag) and is_inexact(leaf) for leaf in jax.tree.leaves(part)],
+            prefix,
+            inner_params,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"trainable={trainable!r:.80} is not a pytree prefix of inner_params "
+            f"({jax.tree.structure(inner_params)}): give booleans in the same nesting"
+        ) from error
+    moving = tuple(jax.tree.leaves(moving))
+    if not any(moving):
+        raise ValueError(f"trainable={trainable!r} leaves no parameter: True for those that move")
+    return moving
 
 
 def decoupled_decay(inner_opt_state: PyTree, weight_decay: float, eps: float = 1e-8) -> PyTree:

@@ -21,8 +21,17 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
-from bilevel_flax.solvers.nested.frame import nested, trace
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, axpy, moved, only, split
+from bilevel_flax.solvers.nested.frame import nested, report_at
+from bilevel_flax.solvers.nested.linear_solves import Hypergradient
+from bilevel_flax.solvers.nested.sampled_oracles import (
+    SampledOracles,
+    axpy,
+    first,
+    optimizer_step,
+    split,
+)
+from bilevel_flax.solvers.step import learnable
+from bilevel_flax.tree import norm, ratio
 
 
 def amigo(
@@ -72,27 +81,42 @@ def amigo(
     check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, v, x = state.variables
         descent, system, cross = split(inner, inner_steps, adjoint_steps, 1)
-        z, inner_opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
-        grads = pieces.outer_grads(z, x, only(outer), first[1])
+        z, inner_opt_state, inner_out, norms = sampled.inner_sgd(
+            z, state.inner_opt_state, x, descent
+        )
+        grads = sampled.outer_grads(z, x, first(outer), inner_out[1])
 
-        def body(carry, sample):
+        length = norm(grads.inner)
+
+        def body(carry, minibatch):
             v, opt_state = carry
-            d_v = axpy(1.0, pieces.hvp(z, v, x, sample), grads.inner)
-            extra = {"inner_opt_state": inner_opt_state, "outer_params": x}
-            return moved(pieces.transforms.adjoint, d_v, opt_state, v, **extra), None
+            d_v = axpy(1.0, sampled.hvp(z, v, x, minibatch), grads.inner)
+            carry = optimizer_step(
+                sampled.transforms.adjoint,
+                d_v,
+                opt_state,
+                v,
+                inner_opt_state=inner_opt_state,
+                inner_params=learnable(z),
+                adjoint_residual=ratio(norm(d_v), length),
+                value=inner_out[0],
+                grad=learnable(d_v),
+                outer_params=x,
+            )
+            return carry, None
 
         (v, adjoint_opt_state), _ = jax.lax.scan(body, (v, state.adjoint_opt_state), system)
-        product, d_x = pieces.direction(z, v, x, only(cross), grads)
+        product, d_x = sampled.direction(z, v, x, first(cross), grads)
         state = state.replace(
             inner_params=z,
             adjoint=v,
             inner_opt_state=inner_opt_state,
             adjoint_opt_state=adjoint_opt_state,
         )
-        return state, trace(first, grads, norms, product, d_x)
+        return state, report_at(inner_out, Hypergradient(v, product, d_x, grads), norms)
 
     return nested(
         problem,

@@ -26,22 +26,23 @@ import optax
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.minibatches import scaled
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
+from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
-    Pieces,
+    SampledOracles,
     at_step,
     axpy,
     completed,
     difference,
-    moved,
-    only,
+    first,
+    optimizer_step,
     split,
 )
 from bilevel_flax.solvers.step import learnable
 from bilevel_flax.tree import norm
 
 
-class Penalised(NamedTuple):
+class F2SAState(NamedTuple):
     """The second inner variable."""
 
     params: PyTree  # y, tree of z
@@ -99,45 +100,47 @@ def f2sa(
     second = optax.with_extra_args_support(penalised or inner)
 
     def start(variables):
-        return Penalised(variables.inner, second.init(learnable(variables.inner)))
+        return F2SAState(variables.inner, second.init(learnable(variables.inner)))
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
         scale = at_step(penalty, state.step)
         loops, last = zip(
-            *(split(samples, inner_steps, 1) for samples in (inner, outer)), strict=True
+            *(split(minibatches, inner_steps, 1) for minibatches in (inner, outer)), strict=True
         )
 
-        def body(carry, samples):
+        def body(carry, minibatches):
             z, opt_z, y, opt_y, *_ = carry
-            seen, held_out = samples
-            out, grad_z = pieces.inner_grad(z, x, seen)
-            _, grad_y = pieces.inner_grad(y, x, seen)
-            grads = pieces.outer_grads(y, x, held_out, out[1])
+            inner_batch, outer_batch = minibatches
+            out, grad_z = sampled.inner_grad(z, x, inner_batch)
+            _, grad_y = sampled.inner_grad(y, x, inner_batch)
+            grads = sampled.outer_grads(y, x, outer_batch, out[1])
             product = scaled(difference(grad_y, grad_z), scale)
             d_y = axpy(scale, grad_y, grads.inner)
             if penalised is None:
                 d_y = scaled(d_y, 1 / scale)
-            z, opt_z = moved(pieces.transforms.inner, grad_z, opt_z, z, outer_params=x)
-            y, opt_y = moved(second, d_y, opt_y, y, outer_params=x)
+            z, opt_z = sampled.inner_step(z, opt_z, x, inner_batch, out[0], grad_z)
+            extra = {"value": out[0], "grad": learnable(d_y), "outer_params": x}
+            y, opt_y = optimizer_step(second, d_y, opt_y, y, **extra)
             return (z, opt_z, y, opt_y, product, grads.inner), (out, norm(grad_z))
 
         zero = jax.tree.map(jnp.zeros_like, z)
         carry = (z, state.inner_opt_state, *state.estimator_state, zero, zero)
         carry, (outs, norms) = jax.lax.scan(body, carry, loops)
         z, opt_z, y, opt_y, product, grad_y = carry
-        seen, held_out = (only(samples) for samples in last)
-        first = only(outs)
-        grads = pieces.outer_grads(y, x, held_out, first[1])
-        gap = difference(pieces.inner_grad_outer(y, x, seen), pieces.inner_grad_outer(z, x, seen))
-        d_x = axpy(scale, gap, completed(grads.outer, x))
-        state = state.replace(
-            inner_params=z,
-            adjoint=scaled(difference(y, z), scale),
-            inner_opt_state=opt_z,
-            estimator_state=Penalised(y, opt_y),
+        inner_batch, outer_batch = (first(minibatches) for minibatches in last)
+        inner_out = first(outs)
+        grads = sampled.outer_grads(y, x, outer_batch, inner_out[1])
+        gap = difference(
+            sampled.inner_grad_outer(y, x, inner_batch), sampled.inner_grad_outer(z, x, inner_batch)
         )
-        return state, trace(first, grads._replace(inner=grad_y), norms, product, d_x)
+        d_x = axpy(scale, gap, completed(grads.outer, x))
+        v = scaled(difference(y, z), scale)
+        state = state.replace(
+            inner_params=z, adjoint=v, inner_opt_state=opt_z, estimator_state=F2SAState(y, opt_y)
+        )
+        at = Hypergradient(v, product, d_x, grads._replace(inner=grad_y))
+        return state, report_at(inner_out, at, norms)
 
     return nested(
         problem,

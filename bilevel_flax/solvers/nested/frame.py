@@ -1,8 +1,8 @@
 """The frame around the methods with their own loop.
 
-Such a method is a function `step(pieces, state, inner, outer) -> (state, Trace)` (see `pieces`);
-`nested` makes a `BilevelSolver` of it. The model state moves once in an update: it is that of the
-first evaluation of G.
+Such a method is a function `step(sampled, state, inner, outer) -> (state, StepReport)`, of which
+`nested` makes a `BilevelSolver`. The model state moves once in an update: it is that of the first
+evaluation of G.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bilevel_flax.base import (
     BilevelSolver,
     Finite,
     Info,
+    Metrics,
     Oracles,
     Problem,
     PyTree,
@@ -34,19 +35,19 @@ from bilevel_flax.minibatches import share_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.freezing import frozen_state, muted_unless
+from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
-    OuterGrads,
-    Pieces,
-    Sample,
+    Minibatch,
+    SampledOracles,
     axpy,
-    moved,
-    only,
+    first,
+    optimizer_step,
 )
 from bilevel_flax.solvers.single_loop import init_state
 from bilevel_flax.tree import norm, rows_at
 
 
-class Trace(NamedTuple):
+class StepReport(NamedTuple):
     """What a step reports beside the new state.
 
     Attributes:
@@ -56,7 +57,8 @@ class Trace(NamedTuple):
         adjoint_norm: ‖Hv + ∇₁F‖ at the v that D_x was made with.
         residual: the same relative to ‖∇₁F‖.
         d_x: the direction of x.
-        units: the update's cost where it is random; None: as configured.
+        units: the update's cost where it varies; None: as configured.
+        metrics: of the method's own, by name.
         inner_last: F came before G, so a model state that both update is G's.
     """
 
@@ -67,29 +69,44 @@ class Trace(NamedTuple):
     residual: jax.Array
     d_x: PyTree
     units: jax.Array | None = None
+    metrics: Metrics = {}
     inner_last: bool = False
 
 
-def trace(inner, outer: OuterGrads, inner_norms, hvp: PyTree, d_x: PyTree, units=None) -> Trace:
-    """A Trace from Hv at the v that D_x was made with."""
-    adjoint_norm = norm(axpy(1.0, hvp, outer.inner))
-    relative = residual(Oracles(None, hvp, None, outer.inner, None))
-    return Trace(inner, outer.out, inner_norms, adjoint_norm, relative, d_x, units)
+def report_at(inner, at: Hypergradient, inner_norms, d_x: PyTree = None, units=None) -> StepReport:
+    """A StepReport from the Hv at the v that D_x was made with.
+
+    Args:
+        inner: (G, aux) of the update's first evaluation.
+        at: the hypergradient.
+        inner_norms: ‖D_z‖, a scalar or one for each inner step.
+        d_x: the direction of x; None: the hypergradient's.
+        units: as in `StepReport`.
+    """
+    adjoint_norm = norm(axpy(1.0, at.hvp, at.outer.inner))
+    relative = residual(Oracles(None, at.hvp, None, at.outer.inner, None))
+    d_x = at.d_x if d_x is None else d_x
+    metrics = {} if at.solve is None else at.solve.metrics
+    return StepReport(inner, at.outer.out, inner_norms, adjoint_norm, relative, d_x, units, metrics)
 
 
-def refresh_sample(problem: Problem, state: TrainState, batch: Batch, side: str, factors) -> Sample:
+def refresh_minibatch(
+    problem: Problem, state: TrainState, batch: Batch, side: str, factors
+) -> Minibatch:
     """The one minibatch of a full pass; its key is that of its id, the same in every pass."""
     data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
     rng = _fixed_key(state, side, ids) if problem.stateful else None
-    return Sample(data, None if factors is None else rows_at(factors, ids), rng)
+    return Minibatch(data, None if factors is None else rows_at(factors, ids), rng)
 
 
 def _fixed_key(state: TrainState, side: str, position: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.rng, 3 + (side == "outer")), position)
 
 
-def _samples(side: str, batch: Batch, batches, factors, key: Callable | None, name: str) -> Sample:
-    """The Samples of an update; `key(side, position in the update, id)` gives each its rng key."""
+def _minibatches(
+    side: str, batch: Batch, batches, factors, key: Callable | None, name: str
+) -> Minibatch:
+    """Those of an update; `key(side, position in the update, id)` gives each its rng key."""
     data, ids = getattr(batch, side), getattr(batch, f"{side}_id")
     count = batches[side == "outer"]
     if batches == (1, 1) or (count == 1 and ids is not None and jnp.ndim(ids) == 0):
@@ -106,12 +123,12 @@ def _samples(side: str, batch: Batch, batches, factors, key: Callable | None, na
     if key is not None:
         positions = jnp.arange(count)
         keys = jax.vmap(functools.partial(key, side))(positions, positions if ids is None else ids)
-    return Sample(data, None if factors is None else rows_at(factors, ids), keys)
+    return Minibatch(data, None if factors is None else rows_at(factors, ids), keys)
 
 
 def nested(
     problem: Problem,
-    step: Callable[[Pieces, TrainState, Sample, Sample], tuple[TrainState, Trace]],
+    step: Callable[..., tuple[TrainState, StepReport]],
     *,
     name: str,
     inner: optax.GradientTransformation,
@@ -125,13 +142,14 @@ def nested(
     moves_outer: bool = False,
     row_directions: bool = True,
     fixed_keys: bool = False,
+    sees_outer: Callable[..., PyTree] = lambda *args: (),
 ) -> BilevelSolver:
-    """The frame around a method's step: Samples in, the move of x, Info and the freeze out.
+    """The frame around a method's step: Minibatches in, the move of x, Info and the freeze out.
 
     Args:
         problem: the bilevel problem.
-        step: `step(pieces, state, inner, outer) -> (state, Trace)` with Samples [K] and [L]; it
-            moves z and v. x moves along `Trace.d_x` afterwards.
+        step: `step(sampled, state, inner, outer) -> (state, StepReport)` with a `SampledOracles`
+            and Minibatches [K] and [L]; it moves z and v. x moves along `StepReport.d_x` after.
         name: the method's name, for logs and errors.
         inner: optimiser of z.
         outer: optimiser of x.
@@ -142,9 +160,10 @@ def nested(
         inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
         outer_weights: float [M], the same for the outer data.
         moves_outer: the step moves x itself.
-        row_directions: `Trace.d_x` keeps per-sample leaves as `Rows`.
-        fixed_keys: a minibatch's rng key is that of its id, in `refresh_sample` as in an update
+        row_directions: `StepReport.d_x` keeps per-sample leaves as `Rows`.
+        fixed_keys: a minibatch's rng key is that of its id, in `refresh_minibatch` as in an update
             (methods that compare visits).
+        sees_outer: `sees_outer(sampled, state, inner, x) -> tree`, what D_x sees of x beside G.
 
     Raises:
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
@@ -182,39 +201,49 @@ def nested(
             of_side = jax.random.fold_in(state.rng, side == "outer")
             return jax.random.fold_in(jax.random.fold_in(of_side, state.step), position)
 
-        samples = [
-            _samples(side, batch, batches, factors[side], key if problem.stateful else None, name)
+        minibatches = [
+            _minibatches(
+                side, batch, batches, factors[side], key if problem.stateful else None, name
+            )
             for side in ("inner", "outer")
         ]
-        first = only(samples[0])
-        seen = Batch(inner=first.data)
-        checks.outer_is_used(problem, state.variables, seen, state.model_state, first.rng)
-
-        new, found = step(Pieces(problem, transforms, state.model_state), state, *samples)
-        every = Variables(jnp.atleast_1d(found.inner_norms), found.adjoint_norm, norm(found.d_x))
-        finite = Finite(*(jnp.isfinite(value).all() for value in every))
+        sampled = SampledOracles(problem, transforms, state.model_state)
+        start = first(minibatches[0])
+        checks.outer_is_used(
+            problem,
+            state.variables,
+            Batch(inner=start.data),
+            state.model_state,
+            start.rng,
+            functools.partial(sees_outer, sampled, state, minibatches[0]),
+        )
+        new, report = step(sampled, state, *minibatches)
+        norms = Variables(jnp.atleast_1d(report.inner_norms), report.adjoint_norm, norm(report.d_x))
+        finite = Finite(*(jnp.isfinite(value).all() for value in norms))
         alive = finite.inner & finite.adjoint & finite.outer
-        d_x = found.d_x
+        d_x = report.d_x
         if not moves_outer:
             d_x = (
                 muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
             )
-            x, opt_state = moved(transforms.outer, d_x, state.outer_opt_state, state.outer_params)
+            x, opt_state = optimizer_step(
+                transforms.outer, d_x, state.outer_opt_state, state.outer_params
+            )
             new = new.replace(outer_params=x, outer_opt_state=opt_state)
         if problem.stateful:
-            outer_last = problem.outer_updates_state and not found.inner_last
-            last = found.outer if outer_last else found.inner
+            outer_last = problem.outer_updates_state and not report.inner_last
+            last = report.outer if outer_last else report.inner
             new = new.replace(model_state=last[1].model_state)
-        metrics = {f"inner_{key}": value for key, value in found.inner[1].metrics.items()}
-        metrics |= {f"outer_{key}": value for key, value in found.outer[1].metrics.items()}
+        metrics = {f"inner_{key}": value for key, value in report.inner[1].metrics.items()}
+        metrics |= {f"outer_{key}": value for key, value in report.outer[1].metrics.items()}
         info = Info(
-            inner_loss=found.inner[0],
-            outer_loss=found.outer[0],
-            norms=every._replace(inner=every.inner[-1]),
+            inner_loss=report.inner[0],
+            outer_loss=report.outer[0],
+            norms=norms._replace(inner=norms.inner[-1]),
             finite=finite,
-            adjoint_residual=found.residual,
-            oracle_units=jnp.float32(units if found.units is None else found.units),
-            metrics=metrics,
+            adjoint_residual=report.residual,
+            oracle_units=jnp.asarray(units if report.units is None else report.units, jnp.float32),
+            metrics=metrics | report.metrics,
         )
         return frozen_state(alive, new.replace(step=state.step + 1), state, d_x), info
 

@@ -4,9 +4,13 @@
     then         (∇²₁₁G_j + δI) v = -∇₁F     on one more minibatch j, approximately
     then         x ← x - γ (∇²₂₁G_j v + ∇₂F)
 
-v starts from 0: either S steps of conjugate gradients, or S products of the Neumann series
-v = -η Σ_{k=0..S} (I - η(∇²₁₁G_j + δI))^k ∇₁F. Conjugate gradients stop at the first direction of
-negative curvature.
+v starts from 0: either at most S steps of conjugate gradients, or S products of the Neumann series
+v = -η Σ_{k=0..S} (I - η(∇²₁₁G_j + δI))^k ∇₁F.
+
+Conjugate gradients need positive curvature. Where it ends, v is the vector with the smallest
+residual in the same Krylov space (MINRES). Where the system has no solution (parameters that G does
+not train, more of them than examples), v is the shortest least-squares solution, and
+`info.metrics["adjoint_singular"]` is 1.
 
 References:
     F. Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016 (CG).
@@ -23,14 +27,14 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import (
     check_damping,
     conjugate_gradients,
     hypergradient,
     neumann,
 )
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, at_step, axpy, only, split
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, axpy, first, split
 
 LINEAR_SOLVERS = ("cg", "neumann")
 
@@ -39,25 +43,26 @@ def implicit_step(solve: Callable[[Any], Callable], inner_steps: int, *, same: b
     """The step of every method that solves its linear system on one minibatch.
 
     Args:
-        solve: `solve(state) -> (hvp, ∇₁F, sample) -> v`.
+        solve: `solve(state) -> (hvp, ∇₁F, minibatch) -> v`.
         inner_steps: T.
         same: take the T inner steps on the minibatch of the system as well (K = 1).
     """
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
         if same:
-            system = descent = only(inner)
+            system = descent = first(inner)
         else:
             descent, system = split(inner, inner_steps, 1)
-            system = only(system)
-        z, opt_state, first, norms = pieces.descend(
+            system = first(system)
+        z, opt_state, inner_out, norms = sampled.inner_sgd(
             z, state.inner_opt_state, x, descent, inner_steps if same else None
         )
-        samples = system, system, only(outer)
-        found = hypergradient(pieces, z, x, *samples, solve(state), first[1])
-        state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
-        return state, trace(first, found.outer, norms, found.hvp, found.d_x)
+        minibatches = system, system, first(outer)
+        estimate = hypergradient(sampled, z, x, *minibatches, solve(state), inner_out[1])
+        state = state.replace(inner_params=z, adjoint=estimate.adjoint, inner_opt_state=opt_state)
+        units = None if estimate.solve is None else inner_steps + 2 + estimate.solve.products
+        return state, report_at(inner_out, estimate, norms, units=units)
 
     return step
 
@@ -75,7 +80,7 @@ def implicit(
     inner_weights: Any = None,
     outer_weights: Any = None,
 ) -> BilevelSolver:
-    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units.
+    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units, by CG at most.
 
     Args:
         problem: the bilevel problem.
@@ -128,9 +133,9 @@ def implicit(
             return conjugate_gradients(adjoint_steps, damping)
         series = neumann(at_step(adjoint_step, state.step), adjoint_steps)
 
-        def on_one(hvp, grad, sample):
-            damped = lambda u, sample: axpy(damping, u, hvp(u, sample))
-            return series(damped, grad, sample)
+        def on_one(hvp, grad, minibatch):
+            damped = lambda u, minibatch: axpy(damping, u, hvp(u, minibatch))
+            return series(damped, grad, minibatch)
 
         return on_one
 

@@ -1,7 +1,7 @@
 """Approximations of v = -[∇²₁₁G]⁻¹ ∇₁F that start anew in every update.
 
-Each is made by a function that returns `solve(hvp, ∇₁F, samples) -> v`, with `hvp(u, sample)` the
-Hessian product at the point in question.
+Each is made by a function that returns `solve(hvp, ∇₁F, minibatches) -> (v, LinearSolve)`, with
+`hvp(u, minibatch)` the Hessian product at the point in question.
 """
 
 from __future__ import annotations
@@ -13,18 +13,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel_flax import tree
 from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.minibatches import scaled
-from bilevel_flax.solvers.freezing import frozen_unless
+from bilevel_flax.solvers.nested.minres import minres
 from bilevel_flax.solvers.nested.sampled_oracles import (
+    Minibatch,
     OuterGrads,
-    Pieces,
-    Sample,
+    SampledOracles,
     at_step,
     axpy,
     scan,
-    vdot,
 )
+
+
+class LinearSolve(NamedTuple):
+    """How an iterative solver ended.
+
+    Attributes:
+        products: int32, Hessian products that it took.
+        singular: bool, the system has no solution: H is singular along a part of ∇₁F.
+    """
+
+    products: jax.Array
+    singular: jax.Array
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """The warning in `info.metrics`."""
+        return {"adjoint_singular": self.singular.astype(jnp.float32)}
 
 
 class Hypergradient(NamedTuple):
@@ -34,76 +51,84 @@ class Hypergradient(NamedTuple):
     hvp: PyTree
     d_x: PyTree
     outer: OuterGrads
+    solve: LinearSolve | None = None  # None: as many products as the method always takes
 
 
 def hypergradient(
-    pieces: Pieces, z, x, system: Sample, cross: Sample, outer: Sample, solve, after=None
+    sampled: SampledOracles,
+    z,
+    x,
+    system: Minibatch,
+    cross: Minibatch,
+    outer: Minibatch,
+    solve,
+    after=None,
 ) -> Hypergradient:
     """D_x with v = solve(hvp, ∇₁F, system)."""
-    grads = pieces.outer_grads(z, x, outer, after)
-    v = solve(lambda u, sample: pieces.hvp(z, u, x, sample), grads.inner, system)
-    product, d_x = pieces.direction(z, v, x, cross, grads)
-    return Hypergradient(v, product, d_x, grads)
+    grads = sampled.outer_grads(z, x, outer, after)
+    v, how = solve(lambda u, minibatch: sampled.hvp(z, u, x, minibatch), grads.inner, system)
+    product, d_x = sampled.direction(z, v, x, cross, grads)
+    return Hypergradient(v, product, d_x, grads, how)
 
 
 def neumann(step: Any, times: int | None = None):
-    """V = -η Σ_{k=0..Q} Π_{j≤k}(I - ηH_j) ∇₁F, a Sample for each of the Q factors.
+    """V = -η Σ_{k=0..Q} Π_{j≤k}(I - ηH_j) ∇₁F, a Minibatch for each of the Q factors.
 
-    With `times` = Q all factors share one Sample.
+    With `times` = Q all factors share one Minibatch.
     """
 
-    def solve(hvp, grad, samples: Sample):
-        def body(carry, sample):
+    def solve(hvp, grad, minibatches: Minibatch):
+        def body(carry, minibatch):
             term, total = carry
-            term = axpy(-step, hvp(term, sample), term)
+            term = axpy(-step, hvp(term, minibatch), term)
             return (term, axpy(1.0, term, total)), None
 
-        (_, total), _ = scan(body, (grad, grad), samples, times)
-        return scaled(total, -step)
+        (_, total), _ = scan(body, (grad, grad), minibatches, times)
+        return scaled(total, -step), None
 
     return solve
 
 
 def randomised_neumann(step: Any, count: int, factors: jax.Array):
-    """V = -Kη Π_{j≤p}(I - ηH_j) ∇₁F, K = `count`, p = `factors` <= K - 1 of the Samples used.
+    """V = -Kη Π_{j≤p}(I - ηH_j) ∇₁F, K = `count`, p = `factors` <= K - 1 of the Minibatches used.
 
     With p uniform in {0 .. K-1} its expectation is the Neumann series of K terms. The products
     that p leaves out are not computed.
     """
 
-    def solve(hvp, grad, samples: Sample):
+    def solve(hvp, grad, minibatches: Minibatch):
         def body(k, term):
-            sample = jax.tree.map(
-                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, keepdims=False), samples
+            minibatch = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, keepdims=False), minibatches
             )
-            return axpy(-step, hvp(term, sample), term)
+            return axpy(-step, hvp(term, minibatch), term)
 
-        # Without a factor there is no Sample to index, not even at trace time.
+        # Without a factor there is no Minibatch to index, not even at trace time.
         term = jax.lax.fori_loop(0, factors, body, grad) if count > 1 else grad
-        return scaled(term, -count * step)
+        return scaled(term, -count * step), None
 
     return solve
 
 
 def randomised_hypergradient(
-    pieces: Pieces, state: TrainState, z, x, samples, step: Any, count: int, after=None
+    sampled: SampledOracles, state: TrainState, z, x, minibatches, step: Any, count: int, after=None
 ) -> tuple[Hypergradient, jax.Array]:
     """BSA's and TTSA's D_x with the randomised series of `count` terms, and the p that was drawn.
 
     Args:
-        pieces: of the update.
+        sampled: of the update.
         state: before the update; its rng and step draw p.
         z: where.
         x: where.
-        samples: (system, cross, outer), as for `hypergradient`.
+        minibatches: (system, cross, outer), as for `hypergradient`.
         step: η, or a schedule of it.
         count: K.
         after: as for `hypergradient`.
     """
     factors = draw_factors(state.rng, state.step, count)
     solve = randomised_neumann(at_step(step, state.step), count, factors)
-    system, cross, outer = samples
-    return hypergradient(pieces, z, x, system, cross, outer, solve, after), factors
+    system, cross, outer = minibatches
+    return hypergradient(sampled, z, x, system, cross, outer, solve, after), factors
 
 
 def check_damping(value: Any) -> None:
@@ -117,31 +142,33 @@ def check_damping(value: Any) -> None:
 
 
 def conjugate_gradients(steps: int, damping: float):
-    """(H + δI) v = -∇₁F from v = 0 by `steps` iterations on one Sample.
+    """(H + δI) v = -∇₁F from v = 0 by at most `steps` iterations on one Minibatch.
 
-    It stops early where a direction has no positive curvature.
+    Where a direction has no positive curvature, or the residual outgrows that of v = 0, v is the
+    vector with the smallest residual that the same products give (MINRES); where there is no
+    solution, the shortest least-squares solution.
     """
 
-    def solve(hvp, grad, sample: Sample):
-        residue = jax.tree.map(jnp.negative, grad)
+    def solve(hvp, grad, minibatch: Minibatch):
+        floats = tree.split(grad)
 
-        def body(carry, _):
-            v, residue, direction, square = carry
-            product = axpy(damping, direction, hvp(direction, sample))
-            curvature = vdot(direction, product)
-            # Written so that a NaN goes on and shows.
-            goes_on = ~(curvature <= 0)
-            length = square / jnp.where(goes_on, curvature, 1.0)
-            after = axpy(-length, product, residue)
-            new_square = vdot(after, after)
-            ratio = new_square / jnp.where(square > 0, square, 1.0)
-            new = (axpy(length, direction, v), after, axpy(ratio, direction, after), new_square)
-            return frozen_unless(goes_on, new, carry), None
+        def product(leaves):
+            # Sums are taken in float32 at least, products in z's own dtypes.
+            own = [u.astype(leaf.dtype) for u, leaf in zip(leaves, floats.leaves, strict=True)]
+            image = tree.split(hvp(floats.complete(own), minibatch)).leaves
+            return [
+                a.astype(u.dtype) + jnp.asarray(damping, u.dtype) * u
+                for a, u in zip(image, leaves, strict=True)
+            ]
 
-        zero = jax.tree.map(jnp.zeros_like, grad)
-        start = (zero, residue, residue, vdot(residue, residue))
-        (v, *_), _ = jax.lax.scan(body, start, length=steps)
-        return v
+        target = [
+            -leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in floats.leaves
+        ]
+        eps = min(float(jnp.finfo(leaf.dtype).eps) for leaf in target)
+        solution = minres(product, target, steps, tolerance=eps)
+        own = zip(solution.conjugate, floats.leaves, strict=True)
+        v = floats.complete([u.astype(leaf.dtype) for u, leaf in own])
+        return v, LinearSolve(solution.iterations, solution.singular)
 
     return solve
 

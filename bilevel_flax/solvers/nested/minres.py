@@ -101,7 +101,7 @@ def _choose(flag: jax.Array, tree: PyTree, other: PyTree) -> PyTree:
 
 
 def _shortest(x: PyTree, residual: PyTree) -> PyTree:
-    """X without what it has along the residual, which is A's null space where ‖b - A x‖ is least."""
+    """X without its part along the residual, which lies in A's null space if ‖r‖ is least."""
     length = _dot(residual, residual)
     excess = _dot(residual, x) / jnp.where(length > 0, length, 1.0)
     return _sum(x, (-excess, residual))

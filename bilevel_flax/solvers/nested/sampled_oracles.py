@@ -1,8 +1,8 @@
-"""What a nested method's step works with: Samples, the pieces of the oracles on them, inner SGD.
+"""What a nested method's step works with: minibatches, the oracles on them, inner SGD.
 
-A `Sample` is one minibatch with its factor N·w_i and its rng key; with a leading axis it is many,
-and `scan` walks over them. A minibatch keeps its key wherever it is evaluated in an update, so
-that methods which compare two points see the same noise.
+A `Minibatch` has its factor N·w_i and its rng key; with a leading axis it is many, and `scan` walks
+over them. It keeps its key wherever it is evaluated in an update, so that methods which compare two
+points see the same noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bilevel_flax.solvers.step import learnable
 from bilevel_flax.tree import norm
 
 
-class Sample(NamedTuple):
+class Minibatch(NamedTuple):
     """One minibatch, or several with a leading axis on every leaf."""
 
     data: PyTree
@@ -64,40 +64,29 @@ def completed(grad: PyTree, x: PyTree) -> PyTree:
     )
 
 
-def vdot(tree: PyTree, other: PyTree) -> jax.Array:
-    """Inner product over the float leaves, in float32 at least."""
-
-    def leaf(a, b):
-        dtype = jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.sum(a.astype(dtype) * b.astype(dtype))
-
-    pairs = zip(jax.tree.leaves(learnable(tree)), jax.tree.leaves(learnable(other)), strict=True)
-    return sum((leaf(a, b) for a, b in pairs), start=jnp.zeros(()))
-
-
-def moved(transform, direction: PyTree, opt_state: PyTree, point: PyTree, **extra):
+def optimizer_step(transform, direction: PyTree, opt_state: PyTree, point: PyTree, **extra):
     """One Optax update: `(point, opt_state)`."""
     step, opt_state = transform.update(learnable(direction), opt_state, learnable(point), **extra)
     return rows.apply_updates(point, step), opt_state
 
 
-def split(samples: Sample, *sizes: int) -> list[Sample]:
+def split(minibatches: Minibatch, *sizes: int) -> list[Minibatch]:
     """Consecutive parts of the leading axis."""
     parts, start = [], 0
     for size in sizes:
-        parts.append(jax.tree.map(lambda leaf, a=start, b=start + size: leaf[a:b], samples))
+        parts.append(jax.tree.map(lambda leaf, a=start, b=start + size: leaf[a:b], minibatches))
         start += size
     return parts
 
 
-def scan(body: Callable, carry: Any, samples: Sample, times: int | None = None):
-    """`jax.lax.scan` over the Samples, or `times` times on one and the same Sample."""
+def scan(body: Callable, carry: Any, minibatches: Minibatch, times: int | None = None):
+    """`jax.lax.scan` over the Minibatches, or `times` times on one and the same Minibatch."""
     if times is None:
-        return jax.lax.scan(body, carry, samples)
-    return jax.lax.scan(lambda carry, _: body(carry, samples), carry, length=times)
+        return jax.lax.scan(body, carry, minibatches)
+    return jax.lax.scan(lambda carry, _: body(carry, minibatches), carry, length=times)
 
 
-def only(tree: PyTree) -> PyTree:
+def first(tree: PyTree) -> PyTree:
     """The first entry of the leading axis."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
@@ -108,84 +97,111 @@ def at_step(value: Any, step: jax.Array) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pieces:
-    """The oracles on Samples, scaled by N·w_i, and the optimisers."""
+class SampledOracles:
+    """The oracles on a `Minibatch`, scaled by N·w_i, and the optimisers."""
 
     problem: Problem
     transforms: Variables
     model_state: PyTree
 
-    def after(self, aux: Aux) -> Pieces:
-        """The pieces once F has been evaluated: with its model state if it updates it."""
+    def after(self, aux: Aux) -> SampledOracles:
+        """The oracles once F has been evaluated: with its model state if it updates it."""
         if not self.problem.outer_updates_state:
             return self
         return dataclasses.replace(self, model_state=aux.model_state)
 
-    def inner_grad(self, z, x, sample: Sample):
+    def inner_grad(self, z, x, minibatch: Minibatch):
         """`((G, aux), ∇₁G)`."""
         out, grad = oracles.inner_value_and_grad(
-            self.problem, z, x, sample.data, self.model_state, sample.rng
+            self.problem, z, x, minibatch.data, self.model_state, minibatch.rng
         )
-        return out, scaled(grad, sample.factor)
+        return out, scaled(grad, minibatch.factor)
 
-    def inner_grad_outer(self, z, x, sample: Sample) -> PyTree:
+    def inner_grad_outer(self, z, x, minibatch: Minibatch) -> PyTree:
         """∇₂G, dense."""
         grad = oracles.inner_grad_outer(
-            self.problem, z, x, sample.data, self.model_state, sample.rng
+            self.problem, z, x, minibatch.data, self.model_state, minibatch.rng
         )
-        return rows.densify(scaled(grad, sample.factor), x)
+        return rows.densify(scaled(grad, minibatch.factor), x)
 
-    def hvp(self, z, v, x, sample: Sample) -> PyTree:
+    def hvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₁₁G v."""
         point = Variables(z, v, x)
-        product = oracles.hvp(self.problem, point, sample.data, self.model_state, sample.rng)
-        return scaled(product, sample.factor)
+        product = oracles.hvp(self.problem, point, minibatch.data, self.model_state, minibatch.rng)
+        return scaled(product, minibatch.factor)
 
-    def cross_jvp(self, z, v, x, sample: Sample) -> PyTree:
+    def cross_jvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₂₁G v; per-sample leaves are `Rows`."""
         point = Variables(z, v, x)
-        product = oracles.cross_jvp(self.problem, point, sample.data, self.model_state, sample.rng)
-        return scaled(product, sample.factor)
+        product = oracles.cross_jvp(
+            self.problem, point, minibatch.data, self.model_state, minibatch.rng
+        )
+        return scaled(product, minibatch.factor)
 
-    def seen_by_outer(self, after: Aux | None) -> PyTree:
+    def state_for_outer(self, after: Aux | None) -> PyTree:
         """The model state for F: the one that G returned (`after`) if F updates it further."""
         if after is None or not self.problem.outer_updates_state:
             return self.model_state
         return after.model_state
 
-    def outer_grads(self, z, x, sample: Sample, after: Aux | None = None) -> OuterGrads:
+    def outer_grads(self, z, x, minibatch: Minibatch, after: Aux | None = None) -> OuterGrads:
         """F's gradients; `after`: the aux of the G before it."""
-        state = self.seen_by_outer(after)
+        state = self.state_for_outer(after)
         out, *grads = oracles.outer_value_and_grads(
-            self.problem, z, x, sample.data, state, sample.rng
+            self.problem, z, x, minibatch.data, state, minibatch.rng
         )
-        return OuterGrads(out, *scaled(tuple(grads), sample.factor))
+        return OuterGrads(out, *scaled(tuple(grads), minibatch.factor))
 
-    def direction(self, z, v, x, sample: Sample, outer: OuterGrads):
+    def direction(self, z, v, x, minibatch: Minibatch, outer: OuterGrads):
         """`(Hv, D_x)` with D_x = ∇²₂₁G v + ∇₂F.
 
         Hv comes out of the differentiated backprop that makes the cross-JVP. It is a diagnostic,
         not counted, and compiled away where it is not used.
         """
         _, _, product, cross = oracles.inner_products(
-            self.problem, Variables(z, v, x), sample.data, self.model_state, sample.rng
+            self.problem, Variables(z, v, x), minibatch.data, self.model_state, minibatch.rng
         )
-        product, cross = scaled((product, cross), sample.factor)
+        product, cross = scaled((product, cross), minibatch.factor)
         return product, rows.add(cross, outer.outer)
 
-    def descend(self, z, opt_state, x, samples: Sample, times: int | None = None):
-        """One step of the inner optimiser on each Sample, or `times` steps on one.
+    def inner_step(self, z, opt_state, x, minibatch: Minibatch, value, direction):
+        """Z's optimiser, fed `direction`; what else it may ask for goes by Optax's names."""
+
+        def at(params):
+            merged = jax.tree.map(
+                lambda new, old: old if new is None else new,
+                params,
+                z,
+                is_leaf=lambda node: node is None,
+            )
+            (value, _), grad = self.inner_grad(merged, x, minibatch)
+            return value, learnable(grad)
+
+        return optimizer_step(
+            self.transforms.inner,
+            direction,
+            opt_state,
+            z,
+            value=value,
+            grad=learnable(direction),
+            value_fn=lambda params: at(params)[0],
+            grad_fn=lambda params, _: at(params)[1],
+            outer_params=x,
+        )
+
+    def inner_sgd(self, z, opt_state, x, minibatches: Minibatch, times: int | None = None):
+        """One step of the inner optimiser on each Minibatch, or `times` steps on one.
 
         Returns:
             `(z, opt_state, (G, aux) of the first, ‖∇₁G‖ of each)`.
         """
 
-        def body(carry, sample):
+        def body(carry, minibatch):
             z, opt_state = carry
-            out, grad = self.inner_grad(z, x, sample)
-            carry = moved(self.transforms.inner, grad, opt_state, z, outer_params=x)
+            out, grad = self.inner_grad(z, x, minibatch)
+            carry = self.inner_step(z, opt_state, x, minibatch, out[0], grad)
             # The norm's derivative at 0 is NaN, and `unrolled` differentiates through this loop.
             return carry, (out, norm(jax.lax.stop_gradient(grad)))
 
-        (z, opt_state), (outs, norms) = scan(body, (z, opt_state), samples, times)
-        return z, opt_state, only(outs), norms
+        (z, opt_state), (outs, norms) = scan(body, (z, opt_state), minibatches, times)
+        return z, opt_state, first(outs), norms

@@ -19,9 +19,9 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.nested.frame import nested, trace
+from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, at_step, only, split
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
 
 
 def stocbio(
@@ -68,15 +68,15 @@ def stocbio(
     check_count("adjoint_steps", adjoint_steps, 0)
     check_positive("adjoint_step", adjoint_step)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
         descent, system, cross = split(inner, inner_steps, adjoint_steps, 1)
-        z, opt_state, first, norms = pieces.descend(z, state.inner_opt_state, x, descent)
+        z, opt_state, inner_out, norms = sampled.inner_sgd(z, state.inner_opt_state, x, descent)
         solve = neumann(at_step(adjoint_step, state.step))
-        samples = system, only(cross), only(outer)
-        found = hypergradient(pieces, z, x, *samples, solve, first[1])
-        state = state.replace(inner_params=z, adjoint=found.adjoint, inner_opt_state=opt_state)
-        return state, trace(first, found.outer, norms, found.hvp, found.d_x)
+        minibatches = system, first(cross), first(outer)
+        estimate = hypergradient(sampled, z, x, *minibatches, solve, inner_out[1])
+        state = state.replace(inner_params=z, adjoint=estimate.adjoint, inner_opt_state=opt_state)
+        return state, report_at(inner_out, estimate, norms)
 
     return nested(
         problem,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -25,8 +26,38 @@ from bilevel_flax import oracles
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
 from bilevel_flax.minibatches import scaled
-from bilevel_flax.solvers.nested.frame import Trace, nested
-from bilevel_flax.solvers.nested.sampled_oracles import Pieces, only
+from bilevel_flax.solvers.nested.frame import StepReport, nested
+from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first
+
+# Where a gradient is smaller than this its square, and what optimisers make of it, is no float32.
+_SMALLEST = 1e-15
+
+
+def differentiable(
+    transform: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with finite derivatives at a gradient of 0.
+
+    Roots of squares, as in Adam and in clipping by a norm, have none there (0 · ∞): theirs are
+    taken beside it. The steps are the optimiser's own, bit for bit.
+    """
+    inner = optax.with_extra_args_support(transform)
+
+    def update(updates, state, params=None, **extra_args):
+        def away_from_zero(g):
+            shift = jnp.where(jnp.abs(g) < _SMALLEST, _SMALLEST - g, 0)
+            return g + jax.lax.stop_gradient(shift.astype(g.dtype))
+
+        def join(value, slope):
+            if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+                return value
+            return jax.lax.stop_gradient(value) + (slope - jax.lax.stop_gradient(slope))
+
+        exact = inner.update(updates, state, params, **extra_args)
+        beside = inner.update(jax.tree.map(away_from_zero, updates), state, params, **extra_args)
+        return jax.tree.map(join, exact, beside)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def unrolled(
@@ -45,8 +76,8 @@ def unrolled(
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, differentiable (SGD, momentum, Adam ...); its schedules count
-            inner steps.
+        inner: optimiser of z, differentiable (SGD, momentum, Adam ...), in x too if it takes
+            `outer_params=` (a learning rate to be learned); its schedules count inner steps.
         outer: optimiser of x; no row-sparse one.
         inner_steps: K, at least 1.
         inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
@@ -73,32 +104,35 @@ def unrolled(
     """
     check_count("inner_steps", inner_steps)
 
-    def step(pieces: Pieces, state, inner, outer):
+    def sees_outer(sampled: SampledOracles, state, minibatches, x):
+        return sampled.inner_sgd(state.inner_params, state.inner_opt_state, x, minibatches)[0]
+
+    def step(sampled: SampledOracles, state, inner, outer):
         z, opt_state = state.inner_params, state.inner_opt_state
-        last = only(outer)
+        last = first(outer)
 
         def unroll(x):
-            z_end, *more = pieces.descend(z, opt_state, x, inner)
-            return z_end, pieces.seen_by_outer(more[1][1]), more
+            z_end, *more = sampled.inner_sgd(z, opt_state, x, inner)
+            return z_end, sampled.state_for_outer(more[1][1]), more
 
-        found = oracles.unrolled_value_and_grad(
+        out, d_x, (z_end, (opt_state, inner_out, norms)) = oracles.unrolled_value_and_grad(
             problem, unroll, state.outer_params, last.data, last.rng
         )
-        out, d_x, (z_end, (opt_state, first, norms)) = found
         state = state.replace(inner_params=z_end, inner_opt_state=opt_state)
         zero, one = jnp.float32(0.0), jnp.float32(1.0)
         d_x = scaled(d_x, last.factor)
-        return state, Trace(first, out, norms, zero, one, d_x)
+        return state, StepReport(inner_out, out, norms, zero, one, d_x)
 
     return nested(
         problem,
         step,
         name="unrolled",
-        inner=inner,
+        inner=differentiable(inner),
         outer=outer,
         batches=(inner_steps, 1),
         units=3 * inner_steps + 1,
         inner_weights=inner_weights,
         outer_weights=outer_weights,
         row_directions=False,
+        sees_outer=sees_outer,
     )
