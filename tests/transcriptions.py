@@ -237,7 +237,7 @@ def f2sa(d, s, state, i, j, p):
     return state | {"z": z, "v": penalty * (y - z), "x": new_x, "y": y}
 
 
-def _textbook_cg(matrix, right, steps):
+def textbook_cg(matrix, right, steps):
     solution, residue = np.zeros_like(right), right.copy()
     direction = residue.copy()
     for _ in range(steps):
@@ -262,7 +262,7 @@ def _implicit(d, s, state, descent, i, j):
         ]
         v = -s["eta"] * sum(powers) @ grad
     else:
-        v = _textbook_cg(matrix, -grad, s["adjoint_steps"])
+        v = textbook_cg(matrix, -grad, s["adjoint_steps"])
     x = x - s["gamma"] * _d_x(d, z, v, x, i, j)
     return state | {"z": z, "v": v, "x": x}
 

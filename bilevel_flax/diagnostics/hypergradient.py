@@ -221,14 +221,9 @@ def _unflat(vector: jax.Array, like: PyTree, moving: tuple[bool, ...]) -> PyTree
     leaves, treedef = jax.tree.flatten(like)
     chosen = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
     new = iter(ravel_pytree(chosen)[1](vector))
-    return treedef.unflatten(
-        [
-            next(new).astype(leaf.dtype)
-            if moves
-            else (jnp.zeros_like(leaf) if is_inexact(leaf) else leaf)
-            for leaf, moves in zip(leaves, moving, strict=True)
-        ]
-    )
+    rest = [jnp.zeros_like(leaf) if is_inexact(leaf) else leaf for leaf in leaves]
+    pairs = zip(rest, moving, strict=True)
+    return treedef.unflatten([next(new) if moves else leaf for leaf, moves in pairs])
 
 
 def _mean(function, side, rng):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend import core
 from jax.extend.core.primitives import copy_p, stop_gradient_p
 
@@ -58,8 +59,8 @@ class SymmetryCheck(NamedTuple):
         if self.asymmetry > self.tolerance:
             return (
                 f"inner_loss's gradient is no gradient: the Jacobian is not symmetric "
-                f"({self.asymmetry:.2g}), so the adjoint and D_x are wrong: a custom_vjp or gradient "
-                "reversal in it has to be the derivative of the loss"
+                f"({self.asymmetry:.2g}), so the adjoint and D_x are wrong: a custom_vjp or a "
+                "gradient reversal in it has to be the derivative of the loss"
             )
         return ""
 
@@ -117,15 +118,9 @@ def _compared(problem: Problem, z, x, batch, model_state, rng):
         grad = oracles.inner_grad(problem, floats.merge(leaves), x, batch, model_state, rng)
         return split(grad).leaves
 
-    keys = jax.random.split(jax.random.PRNGKey(0), 2)
     u, v = (
-        [
-            jax.random.normal(key, leaf.shape, leaf.dtype)
-            for key, leaf in zip(
-                jax.random.split(key, len(floats.leaves)), floats.leaves, strict=True
-            )
-        ]
-        for key in keys
+        optax.tree.random_like(jax.random.PRNGKey(seed), floats.leaves, jax.random.normal)
+        for seed in (0, 1)
     )
     jaxpr = jax.make_jaxpr(field)(floats.leaves)
     moving = core.jaxpr_as_fun(_moving(jaxpr))

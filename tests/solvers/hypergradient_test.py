@@ -15,8 +15,7 @@ from jax.flatten_util import ravel_pytree
 from problems import finite_sums, logistic, quadratics
 
 import bilevel_flax as bf
-from bilevel_flax import diagnostics
-from bilevel_flax.solvers.nested import minres as krylov
+from bilevel_flax import data, diagnostics
 
 pytestmark = pytest.mark.usefixtures("x64")
 check = diagnostics.hypergradient_check
@@ -154,7 +153,8 @@ def test_a_system_without_a_solution_is_not_called_solved(method: str):
     assert not found.converged
     # Of the three equations one says 0 = -1: what is left of the residual is 1 / √3.
     assert found.reference_residual == pytest.approx(1 / np.sqrt(3))
-    assert np.all(np.isfinite(found.reference))
+    # D_x = v: the shortest least-squares solution.
+    np.testing.assert_allclose(found.reference, [0, -1, -0.5], atol=1e-6)
 
 
 def test_too_few_iterations_are_owned_up_to(source: Any):
@@ -299,25 +299,6 @@ def test_batch_norm_and_dropout_are_as_in_training_and_always_the_same():
     assert found.negative_curvature == (values[0] < 0)
 
 
-def test_minres_minimises_the_residual_over_the_krylov_space():
-    rng = np.random.default_rng(0)
-    matrix = rng.normal(size=(9, 9))
-    matrix = matrix + matrix.T
-    target = rng.normal(size=9)
-    space = [target]
-    for k in range(1, 10):
-        if k in (2, 3, 5, 6, 7, 8):
-            space.append(matrix @ space[-1])
-            continue
-        found = krylov.minres(lambda v: jnp.asarray(matrix) @ v, jnp.asarray(target), k, 0.0)
-        basis = np.linalg.qr(np.stack(space, 1))[0]
-        best = basis @ np.linalg.lstsq(matrix @ basis, target)[0]
-        residual = np.linalg.norm(matrix @ found.vector - target)
-        assert residual == pytest.approx(np.linalg.norm(matrix @ best - target), abs=1e-9)
-        space.append(matrix @ space[-1])
-    np.testing.assert_allclose(krylov.ritz_values(found), np.linalg.eigvalsh(matrix), atol=1e-8)
-
-
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [({"method": "cg"}, "method='cg' is unknown"), ({"outer": []}, "outer=.* holds no data")],
@@ -326,3 +307,47 @@ def test_mistakes_are_named(source: Any, keywords: dict, message: str):
     sides = {"inner": source.inner_batches, "outer": source.outer_batches} | keywords
     with pytest.raises(ValueError, match=message):
         check(source.problem, source.random_variables(), **sides)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", ["dense", "minres"])
+def test_more_parameters_than_examples_leave_the_exact_adjoint_at_cosine_one(method, dtype):
+    rng = np.random.default_rng(0)
+    design = rng.normal(size=(6, 30)) * np.geomspace(1, 3, 6)[:, None]
+    rows, tilt = jnp.asarray(design, dtype), jnp.asarray(rng.normal(size=30), dtype)
+    problem = bf.Problem(
+        inner_loss=lambda z, x, batch: 0.5 * jnp.sum((rows @ z - x) ** 2),
+        outer_loss=lambda z, x, batch: tilt @ z + 0 * x.sum(),
+    )
+    v = -np.linalg.pinv(design.T @ design) @ np.asarray(tilt, np.float64)
+    point = bf.Variables(jnp.zeros(30, dtype), jnp.asarray(v, dtype), jnp.ones(6, dtype))
+    one = jnp.ones(1)
+    found = check(problem, point, one, one, method=method)
+    assert found.cosine == pytest.approx(1, abs=1e-4)
+    assert found.relative_error < 0.01
+    assert not found.converged
+
+
+@pytest.mark.parametrize("method", ["dense", "minres"])
+def test_parameters_that_never_move_are_no_variables_of_the_system(method: str):
+    """h* = x; b is frozen at 0, but G is far from separable in it."""
+    problem = bf.Problem(
+        lambda z, x, _: 0.5 * z["h"] ** 2 - x * z["h"] + 3 * z["b"] * z["h"] + 9 * z["b"] ** 2,
+        lambda z, x, _: 0.5 * (z["h"] - 2.0) ** 2 + 0.5 * x**2 + 5 * z["b"],
+    )
+    x, zero = jnp.array(0.5), jnp.array(0.0)
+    point = bf.Variables({"h": x, "b": zero}, {"h": 2 - x, "b": zero}, x)
+    moves = {"h": True, "b": False}
+    one = jnp.ones(1)
+    found = check(problem, point, one, one, method=method, trainable=moves)
+    assert float(found.reference) == pytest.approx(0.5 - 2 + 0.5)  # h - 2 + x
+    assert found.adjoint_residual == pytest.approx(0, abs=1e-12)
+    assert found.smallest_curvature == pytest.approx(1)
+    source = data.partition({"a": np.ones(2)}, 1, shuffle=False)
+    sums = problem, point, source, source
+    assert diagnostics.adjoint_residual(*sums, trainable=moves) == pytest.approx(0, abs=1e-12)
+    assert diagnostics.adjoint_residual(*sums) > 0.5
+    with pytest.raises(ValueError, match="not a pytree prefix of inner_params"):
+        check(problem, point, one, one, trainable={"h": True})
+    with pytest.raises(ValueError, match="leaves no parameter"):
+        check(problem, point, one, one, trainable=False)
