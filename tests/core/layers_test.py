@@ -61,7 +61,7 @@ DERIVATIVES = {
     "hvp",
 }
 # The files of `oracles` that differentiate; its others call losses and put results together.
-DERIVATIVE_CODE = {"derivatives", "products", "forward", "residual_codes"}
+DERIVATIVE_CODE = {"derivatives", "products", "symmetry", "forward", "residual_codes"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -243,7 +243,7 @@ def nested(
             finite=finite,
             adjoint_residual=report.residual,
             oracle_units=jnp.asarray(units if report.units is None else report.units, jnp.float32),
-            metrics=metrics | report.metrics,
+            metrics={**metrics, **report.metrics},
         )
         return frozen_state(alive, new.replace(step=state.step + 1), state, d_x), info
 

@@ -82,7 +82,8 @@ class _Carry(NamedTuple):
 
 
 def _dot(tree: PyTree, other: PyTree) -> jax.Array:
-    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, tree, other)), start=jnp.float32(0.0))
+    products = jax.tree.leaves(jax.tree.map(jnp.vdot, tree, other))
+    return sum(products, start=jnp.zeros((), jnp.float32))
 
 
 def _sum(tree: PyTree, *terms: tuple[jax.Array, PyTree]) -> PyTree:
