@@ -267,29 +267,29 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises unless `value` is an integer >= `least`.
 
     Raises:
-        ValueError: names the argument and the value.
+        UserError: names the argument and the value.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raises unless `value` is a schedule or a positive finite number.
 
     Raises:
-        ValueError: names the argument and the value.
+        UserError: names the argument and the value.
     """
     if callable(value):
         return
     if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} must be a positive number or a schedule, got {value!r}")
+        raise UserError(f"{name} must be a positive number or a schedule, got {value!r}")
 
 
 def check_partition(count_name: str, count: Any, weights_name: str, weights: Any) -> None:
     """Raises unless there is a positive number of minibatches and a weight for each.
 
     Raises:
-        ValueError: names the arguments and their values.
+        UserError: names the arguments and their values.
     """
     check_count(count_name, count)
     if weights is not None and np.shape(weights) != (count,):

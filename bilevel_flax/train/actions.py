@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,16 +42,6 @@ class Schedule(NamedTuple):
     def next(self, step: int) -> int:
         """The first step after `step` at which it is due."""
         return min(self.last, step + self.every - step % self.every) if self.every else self.last
-
-
-class Measurement(Protocol):
-    """An action that gives values for the log."""
-
-    schedule: Schedule
-
-    def __call__(self, state: TrainState, step: int) -> Mapping[str, float]:
-        """The values by name."""
-        ...
 
 
 class Totals:

@@ -56,9 +56,9 @@ def apply_override(config: Config, override: str) -> None:
         raise ConfigError(f"--config.{name}: it has several keys, set one: {', '.join(inside)}")
     options = {} if name in known else _options(config)
     if name not in known and name not in options:
-        raise ConfigError(
-            f"--config.{name}: the config has no such key{nearest(name, [*known, *options])}"
-        )
+        nodes = sorted({key.rpartition(".")[0] for key in known} - {""})
+        near = nearest(name, [*known, *options]) or nearest(name, nodes)
+        raise ConfigError(f"--config.{name}: the config has no such key{near}")
     *path, last = name.split(".")
     node = config
     for part in path:

@@ -42,7 +42,7 @@ from bilevel_flax.train.workdir import write_json
 
 # From a signal to the end of the process: to a safe point; then, where it is reached, to save. A
 # machine that is preempted is gone after 30 s.
-_GRACE_SECONDS, _SAVING_SECONDS, _LEAVING_SECONDS = 9.0, 28.0, 5.0
+_GRACE_SECONDS, _SAVING_SECONDS, _LEAVING_SECONDS = 8.0, 28.0, 5.0
 
 
 class Trained(NamedTuple):
@@ -126,7 +126,7 @@ def train_loop(
             actions.Evaluation(schedule(run.eval_every), task.evaluate, task.best_metric, best),
             processes,
         )
-        measurements: list[actions.Measurement] = [means, evaluation, monitor]
+        measurements = (means, evaluation, monitor)
         saving = actions.Saving(schedule(run.checkpoint.every), checkpointer, processes, check)
         log = actions.MetricLog(writer, watch, progress, messages)
 

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bilevel_flax import deprecated
 from bilevel_flax.checkpoints import checkpointer as checkpoint
@@ -127,20 +127,27 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one step: a killed process leaves the old one or the new one.
-
-    Numbers that are not finite become null, which every reader of JSON understands.
-    """
+    """Writes a JSON file; numbers that are not finite become null, which every reader knows."""
     with replaced(path) as file:
         file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` once the block is left without an error."""
+def replaced(path: Path, mode: str = "w") -> Iterator[Any]:
+    """Opens a file to be written in one step: a killed process leaves the old one or the new one.
+
+    Args:
+        path: of the file, which keeps its content until the block is left without an error.
+        mode: "w" for text, in UTF-8 and with line ends as they are written; "wb" for bytes.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    # A link of that name, in a folder of somebody else's, must not be written through.
+    partial.unlink(missing_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "replace"}
+    with partial.open(mode.replace("w", "x"), **text) as file:  # pyright: ignore[reportArgumentType, reportCallIssue]
         yield file
+        file.flush()
+        os.fsync(file.fileno())  # or a crash may leave the new name with no content
     os.replace(partial, path)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_flax.checks import check_count
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.darts.genotype import random_genotype
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train_all(options: argparse.Namespace, config: Any, images: Images) -> None:
     for name in ("cells", "seeds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}={getattr(options, name)}: must be 1 or more")
+        check_count(f"--{name}", getattr(options, name))
     rival = None if options.against is None else options.against / "retrained.json"
     if rival is not None and not rival.is_file():
         raise ConfigError(f"--against={options.against}: no retrained.json there")

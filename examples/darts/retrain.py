@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel_flax.checks import UserError, check_count
 from bilevel_flax.train import config as configs
 from examples.darts import draw, genotype
 from examples.darts.images import Images, load_images
@@ -33,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _retrain(options: argparse.Namespace, config: Any, images: Images) -> None:
-    if options.seeds < 1:
-        raise configs.ConfigError(f"--seeds={options.seeds}: must be 1 or more")
+    check_count("--seeds", options.seeds)
     found = genotype.load(options.genotype)
     make_network(config, found, images)  # checks before anything is compiled
     options.workdir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, job: J
         except ValueError as error:  # of the data: unknown, missing, damaged
             raise configs.ConfigError(str(error)) from error
         job(options, config, images)
-    except (configs.ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

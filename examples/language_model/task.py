@@ -23,6 +23,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
+from bilevel_flax.checks import check_count
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report.sections import Section, table_section
 from bilevel_flax.train.task import InitialValues, Task
@@ -102,8 +103,7 @@ def make_task(config: Any) -> Task:
     model = make_model(config.size, config.dtype, config.remat)
     length, batch_size = config.length, config.batch_size
     for name in ("length", "batch_size"):
-        if config[name] < 1:
-            raise ConfigError(f"--config.{name}={config[name]}: must be 1 or more")
+        check_count(f"--config.{name}", config[name])
     domains = text.load(config.data.files)
     largest = max(int(tokens.max()) for tokens in domains.values())
     if largest >= model.size.vocabulary:

@@ -23,6 +23,7 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
+from bilevel_flax.checks import check_count
 from bilevel_flax.train.config import ConfigError, nearest
 from bilevel_flax.train.task import InitialValues, Task
 from examples.language_model import text
@@ -159,15 +160,13 @@ def make_task(config: Any) -> Task:
     """
     model = make_model(config.size, config.dtype, config.remat)
     for name in ("length", "batch_size"):
-        if config[name] < 1:
-            raise ConfigError(f"--config.{name}={config[name]}: must be 1 or more")
+        check_count(f"--config.{name}", config[name])
     if config.use not in ("sampling", "weighting"):
         raise ConfigError(f"--config.use={config.use}: choose sampling or weighting")
     texts = load_texts(config)
     names = list(texts.domains)
     oversampling = len(names) if config.oversampling is None else config.oversampling
-    if not isinstance(oversampling, int | np.integer) or oversampling < 1:
-        raise ConfigError(f"--config.oversampling={oversampling}: must be 1 or more")
+    check_count("--config.oversampling", oversampling)
     mixture = make_mixture(config.mixture, len(names), config.temperature)
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
     inner = stream.candidates(texts.domains, count, config.seed)

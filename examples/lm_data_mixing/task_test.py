@@ -16,6 +16,7 @@ import pytest
 
 import bilevel_flax as bf
 from bilevel_flax import data
+from bilevel_flax.checks import UserError
 from bilevel_flax.data import draws
 from bilevel_flax.outer.data_mixture import comb
 from bilevel_flax.train import config as configs
@@ -107,13 +108,13 @@ def test_a_bad_input_is_a_line(files: Path, make, overrides, says):
     [
         ("mixture=domain", "choose domains or network"),
         ("use=sample", "choose sampling or weighting"),
-        ("oversampling=0", "must be 1 or more"),
-        ("batch_size=0", "must be 1 or more"),
+        ("oversampling=0", "must be an integer >= 1, got 0"),
+        ("batch_size=0", "must be an integer >= 1, got 0"),
         ("size=tinny", 'did you mean "tiny"'),
     ],
 )
 def test_a_bad_setting_is_a_line(files: Path, override: str, says: str):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(UserError, match=says):
         task.make_task(config_of(files, override))
 
 

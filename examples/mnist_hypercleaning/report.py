@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from bilevel_flax.train.report.page import Section, figure_section, gallery_section
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
 from bilevel_flax.train.report.sections import compare_in_words
-from bilevel_flax.train.workdir import read_json
+from bilevel_flax.train.workdir import read_json, replaced
 from examples.mnist_hypercleaning import ranking
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]
@@ -129,14 +129,13 @@ def write_suspicious_csv(
     if np.isnan(weights).any():
         raise ValueError(f"weights holds {np.isnan(weights).sum()} NaN: there is no order in them")
     path = Path(path)
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["index", "given_label", "weight", "rank"])
         order = np.argsort(weights, kind="stable")[:limit]
         for rank, index in enumerate(order.tolist(), start=1):
             writer.writerow([index, int(given_label[index]), str(weights[index]), rank])
-    return fresh.replace(path)
+    return path
 
 
 def conclusion(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from bilevel_flax.train.metrics.scalars import number
+from bilevel_flax.train.workdir import replaced
 
 
 class JsonlWriter:
@@ -120,13 +121,8 @@ def _keep_lines(path: Path, last_step: int | None) -> None:
         )
     if keep == content:
         return
-    # Replaced in one go: a kill in the middle leaves the old file or the new one.
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
+    with replaced(path, "wb") as file:
         file.write(keep)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -16,7 +16,6 @@ Example:
 import html
 import importlib.resources
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from bilevel_flax.train.report.sections import (
     note_html,
     table_section,
 )
+from bilevel_flax.train.workdir import replaced
 
 __all__ = [
     "Section",
@@ -101,13 +101,9 @@ def write_report(
 
 
 def write_page(path: Path, content: str) -> Path:
-    """Writes a page in one step: a killed process leaves the old one or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    # A link that lies in a stranger's folder under this name must not be written through.
-    fresh.unlink(missing_ok=True)
-    with fresh.open("x", encoding="utf-8", errors="replace") as file:
+    """Writes a page in one step."""
+    with replaced(path) as file:
         file.write(content)
-    os.replace(fresh, path)
     return path
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import bilevel_flax as bf
+from bilevel_flax.checks import check_count
 from bilevel_flax.train.config import ConfigError, check_choice, nearest
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
@@ -65,8 +66,7 @@ def make_task(config: Any) -> Task:
     names = space_of(config)
     check_choice(f"--config.selection={config.selection}", config.selection, SELECTIONS)
     for key in ("channels", "batch_size"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ConfigError(f"--config.{key}={config[key]}: must be an integer of 1 or more")
+        check_count(f"--config.{key}", config[key])
     network = MicroNetwork(names=names, channels=config.channels)
     search = make_search(config.seed, network=network, batch_size=config.batch_size)
     weights_of = mixture(names).weights
