@@ -154,12 +154,14 @@ from pathlib import Path
 from bilevel_flax.bench.tasks import PROTOCOLS, TASKS
 from bilevel_flax.distribution import recipes, shipped
 from bilevel_flax.train import config
-for name in recipes.names():
-    recipes.copy(name, Path(name))
-    loaded = config.load(f"{name}/configs/{name}.py")
-    config.imported(loaded.task.call), config.imported(loaded.report)
-    print(name)
 shipped.make_importable()
+for name in recipes.names():
+    recipes.copy(name, Path())
+for name in recipes.names():
+    loaded = config.load(f"configs/{name}.py")
+    config.imported(loaded.task.call)
+    loaded.report and config.imported(loaded.report)
+    print(name)
 for place in {*TASKS.values(), *PROTOCOLS.values()}:
     config.imported(place)
 """
