@@ -70,10 +70,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     name, _, argument = spec.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        beside = {other.stem: other for other in sorted(path.parent.glob("*.py"))}
+        folders = (path.parent, Path("configs"))
+        beside = {other.stem: other for folder in folders for other in sorted(folder.glob("*.py"))}
         close = difflib.get_close_matches(path.stem, list(beside), n=1)
         near = f' (did you mean "{beside[close[0]]}"?)' if close else ""
-        if path.stem in recipes.names():
+        if path.stem in recipes.names() and path.stem not in beside:
             near = f": bilevel-flax new {path.stem} copies it and its example into this folder"
         raise ConfigError(f"--config={spec}: no file {path}{near}")
     root = str(path.resolve().parent.parent)

@@ -131,6 +131,7 @@ def test_missing_data_are_reported_in_a_second(
     ("arguments", "message"),
     [
         (["train", "--config", "configs/mnist_hypercleanin.py", "--workdir", "x"], "did you mean"),
+        (["train", "--config", "lm_pod", "--workdir", "x"], 'did you mean "configs/lm_pod.py"?'),
         (["train", "--config", "configs/mnist_hypercleaning.py:sba", "--workdir", "x"], "saba"),
         (["report", "/nowhere"], "/nowhere holds no run"),
         (["report", "x", "--config.steps=3"], "report takes no --config overrides"),
