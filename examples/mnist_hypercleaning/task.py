@@ -30,12 +30,12 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
-from examples.datasets import sources
+from examples.datasets import own, sources
 from examples.mnist_hypercleaning import baselines, report
 from examples.mnist_hypercleaning.model import Linear, error, losses, make_model
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
 
-# The published sizes; `mnist5k` has its own.
+# The published sizes; `mnist5k` and data of one's own have others.
 SPLITS = (20_000, 5_000, 10_000)
 # The coefficient c of ‖z‖²: the published one for the linear model. The deeper ones interpolate
 # with it as a weight decay of ordinary size.
@@ -88,7 +88,8 @@ def load_examples(config: Any) -> Examples:
         ValueError: unknown data set, missing files, impossible splits, a corruption out of range.
     """
     name = config.data.name
-    splits = config.data.splits or (None if name == "mnist5k" else SPLITS)
+    own_sizes = name == "mnist5k" or own.is_own(name)
+    splits = config.data.splits or (None if own_sizes else SPLITS)
     images = sources.load(
         name,
         manual_dir=config.data.manual_dir,
