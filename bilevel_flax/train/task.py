@@ -11,6 +11,7 @@ import jax
 
 from bilevel_flax import deprecated
 from bilevel_flax.base import Problem, PyTree, TrainState
+from bilevel_flax.checks import UserError
 from bilevel_flax.data import FiniteSum
 
 
@@ -86,6 +87,12 @@ class Task:
     headline: Sequence[str] = ()
     rules: Any = None
     units: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = {name: unit for name, unit in self.units.items() if not isinstance(unit, str)}
+        if wrong:
+            name, unit = next(iter(wrong.items()))
+            raise UserError(f'units: {name!r} has the unit {unit!r}; write a text, such as "nats"')
 
 
 Task.__init__ = deprecated.renamed_arguments(finish="final_metrics", select="best_metric")(

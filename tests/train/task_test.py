@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_task
 
+from bilevel_flax.checks import UserError
 from bilevel_flax.train import task
 from bilevel_flax.train.experiment import train_and_evaluate
 from bilevel_flax.train.task import InitialValues, Task
@@ -58,3 +59,9 @@ def test_old_names_work_with_a_warning():
     ]
     with pytest.warns(DeprecationWarning, match="Start is now .*InitialValues"):
         assert task.Start is InitialValues  # pyright: ignore
+
+
+def test_a_unit_is_a_text():
+    whole = tiny_task.make_task(tiny_task.get_config(seed=0))
+    with pytest.raises(UserError, match=r"units: 'distance' has the unit 0.01"):
+        dataclasses.replace(whole, units={"distance": 0.01})
