@@ -40,13 +40,13 @@ class Prefetcher(Iterator):
     def __init__(self, make: Callable[[Any], Any], items: Iterable[Any], depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        self._made: queue.SimpleQueue = queue.SimpleQueue()
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._slots = threading.Semaphore(depth)
         self._stop = threading.Event()
         # The thread must not refer to self: then dropping the iterator could never end it.
         self._thread = threading.Thread(
             target=_work,
-            args=(make, items, self._made, self._slots, self._stop),
+            args=(make, items, self._results, self._slots, self._stop),
             name="bilevel_flax-prefetch",
             daemon=True,
         )
@@ -59,7 +59,7 @@ class Prefetcher(Iterator):
     def __next__(self) -> Any:
         if self._stop.is_set():
             raise StopIteration
-        value, error = self._made.get()
+        value, error = self._results.get()
         if error is not None:
             self.close()
             raise error
@@ -129,7 +129,7 @@ def fits_on_device(nbytes: int, limit: int | None = None, device: Any = None) ->
     return nbytes <= limit
 
 
-def _work(make, items, made, slots, stop) -> None:
+def _work(make, items, results, slots, stop) -> None:
     try:
         iterator = iter(items)
         while True:
@@ -139,14 +139,14 @@ def _work(make, items, made, slots, stop) -> None:
             try:
                 item = next(iterator)
             except StopIteration:
-                made.put((None, StopIteration()))
+                results.put((None, StopIteration()))
                 return
-            made.put((make(item), None))
+            results.put((make(item), None))
     except StopIteration as error:
         # Raised by `make`: passed on as it is, it would end the consumer's loop without a word.
-        made.put((None, RuntimeError(f"prefetch: make raised {error!r}")))
+        results.put((None, RuntimeError(f"prefetch: make raised {error!r}")))
     except BaseException as error:  # noqa: BLE001  whatever it is, the consumer must hear of it
-        made.put((None, error))
+        results.put((None, error))
 
 
 def _end(stop: threading.Event, slots: threading.Semaphore) -> None:

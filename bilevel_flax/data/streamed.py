@@ -66,10 +66,10 @@ class Streamed:
         if axis != 0 or out is not None or mode != "raise":
             raise ValueError("streamed minibatches can be taken along axis 0 only")
         indices = np.asarray(indices)
-        found = np.empty((indices.size, *self.shape[1:]), self.dtype)
-        for row, i in zip(found, indices.reshape(-1).tolist(), strict=True):
+        rows = np.empty((indices.size, *self.shape[1:]), self.dtype)
+        for row, i in zip(rows, indices.reshape(-1).tolist(), strict=True):
             row[...] = self._read(i)[self._rest]
-        return found.reshape(*indices.shape, *self.shape[1:])
+        return rows.reshape(*indices.shape, *self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy

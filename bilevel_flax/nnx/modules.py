@@ -124,10 +124,10 @@ def check_model(model: Any, wrt: Any) -> None:
             "functions go to bf.Problem(inner_loss, outer_loss)"
         )
     if not paths(nnx.state(model, wrt)):
-        found = sorted({type(leaf).__name__ for leaf in paths(nnx.state(model)).values()})
+        kinds = sorted({type(leaf).__name__ for leaf in paths(nnx.state(model)).values()})
         raise ValueError(
             f"{type(model).__name__} has no variable that wrt={wrt!r} selects, so there is "
-            f"nothing to learn; it has {', '.join(found) or 'no variables at all'}"
+            f"nothing to learn; it has {', '.join(kinds) or 'no variables at all'}"
         )
 
 

@@ -38,10 +38,10 @@ def partition_specs(model: nnx.Module, *, wrt: Any = nnx.Param) -> PyTree:
     """
     check_model(model, wrt)
     state = nnx.state(model, wrt)
-    found = paths(nnx.get_partition_spec(state))
+    specs = paths(nnx.get_partition_spec(state))
     flat = []
     for path in paths(state):
-        spec = value_of(found[path])
+        spec = value_of(specs[path])
         spec = spec if isinstance(spec, PartitionSpec) else PartitionSpec()
         flat.append((path, spec))
     return plain(nnx.from_flat_state(flat))

@@ -59,9 +59,9 @@ def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> Samp
             raise ValueError(
                 "meta_weight_net weighs by the loss: apply(outer_params, batch, losses)"
             )
-        seen = jax.lax.stop_gradient(losses)
+        values = jax.lax.stop_gradient(losses)
         first, last = outer_params["first"], outer_params["last"]
-        out = jax.nn.relu(jnp.outer(seen, first["kernel"]) + first["bias"][None])
+        out = jax.nn.relu(jnp.outer(values, first["kernel"]) + first["bias"][None])
         return jax.nn.sigmoid(out @ last["kernel"] / jnp.sqrt(float(hidden)) + last["bias"])
 
     def apply(outer_params, batch, losses=None):

@@ -83,8 +83,8 @@ def _covered(size: int, width: jax.Array, key: jax.Array) -> jax.Array:
 def frequency_mask(signals: jax.Array, amount: jax.Array, key: jax.Array) -> jax.Array:
     """Takes a band of frequencies out."""
     spectrum = jnp.fft.rfft(signals, axis=1)
-    kept = 1 - _covered(spectrum.shape[1], amount, key)
-    return jnp.fft.irfft(spectrum * kept[:, :, None], n=signals.shape[1], axis=1).astype(
+    passed = 1 - _covered(spectrum.shape[1], amount, key)
+    return jnp.fft.irfft(spectrum * passed[:, :, None], n=signals.shape[1], axis=1).astype(
         signals.dtype
     )
 
