@@ -115,7 +115,8 @@ def f2sa(
             out, grad_z = sampled.inner_grad(z, x, inner_batch)
             _, grad_y = sampled.inner_grad(y, x, inner_batch)
             grads = sampled.outer_grads(y, x, outer_batch, out[1])
-            product = scaled(difference(grad_y, grad_z), scale)
+            grad_y = sampled.constrain(grad_y)
+            product = scaled(difference(grad_y, sampled.constrain(grad_z)), scale)
             d_y = axpy(scale, grad_y, grads.inner)
             if penalised is None:
                 d_y = scaled(d_y, 1 / scale)

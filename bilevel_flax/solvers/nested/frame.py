@@ -57,7 +57,7 @@ class StepReport(NamedTuple):
         adjoint_norm: ‖Hv + ∇₁F‖ at the v that D_x was made with.
         residual: the same relative to ‖∇₁F‖.
         d_x: the direction of x.
-        units: the update's cost where it varies; None: as configured.
+        units: the update's cost where it is random; None: as configured.
         metrics: of the method's own, by name.
         inner_last: F came before G, so a model state that both update is G's.
     """
@@ -86,8 +86,8 @@ def report_at(inner, at: Hypergradient, inner_norms, d_x: PyTree = None, units=N
     adjoint_norm = norm(axpy(1.0, at.hvp, at.outer.inner))
     relative = residual(Oracles(None, at.hvp, None, at.outer.inner, None))
     d_x = at.d_x if d_x is None else d_x
-    metrics = {} if at.solve is None else at.solve.metrics
-    return StepReport(inner, at.outer.out, inner_norms, adjoint_norm, relative, d_x, units, metrics)
+    out = at.outer.out
+    return StepReport(inner, out, inner_norms, adjoint_norm, relative, d_x, units, at.metrics)
 
 
 def refresh_minibatch(

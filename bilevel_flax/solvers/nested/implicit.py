@@ -61,8 +61,7 @@ def implicit_step(solve: Callable[[Any], Callable], inner_steps: int, *, same: b
         minibatches = system, system, first(outer)
         estimate = hypergradient(sampled, z, x, *minibatches, solve(state), inner_out[1])
         state = state.replace(inner_params=z, adjoint=estimate.adjoint, inner_opt_state=opt_state)
-        units = None if estimate.solve is None else inner_steps + 2 + estimate.solve.products
-        return state, report_at(inner_out, estimate, norms, units=units)
+        return state, report_at(inner_out, estimate, norms)
 
     return step
 
@@ -80,7 +79,7 @@ def implicit(
     inner_weights: Any = None,
     outer_weights: Any = None,
 ) -> BilevelSolver:
-    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units, by CG at most.
+    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units.
 
     Args:
         problem: the bilevel problem.

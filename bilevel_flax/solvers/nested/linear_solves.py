@@ -1,6 +1,6 @@
 """Approximations of v = -[∇²₁₁G]⁻¹ ∇₁F that start anew in every update.
 
-Each is made by a function that returns `solve(hvp, ∇₁F, minibatches) -> (v, LinearSolve)`, with
+Each is made by a function that returns `solve(hvp, ∇₁F, minibatches) -> (v, metrics)`, with
 `hvp(u, minibatch)` the Hessian product at the point in question.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax import tree
-from bilevel_flax.base import PyTree, TrainState
+from bilevel_flax.base import Metrics, PyTree, TrainState
 from bilevel_flax.minibatches import scaled
 from bilevel_flax.solvers.nested.minres import minres
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -27,23 +27,6 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
 )
 
 
-class LinearSolve(NamedTuple):
-    """How an iterative solver ended.
-
-    Attributes:
-        products: int32, Hessian products that it took.
-        singular: bool, the system has no solution: H is singular along a part of ∇₁F.
-    """
-
-    products: jax.Array
-    singular: jax.Array
-
-    @property
-    def metrics(self) -> dict[str, jax.Array]:
-        """The warning in `info.metrics`."""
-        return {"adjoint_singular": self.singular.astype(jnp.float32)}
-
-
 class Hypergradient(NamedTuple):
     """An approximate implicit gradient at one point."""
 
@@ -51,7 +34,7 @@ class Hypergradient(NamedTuple):
     hvp: PyTree
     d_x: PyTree
     outer: OuterGrads
-    solve: LinearSolve | None = None  # None: as many products as the method always takes
+    metrics: Metrics = {}  # the linear solver's
 
 
 def hypergradient(
@@ -66,9 +49,9 @@ def hypergradient(
 ) -> Hypergradient:
     """D_x with v = solve(hvp, ∇₁F, system)."""
     grads = sampled.outer_grads(z, x, outer, after)
-    v, how = solve(lambda u, minibatch: sampled.hvp(z, u, x, minibatch), grads.inner, system)
+    v, metrics = solve(lambda u, minibatch: sampled.hvp(z, u, x, minibatch), grads.inner, system)
     product, d_x = sampled.direction(z, v, x, cross, grads)
-    return Hypergradient(v, product, d_x, grads, how)
+    return Hypergradient(v, product, d_x, grads, metrics)
 
 
 def neumann(step: Any, times: int | None = None):
@@ -84,7 +67,7 @@ def neumann(step: Any, times: int | None = None):
             return (term, axpy(1.0, term, total)), None
 
         (_, total), _ = scan(body, (grad, grad), minibatches, times)
-        return scaled(total, -step), None
+        return scaled(total, -step), {}
 
     return solve
 
@@ -105,7 +88,7 @@ def randomised_neumann(step: Any, count: int, factors: jax.Array):
 
         # Without a factor there is no Minibatch to index, not even at trace time.
         term = jax.lax.fori_loop(0, factors, body, grad) if count > 1 else grad
-        return scaled(term, -count * step), None
+        return scaled(term, -count * step), {}
 
     return solve
 
@@ -168,7 +151,7 @@ def conjugate_gradients(steps: int, damping: float):
         solution = minres(product, target, steps, tolerance=eps)
         own = zip(solution.conjugate, floats.leaves, strict=True)
         v = floats.complete([u.astype(leaf.dtype) for u, leaf in own])
-        return v, LinearSolve(solution.iterations, solution.singular)
+        return v, {"adjoint_singular": solution.singular.astype(jnp.float32)}
 
     return solve
 

@@ -98,11 +98,28 @@ def at_step(value: Any, step: jax.Array) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampledOracles:
-    """The oracles on a `Minibatch`, scaled by N·w_i, and the optimisers."""
+    """The oracles on a `Minibatch`, scaled by N·w_i, and the optimisers.
+
+    Attributes:
+        problem: the bilevel problem.
+        transforms: the optimisers of z, v and x.
+        model_state: what a stateful loss is handed.
+        trainable: a tree like z of booleans, False for leaves that z's optimiser never moves: they
+            are constants, so that ∇₁F and ∇²₁₁G have no entries for them. None: all move.
+    """
 
     problem: Problem
     transforms: Variables
     model_state: PyTree
+    trainable: PyTree = None
+
+    def constrain(self, tree: PyTree) -> PyTree:
+        """A tree like z with zeros for the leaves that do not move."""
+        if self.trainable is None:
+            return tree
+        return jax.tree.map(
+            lambda moves, leaf: leaf if moves else jnp.zeros_like(leaf), self.trainable, tree
+        )
 
     def after(self, aux: Aux) -> SampledOracles:
         """The oracles once F has been evaluated: with its model state if it updates it."""
@@ -128,7 +145,7 @@ class SampledOracles:
         """∇²₁₁G v."""
         point = Variables(z, v, x)
         product = oracles.hvp(self.problem, point, minibatch.data, self.model_state, minibatch.rng)
-        return scaled(product, minibatch.factor)
+        return self.constrain(scaled(product, minibatch.factor))
 
     def cross_jvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₂₁G v; per-sample leaves are `Rows`."""
@@ -150,7 +167,8 @@ class SampledOracles:
         out, *grads = oracles.outer_value_and_grads(
             self.problem, z, x, minibatch.data, state, minibatch.rng
         )
-        return OuterGrads(out, *scaled(tuple(grads), minibatch.factor))
+        grad_z, grad_x = scaled(tuple(grads), minibatch.factor)
+        return OuterGrads(out, self.constrain(grad_z), grad_x)
 
     def direction(self, z, v, x, minibatch: Minibatch, outer: OuterGrads):
         """`(Hv, D_x)` with D_x = ∇²₂₁G v + ∇₂F.
@@ -162,7 +180,7 @@ class SampledOracles:
             self.problem, Variables(z, v, x), minibatch.data, self.model_state, minibatch.rng
         )
         product, cross = scaled((product, cross), minibatch.factor)
-        return product, rows.add(cross, outer.outer)
+        return self.constrain(product), rows.add(cross, outer.outer)
 
     def inner_step(self, z, opt_state, x, minibatch: Minibatch, value, direction):
         """Z's optimiser, fed `direction`; what else it may ask for goes by Optax's names."""
