@@ -142,6 +142,8 @@ class Saving:
         checkpointer: of all processes.
         processes: of all processes; what the disk says goes through it before it decides.
         check: what finds a NaN.
+        position: where the run stands beside its state, fit for JSON: what a resumed run goes on
+            from.
     """
 
     def __init__(
@@ -150,12 +152,14 @@ class Saving:
         checkpointer: Checkpointer,
         processes: Channel,
         check: FiniteCheck,
+        position: Callable[[], Mapping[str, Any]],
     ):
         self.schedule = schedule
         self._checkpointer, self._processes, self._check = checkpointer, processes, check
+        self._position = position
         self._unsaved: str | None = None
 
-    def __call__(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
+    def __call__(self, state: TrainState, step: int) -> None:
         """Saves unless this step is saved already.
 
         Raises:
@@ -168,7 +172,7 @@ class Saving:
             return
         raise_if_lost(self._check.first_lost(state), step, latest)
         try:
-            self._checkpointer.save(step, state, meta)
+            self._checkpointer.save(step, state, self._position())
         except CheckpointError as error:
             if step < self.schedule.last:
                 raise CheckpointError(

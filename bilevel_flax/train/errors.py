@@ -129,13 +129,13 @@ def _leaves(state: TrainState) -> dict[str, Any]:
     }
 
 
-def raise_if_lost(lost: str | None, step: int, kept: int | None) -> None:
+def raise_if_lost(lost: str | None, step: int, saved: int | None) -> None:
     """Raises `Diverged` if a leaf of the state is not finite although every direction was.
 
     Args:
         lost: its name, from `FiniteCheck`.
         step: the state's.
-        kept: the newest checkpoint's step, None: there is none.
+        saved: the newest checkpoint's step, None: there is none.
     """
     if lost is None:
         return
@@ -149,17 +149,17 @@ def raise_if_lost(lost: str | None, step: int, kept: int | None) -> None:
     )
     raise Diverged(
         f"step {step}: not finite: {lost}, though every direction was finite: {maker}; "
-        f"{_what_is_kept(kept)}"
+        f"{_what_is_saved(saved)}"
     )
 
 
-def raise_if_diverged(info: Info, step: int, kept: int | None) -> None:
+def raise_if_diverged(info: Info, step: int, saved: int | None) -> None:
     """Raises `Diverged` if the chunk's last step was not finite, with what to try.
 
     Args:
         info: of a chunk, leaves [steps].
         step: where it stopped.
-        kept: the newest checkpoint's step, None: there is none.
+        saved: the newest checkpoint's step, None: there is none.
     """
     finite = [bool(side[-1]) for side in info.finite]
     if all(finite):
@@ -176,9 +176,9 @@ def raise_if_diverged(info: Info, step: int, kept: int | None) -> None:
     raise Diverged(
         f"step {step}: not finite: the direction of {', '.join(lost)} "
         f"(norms inner {info.norms.inner[-1]:.3g}, adjoint {info.norms.adjoint[-1]:.3g}, "
-        f"outer {info.norms.outer[-1]:.3g}); {_what_is_kept(kept)}; try {remedy}"
+        f"outer {info.norms.outer[-1]:.3g}); {_what_is_saved(saved)}; try {remedy}"
     )
 
 
-def _what_is_kept(step: int | None) -> str:
+def _what_is_saved(step: int | None) -> str:
     return f"the checkpoint of step {step} is kept" if step is not None else "nothing was saved yet"

@@ -64,14 +64,14 @@ def train_and_evaluate(
     workdir = Path(workdir)
     run = RunConfig.read(copy.deepcopy(config))  # the caller's stays as it is
     multihost.start(run.distributed)
-    processes, leads = multihost.Channel("run"), multihost.is_leader()
-    log = _log if leads else _no_log
+    processes = multihost.Channel("run")
+    log = _log if processes.is_leader else _no_log
     multihost.check_same(processes, _common(run, workdir))
     with contextlib.ExitStack() as stack:
         processes.run_on_leader(lambda: _enter(stack, workdir, run))
         if processes.broadcast((workdir / "summary.json").exists()):
             log(f"{workdir} is a finished run; delete it or choose another --workdir to run again")
-            if leads and not (workdir / "report.html").exists():
+            if processes.is_leader and not (workdir / "report.html").exists():
                 make_report(workdir, run.report)
             return workdirs.read_json(workdir / "summary.json")
 
@@ -140,7 +140,7 @@ def make_report(
     sections: str | None = None,
     *,
     trust: bool = False,
-    say: Callable[[str], None] = _log,
+    log: Callable[[str], None] = _log,
 ) -> Path:
     """Writes `report.html` from the files of a workdir.
 
@@ -149,7 +149,7 @@ def make_report(
         sections: `module:function` that gives the task's sections, out of the caller's own config;
             None: what the folder's config names, as far as it is trusted (SECURITY.md).
         trust: also run code of the working directory that the folder's config names.
-        say: prints a line, where the task's sections are left out.
+        log: prints a line, where the task's sections are left out.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -167,7 +167,7 @@ def make_report(
         try:
             parts = trusted.find_sections(named, workdir, trust=trust)(workdir)
         except trusted.UntrustedError as error:
-            say(f"the report's own sections are left out: {error}")
+            log(f"the report's own sections are left out: {error}")
     return report.write_report(workdir, sections=parts)
 
 

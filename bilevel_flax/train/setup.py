@@ -57,7 +57,7 @@ def make_solver(solver: Any, task: Task) -> BilevelSolver:
         ConfigError: it cannot be made, or is no solver.
     """
     first = np.array(0)
-    made = configs.resolve(
+    result = configs.resolve(
         solver,
         problem=task.problem,
         num_inner_batches=task.inner.num_batches,
@@ -66,12 +66,12 @@ def make_solver(solver: Any, task: Task) -> BilevelSolver:
         outer_weights=task.outer.weights if task.outer.ragged else None,
         example_batch=Batch(data.gather(task.inner, first), data.gather(task.outer, first)),
     )
-    if not isinstance(made, BilevelSolver):
+    if not isinstance(result, BilevelSolver):
         raise configs.ConfigError(
-            f"config.solver: {solver.get(configs.CALL)} returned a {type(made).__name__}, not a "
+            f"config.solver: {solver.get(configs.CALL)} returned a {type(result).__name__}, not a "
             "BilevelSolver; `bilevel-flax solvers` lists them"
         )
-    return made
+    return result
 
 
 def make_layout(run: RunConfig, task: Task) -> tuple[sharding.Layout | None, Task, str]:

@@ -107,10 +107,10 @@ def _hypergradient(
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
-    found = {"python": platform.python_version(), "platform": jax.default_backend()}
+    numbers = {"python": platform.python_version(), "platform": jax.default_backend()}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers

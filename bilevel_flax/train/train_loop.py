@@ -9,7 +9,7 @@ may differ between them (a signal, a clock, a disk) goes through a channel befor
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,14 +85,14 @@ def train_loop(
         Diverged, Interrupted, CheckpointError: as `train_and_evaluate`.
     """
     run = RunConfig.read(run)
-    processes, leads = multihost.Channel("train"), multihost.is_leader()
+    processes = multihost.Channel("train")
     state, outer_params = _initial(run, task, solver, layout)
     check = FiniteCheck(state)
     runner = StepRunner(
         solver, task.inner, task.outer, seed=run.seed, on_device=run.on_device, layout=layout
     )
     messages: list[str] = []
-    progress = Progress(run.steps, quiet=not leads)
+    progress = Progress(run.steps, quiet=not processes.is_leader)
     monitor = Monitor(task, run.steps, outer_params, run.eval_every, run.health.every)
     with (
         PreemptionGuard(grace_seconds=_GRACE_SECONDS) as guard,
@@ -104,38 +104,29 @@ def train_loop(
             processes=multihost.Channel("checkpoints"),
         ) as checkpointer,
     ):
-        restored = checkpointer.restore(state)
-        step, meta = 0, {}
-        if restored is not None:
-            state, step, meta = restored.state, restored.step, restored.meta
-            for sampler, saved in zip(runner.samplers, meta["samplers"], strict=True):
-                sampler.check(saved)
-            messages.append(f"resuming {workdir} at step {step}")
-            _raise_if_poisoned(check.first_lost(state), workdir / "checkpoints" / str(step))
+        state, first, meta = _restore(workdir, checkpointer, state, runner, check, messages)
         schedule = lambda every: actions.Schedule(every, run.steps)
         totals = actions.Totals(runner, meta.get("totals"))
         means = actions.StepMeans(schedule(run.log_every), totals, meta.get("window"))
-        best, writer, watch = None, writers.MultiWriter([]), Watch()
-        if leads:
-            best = _best(workdir, step, messages.append)
-            write_json(workdir / "config.json", run.record)
-            write_json(workdir / "units.json", task.units)
-            writer = writers.open_writers(workdir, step, metric_writers, messages.append)
-            watch = Watch(writers.read_metrics(workdir / "metrics.jsonl"))
+        best, log = _open_files(run, workdir, task, first, metric_writers, progress, messages)
         evaluation = multihost.OnWholeState(
             actions.Evaluation(schedule(run.eval_every), task.evaluate, task.best_metric, best),
             processes,
         )
+        saving = actions.Saving(
+            schedule(run.checkpoint.every),
+            checkpointer,
+            processes,
+            check,
+            position=lambda: {
+                "config": run.record,
+                "samplers": [sampler.state() for sampler in runner.samplers],
+                "window": means.saved(),
+                "totals": totals.now(),
+            },
+        )
         measurements = (means, evaluation, monitor)
-        saving = actions.Saving(schedule(run.checkpoint.every), checkpointer, processes, check)
-        log = actions.MetricLog(writer, watch, progress, messages)
-
-        def save(state: TrainState, step: int) -> None:
-            position = [sampler.state() for sampler in runner.samplers]
-            meta = {"config": run.record, "samplers": position, "window": means.saved()}
-            saving(state, step, meta | {"totals": totals.now()})
-
-        first = step
+        step = first
         try:
             if step < run.steps:
                 messages += [_cost_line(solver), _size_line(solver, task, runner)]
@@ -162,11 +153,11 @@ def train_loop(
                     log.write(step, values)
                     log.show(step, values, (step - first) / max(runner.seconds, 1e-9))
                     if saving.schedule.due(step):
-                        save(state, step)
+                        saving(state, step)
                 received = _first_signal(processes, guard)
                 if received is not None:
                     guard.extend(_SAVING_SECONDS)
-                    save(state, step)
+                    saving(state, step)
                     checkpointer.wait()
                     guard.extend(_LEAVING_SECONDS)
                     raise Interrupted(
@@ -191,20 +182,55 @@ def _initial(
     return state if layout is None else layout.place_state(state), initial.outer_params
 
 
-def _raise_if_poisoned(lost: str | None, checkpoint: Path) -> None:
-    """Raises where a checkpoint holds a NaN: every run that goes on from it would fail."""
+def _restore(
+    workdir: Path,
+    checkpointer: Checkpointer,
+    state: TrainState,
+    runner: StepRunner,
+    check: FiniteCheck,
+    messages: list[str],
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """State, step and position of the newest checkpoint, or of the start.
+
+    Raises:
+        Diverged: the checkpoint holds a NaN; every run that goes on from it would fail.
+    """
+    restored = checkpointer.restore(state)
+    if restored is None:
+        return state, 0, {}
+    for sampler, saved in zip(runner.samplers, restored.meta["samplers"], strict=True):
+        sampler.check(saved)
+    messages.append(f"resuming {workdir} at step {restored.step}")
+    lost = check.first_lost(restored.state)
     if lost is not None:
         raise Diverged(
-            f"{checkpoint} holds a {lost} that is not finite: delete that folder, and the same "
-            "command goes on from the checkpoint before, or from the start"
+            f"{workdir / 'checkpoints' / str(restored.step)} holds {lost}, which is not finite: "
+            "delete that folder, and the same command goes on from the checkpoint before, or from "
+            "the start"
         )
+    return restored.state, restored.step, restored.meta
 
 
-def _best(workdir: Path, step: int, on_event: Callable[[str], Any]) -> BestCheckpoint:
-    """Where the best network is kept."""
+def _open_files(
+    run: RunConfig,
+    workdir: Path,
+    task: Task,
+    step: int,
+    metric_writers: Sequence[writers.MetricWriter],
+    progress: Progress,
+    messages: list[str],
+) -> tuple[BestCheckpoint | None, actions.MetricLog]:
+    """Where process 0 keeps the best network and the values; the others keep nothing."""
+    if not multihost.is_leader():
+        return None, actions.MetricLog(writers.MultiWriter([]), Watch(), progress, messages)
     if step == 0:  # of a run that ended before its first checkpoint
         (workdir / "best.npz").unlink(missing_ok=True)
-    return BestCheckpoint(workdir / "best.npz", on_event)
+    write_json(workdir / "config.json", run.record)
+    write_json(workdir / "units.json", task.units)
+    writer = writers.open_writers(workdir, step, metric_writers, messages.append)
+    watch = Watch(writers.read_metrics(workdir / "metrics.jsonl"))
+    best = BestCheckpoint(workdir / "best.npz", on_event=messages.append)
+    return best, actions.MetricLog(writer, watch, progress, messages)
 
 
 def _updates(info: Info) -> int:
@@ -217,10 +243,10 @@ def _raise_if_diverged(
 ) -> None:
     if all(side[-1] for side in info.finite):
         return
-    kept = checkpointer.latest_step()
+    saved = checkpointer.latest_step()
     # A NaN that an optimiser left in the state is the cause; the directions only show it.
-    raise_if_lost(check.first_lost(state), step, kept)
-    raise_if_diverged(info, step, kept)
+    raise_if_lost(check.first_lost(state), step, saved)
+    raise_if_diverged(info, step, saved)
 
 
 def _first_signal(processes: multihost.Channel, guard: PreemptionGuard) -> signal.Signals | None:

@@ -61,7 +61,7 @@ def test_a_checkpoint_that_holds_a_nan_is_not_gone_on_from(tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         lost = lambda self, state: "outer_params['w']"
         patch.setattr(train_loop.FiniteCheck, "first_lost", lost)
-        with pytest.raises(Diverged, match=r"checkpoints/20 holds a outer_params\['w'\] that is"):
+        with pytest.raises(Diverged, match=r"checkpoints/20 holds outer_params\['w'\], which is"):
             train_and_evaluate(get_config(), tmp_path)
 
 
