@@ -3,15 +3,12 @@
 One directory holds the newest `keep` checkpoints, in Orbax's format and readable with Orbax alone:
 
     <directory>/<step>/     one checkpoint (`format`)
-    <directory>/damaged/    what `restore` found unreadable or altered, moved aside
+    <directory>/damaged/    what `restore` could not read, or not as it was written
 
 A save writes into a temporary directory that is renamed when complete, so a killed or failed save
-leaves nothing that looks like a checkpoint. What is lost or altered on the disk afterwards is found
-by the checksums. Nothing here pickles: arrays are tensorstore's chunks, everything else is JSON.
-
-With many processes every one makes the same calls and writes and reads its own shards, in a
-directory that all of them see. What was saved by one number of processes, on one mesh, is restored
-by any other: the template's shardings decide.
+leaves nothing that looks like a checkpoint. With many processes every one makes the same calls and
+writes and reads its own shards, in a directory that all of them see; what one number of processes
+saved on one mesh is restored by any other: the template's shardings decide.
 """
 
 from __future__ import annotations
@@ -64,8 +61,8 @@ class Checkpointer:
     Args:
         directory: where the checkpoints go; made if it does not exist. Any path that Orbax takes.
         keep: how many checkpoints to keep, the newest; with 1 there is none to fall back to.
-        asynchronous: write in a background thread; `save` then blocks for a copy to host memory
-            (which is kept for the next one), and for the save before it if that still runs.
+        asynchronous: write in a background thread; `save` then blocks for a copy to host memory,
+            and for the save before it if that still runs.
         on_event: called with one line of text for everything that a user should know (a failed
             save, a damaged checkpoint), possibly from the background thread. Default: a warning of
             the logger `bilevel_flax`.
@@ -232,16 +229,10 @@ class Checkpointer:
         return self._search(read, step, self._processes, move_aside=not self._read_only)
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
-        """Step and metadata of the newest checkpoint; the state is neither read nor verified.
+        """Step and metadata of the newest checkpoint whose metadata are sound; None without any.
 
-        For the decision whether to resume, before a model is built: compare the saved config.
-
-        Args:
-            step: only this step.
-
-        Returns:
-            Step and metadata of the newest checkpoint whose metadata are sound; None if there is no
-            checkpoint at all.
+        The state is neither read nor verified: for the decision whether to resume, before a model
+        is built. With `step` only that one is looked at.
 
         Raises:
             CheckpointError: there are checkpoints, but none has sound metadata.
@@ -301,7 +292,7 @@ class Checkpointer:
         """Waits for a running save and releases threads; using it afterwards opens it anew.
 
         Raises:
-            CheckpointError: the last save failed, and `wait` has not said so.
+            CheckpointError: the last save failed, and `wait` has not raised it.
         """
         self._join()
         if self._worker is not None:

@@ -1,5 +1,9 @@
-"""Checkpoints that format 1 wrote: `old_format.zip` is one, of the version before format 2."""
+"""Checkpoints that format 1 wrote: `old_format.zip` is one, of the version before format 2.
 
+`old_leaves.json` has the leaves that the states of solvers had then, as checkpoints name them.
+"""
+
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from own_loop_test import POINT, SOLVERS, make
 
 import bilevel_flax as bf
-from bilevel_flax.checkpoints import Checkpointer, CheckpointError
+from bilevel_flax.checkpoints import Checkpointer, CheckpointError, records
 
 
 @pytest.fixture
@@ -72,3 +77,15 @@ def test_its_damage_is_found(directory: Path):
     (directory / "2" / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match="step 2: its arrays cannot be read"):
         bf.checkpoints.restore_inner(directory)
+
+
+OLD_LEAVES = json.loads(Path(__file__).with_name("old_leaves.json").read_text())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_leaves_of_a_state_are_named_as_before(name: str):
+    state = make(name).init(*POINT, rng=jax.random.key(1))
+    described = {
+        name: records.describe(name, leaf) for name, leaf in records.named_leaves(state).items()
+    }
+    assert {n: f"{r.dtype}{list(r.shape)}" for n, r in described.items()} == OLD_LEAVES[name]
