@@ -195,11 +195,13 @@ def test_a_disk_that_takes_no_more_loses_nothing(asynchronous: bool, tmp_path: P
         checkpointer.wait()
     assert len(events) == 1 and "a file would exceed the size limit" in events[0]
     assert "\n" not in events[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    # A write of Orbax's that is still under way may leave files behind: the next save clears them.
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["1"]
     restored = checkpointer.restore(make_state(0))
     assert restored is not None and restored.step == 1 and same(restored.state, 1)
     checkpointer.save(2, make_state(2), {})  # There is room again.
     checkpointer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
     restored = checkpointer.restore(make_state(0))
     assert restored is not None and restored.step == 2 and same(restored.state, 2)
 
