@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.heartbeat import Heartbeat
 
 _PROGRESS_SECONDS = 10.0
 
@@ -79,23 +76,8 @@ def _elsewhere(options: Options, count: int) -> int:
     return process.returncode
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """Says on stderr, now and then, what is being waited for, and for how long."""
-    began, finished = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not finished.wait(_PROGRESS_SECONDS):
-            seconds = time.monotonic() - began
-            print(f"{what}: {seconds:.0f} s so far", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def make(options: Options, wanted: Any) -> dict[str, Any]:
@@ -114,9 +96,10 @@ def make(options: Options, wanted: Any) -> dict[str, Any]:
             f"e.g. --mesh data={wanted.count}"
         )
     mesh = sharding.make_mesh(text, topology.devices(wanted))
-    with _progress(f"tracing the step of {options.config}"):
+    with Heartbeat(_log, f"tracing the step of {options.config}", _PROGRESS_SECONDS):
         lowered = step.lower(config, mesh)
-    with _progress(f"compiling the step for {options.topology} (a decoder takes minutes)"):
+    doing = f"compiling the step for {options.topology} (a decoder takes minutes)"
+    with Heartbeat(_log, doing, _PROGRESS_SECONDS):
         compiled = step.compiled(lowered)
     parts = memory.composition(lowered, compiled)
     chip = wanted.chip

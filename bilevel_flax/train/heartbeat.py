@@ -19,7 +19,7 @@ class Heartbeat:
 
     Example:
         >>> with Heartbeat(print, "baselines") as beat:
-        ...     beat("baseline 1/2: no weights")  # and every 15 s: "... baseline 1/2: ... (15 s)"
+        ...     beat("baseline 1/2: no weights")  # then "...: 15 s so far", now and then
         baseline 1/2: no weights
     """
 
@@ -42,7 +42,7 @@ class Heartbeat:
         while not self._left.wait(self._seconds):
             passed = time.monotonic() - self._since
             if passed >= 0.9 * self._seconds:
-                self._log(f"... {self._doing} ({passed:.0f} s)")
+                self._log(f"... {self._doing}: {passed:.0f} s so far")
 
     def __exit__(
         self,

@@ -134,4 +134,4 @@ def test_long_final_metrics_give_a_sign_of_life(
     monkeypatch.setattr(experiment, "Heartbeat", lambda log, doing: real(log, doing, 0.05))
     slow = {"call": "tiny_task:slow_task"}
     train_and_evaluate(get_config(task=slow), tmp_path)
-    assert "... baseline 1/1 (" in capsys.readouterr().out
+    assert "... baseline 1/1: " in capsys.readouterr().out
