@@ -18,6 +18,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import oracles
+from bilevel_flax.base import Finite
 from bilevel_flax.solvers.freezing import frozen_unless
 from bilevel_flax.solvers.single_loop import init_state
 from bilevel_flax.tree import norm
@@ -54,7 +55,7 @@ def gradient_alignment(
         step_z, inner_opt_state = moves_z.update(grad, state.inner_opt_state, z)
         step_x, outer_opt_state = moves_x.update(cross, state.outer_opt_state, x)
         norms = bf.Variables(norm(grad), norm(against), norm(cross))
-        finite = bf.Variables(*(jnp.isfinite(size) for size in norms))
+        finite = Finite(*(jnp.isfinite(size) for size in norms))
         stepped = state.replace(
             step=state.step + 1,
             inner_params=optax.apply_updates(z, step_z),
