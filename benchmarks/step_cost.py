@@ -251,7 +251,7 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
 
     def problem(microbatches):
         outer = lambda z, x, batch: loss(z, 0.0 * x, batch)
-        return bf.Problem(loss, outer, microbatches=microbatches)
+        return bf.oracles.microbatched(bf.Problem(loss, outer), microbatches)
 
     opt_state = jax.eval_shape(optimizer.init, params)
     found = {"plain": mebibytes(plain, (0, 1), params, opt_state, x, tokens)}

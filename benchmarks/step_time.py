@@ -12,9 +12,9 @@ import optax
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree, TrainState
-from bilevel_flax.solvers.step import learnable
 from bilevel_flax.train.device_feed import minibatch
 from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax.tree import filter_inexact
 
 _FEWEST_STEPS = 8  # of one turn: `auto`'s cheap setting does its work in every eighth
 _MOST_STEPS = 200
@@ -83,7 +83,7 @@ class _Plain:
     ) -> None:
         transform = optax.with_extra_args_support(inner)
         z, _, x = state.variables
-        opt_state = transform.init(learnable(z))
+        opt_state = transform.init(filter_inexact(z))
         if jax.tree.structure(opt_state) == jax.tree.structure(state.inner_opt_state):
             opt_state = state.inner_opt_state  # the run's: its schedule and statistics
         self._start: PyTree = (z, opt_state, state.model_state, jnp.float32(0.0))
@@ -98,7 +98,7 @@ class _Plain:
                     problem, z, x, batch, model_state, rng
                 )
                 updates, opt_state = transform.update(
-                    learnable(grad), opt_state, learnable(z), outer_params=x
+                    filter_inexact(grad), opt_state, filter_inexact(z), outer_params=x
                 )
                 model_state = aux.model_state if problem.stateful else model_state
                 z = rows.apply_updates(z, updates)

@@ -24,8 +24,8 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.checks import check_finite
-from bilevel_flax.linear_models import linear_problem
 from bilevel_flax.minibatches import masked_mean
+from bilevel_flax.oracles import linear_problem
 from bilevel_flax.solvers import (
     adjoint_optimisers as adjoint,
 )

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from bilevel_flax import deprecated
+
 PyTree = Any
 Metrics = Mapping[str, jax.Array]
 
@@ -34,26 +36,6 @@ Metrics = Mapping[str, jax.Array]
 NEVER = int(jnp.iinfo(jnp.int32).max)
 
 DERIVATIVES = ("forward_over_reverse", "reverse_over_reverse", "finite_differences")
-
-
-COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
-
-
-def _check_compute_dtype(dtype: Any, derivatives: str) -> None:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = None
-    if name not in COMPUTE_DTYPES:
-        raise ValueError(
-            f"compute_dtype={dtype!r} is not among {COMPUTE_DTYPES} (float16 overflows without "
-            "loss scaling); None computes in the parameters' own"
-        )
-    if name == "bfloat16" and derivatives == "finite_differences":
-        raise ValueError(
-            f'compute_dtype={dtype!r} has 8 bits, too few for derivatives="finite_differences": '
-            "take another of the two"
-        )
 
 
 class Variables(NamedTuple):
@@ -162,26 +144,15 @@ class Problem:
         derivatives: "forward_over_reverse" (default: 3 gradient units for the three inner
             quantities), "reverse_over_reverse" for losses that forward mode cannot
             differentiate, or "finite_differences" (approximate; see `oracles`).
-        remat: recompute the inner loss's forward pass in the backward one
-            (`jax.checkpoint`): less memory, about 1.2 times the FLOPs.
-        microbatches: k >= 1: the oracles are summed over k equal parts of every minibatch, one
-            after the other, inside the step. The same numbers with the activations of one part;
-            the leading lengths of the minibatches must be divisible by k. A stateful loss is
-            called k times, each with a key of its own and the model state after the part before,
-            so BatchNorm normalises by the statistics of a part.
-        compute_dtype: "bfloat16": the losses are handed z and the minibatch's floats (but not
-            `batch["mask"]`) rounded to it, inside the differentiated function; x stays as it is.
-            z, v, all gradients and products and the optimisers keep their own dtypes (float32
-            masters). Products are then within about 1 % of those in float32. Best with losses
-            that go on from `logits.astype(jnp.float32)`. None: as the parameters are.
-        linear: the parts of a model that is linear in its parameters; set by `linear_problem`.
-        distributed: how the oracles are computed in shares of a minibatch and added up over
-            devices; set by `sharding.data_parallel`. `distributed(problem, evaluate, points,
-            batch, model_state, rngs, combine, exact, seed) -> (Evaluation, lengths)`; see there.
+        evaluate: how a step's oracles are computed in shares of a minibatch and added up over
+            devices; set by `sharding.data_parallel`. `evaluate(shared, points, combine) ->
+            Evaluation` with `shared` an `oracles.Shared`; None: on global arrays.
+
+    What else a problem may be able to do is wrapped around it: `oracles.remat`,
+    `oracles.microbatched`, `oracles.mixed_precision`, `sharding.data_parallel`.
 
     Raises:
-        ValueError: `derivatives` is not one of the three, `microbatches` no integer >= 1,
-            `compute_dtype` not among those that there are, or too coarse for finite differences.
+        ValueError: `derivatives` is not one of the three.
         TypeError: a loss is not callable.
 
     Example:
@@ -199,13 +170,13 @@ class Problem:
     outer_updates_state: bool = False
     per_sample: PyTree = None
     derivatives: str = "forward_over_reverse"
-    remat: bool = False
-    microbatches: int = 1
-    compute_dtype: Any = None
-    linear: Any = None
-    distributed: Callable[..., Any] | None = None
+    evaluate: Callable[..., Any] | None = None
+    # Wrappers since 0.2: `deprecated` makes them of these.
+    remat: dataclasses.InitVar[bool] = False
+    microbatches: dataclasses.InitVar[int] = 1
+    compute_dtype: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self):
+    def __post_init__(self, remat: bool, microbatches: int, compute_dtype: Any):
         for name in ("inner_loss", "outer_loss"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
@@ -213,11 +184,7 @@ class Problem:
             raise ValueError(
                 f"derivatives={self.derivatives!r} is unknown; choose one of {DERIVATIVES}"
             )
-        count = self.microbatches
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"microbatches={count!r} must be an integer >= 1")
-        if self.compute_dtype is not None:
-            _check_compute_dtype(self.compute_dtype, self.derivatives)
+        deprecated.wrap_old_settings(self, remat, microbatches, compute_dtype)
 
 
 class TrainState(struct.PyTreeNode):
@@ -313,6 +280,66 @@ class Init(Protocol):
         ...
 
 
+class FullPass(NamedTuple):
+    """The scheduled passes over all minibatches that a method with memory makes.
+
+    Attributes:
+        update: `update(oracle, variables, batch, state) -> state`: one minibatch of a pass;
+            `batch.inner` or `batch.outer` is None.
+        due: `due(state) -> int32`, the step before which a pass is due.
+        cursor: `cursor(state) -> int32`, minibatches of the due pass that are done: first all
+            inner ones in order of their ids, then all outer ones.
+        units: (inner, outer) gradient units of one minibatch.
+    """
+
+    update: Callable[..., PyTree]
+    due: Callable[[PyTree], jax.Array]
+    cursor: Callable[[PyTree], jax.Array]
+    units: tuple[float, float] = (3.0, 1.0)
+
+
+class Estimate(NamedTuple):
+    """What an estimator makes of a pair of minibatches.
+
+    Attributes:
+        directions: (D_z, D_v, D_x).
+        state: the estimator's new state.
+        evaluation: the `oracles.Evaluation` at the current point: losses, metrics, residual.
+        norms: the directions' Euclidean norms, where they are known; None: not yet.
+        active: for each variable whether it moves, a bool scalar; one that does not stands still
+            bit for bit, the state of its optimiser included. None: it always moves.
+    """
+
+    directions: Variables
+    state: PyTree
+    evaluation: Any
+    norms: Variables | None = None
+    active: Variables = Variables(None, None, None)
+
+
+class Estimator(NamedTuple):
+    """Turns oracle calls into directions; it takes the place of `jax.grad`.
+
+    Attributes:
+        init: `init(variables) -> state`.
+        update: `update(oracle, variables, batch, state) -> Estimate`. The `oracles.Oracle` that it
+            is handed gives `oracle.directions(point)`, all that a method without memory needs;
+            `oracle.difference(now, before)`; and `oracle.at(point)`, the five quantities apart.
+        full_pass: for methods with memory; None: there are no full passes.
+        units: gradient units of one update; one for each gradient, HVP and cross-JVP.
+        fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
+            visited (methods that compare visits).
+        needs_ids: whether `batch.inner_id` and `batch.outer_id` are read.
+    """
+
+    init: Callable[[Variables], PyTree]
+    update: Callable[..., Estimate]
+    full_pass: FullPass | None = None
+    units: float = 4.0
+    fixed_keys: bool = False
+    needs_ids: bool = False
+
+
 def _never(state: TrainState) -> jax.Array:
     del state
     return jnp.int32(NEVER)
@@ -323,50 +350,20 @@ def _no_refresh(state: TrainState, batch: Batch) -> TrainState:
     return state
 
 
-class Estimator(NamedTuple):
-    """Turns oracle calls into directions; it takes the place of `jax.grad`.
-
-    The `oracle` that it is handed is `oracle(variables) -> oracles.Evaluation`, on one minibatch.
-    `oracle(variables, evaluate)` evaluates less of it (`oracles.evaluate_block` ...), and
-    `oracle(variables, evaluate, combine)` fills in `Evaluation.directions` by the linear function
-    `combine(oracles)`: all that an estimator without memory needs, and on many devices all that
-    is then added up (the oracles themselves are None there). `oracle((one, other), evaluate,
-    combine)` evaluates two points, `combine(oracles_at_one, oracles_at_other)`, and returns the
-    rest of the evaluation at the first.
-    Its quantities are scaled by N·w_i (w_i the minibatch's share of the samples), so that the
-    objective is the plain average of N components and no estimator needs to know about ragged
-    minibatches.
+class Method(NamedTuple):
+    """What is known about a solver before it runs.
 
     Attributes:
-        init: `init(variables) -> state`.
-        update: `update(oracle, variables, batch, state) -> (directions, state, evaluation)`, with
-            the evaluation at the current point.
-        refresh: `refresh(oracle, variables, batch, state) -> state`: one minibatch of a full pass;
-            `batch.inner` or `batch.outer` is None.
-        next_refresh: `next_refresh(state) -> int32`, the step before which a full pass is due.
-        refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass that are
-            done: first all inner ones in order of their ids, then all outer ones.
-        less: updates that leave something out, for some of the steps. A direction that is None is
-            none: the variable stands still bit for bit, the state of its optimiser included.
-        stage: `stage(state) -> int32`, which of `(*less, update)` comes next.
-        units: gradient units of one update; one for each gradient, HVP and cross-JVP.
-        refresh_units: (inner, outer) units of one minibatch of a refresh.
-        fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
-            visited (methods that compare visits).
-        needs_ids: whether `batch.inner_id` and `batch.outer_id` are read.
+        name: the method's, for logs and errors.
+        units: gradient units of one update, as configured.
+        refresh_units: (inner, outer) gradient units of one minibatch of a refresh.
+        batches: (K, L), fresh inner and outer minibatches that one update takes.
     """
 
-    init: Callable[[Variables], PyTree]
-    update: Callable[..., tuple[Variables, PyTree, Any]]
-    refresh: Callable[..., PyTree] | None = None
-    next_refresh: Callable[[PyTree], jax.Array] | None = None
-    refresh_cursor: Callable[[PyTree], jax.Array] | None = None
-    less: tuple[Callable[..., tuple[Variables, PyTree, Any]], ...] = ()
-    stage: Callable[[PyTree], jax.Array] | None = None
+    name: str = ""
     units: float = 4.0
     refresh_units: tuple[float, float] = (0.0, 0.0)
-    fixed_keys: bool = False
-    needs_ids: bool = False
+    batches: tuple[int, int] = (1, 1)
 
 
 class BilevelSolver(NamedTuple):
@@ -381,10 +378,7 @@ class BilevelSolver(NamedTuple):
         refresh_cursor: `refresh_cursor(state) -> int32`, minibatches of the due pass done so far,
             the inner ones first. A method that walks over the data several times goes back to 0
             and stays due: ask again after every chunk.
-        batches: (K, L), fresh inner and outer minibatches that one update takes.
-        units: gradient units of one update, as configured.
-        refresh_units: (inner, outer) gradient units of one minibatch of a refresh.
-        name: the method's name, for logs.
+        method: name, costs and how many minibatches an update takes.
     """
 
     init: Init
@@ -392,7 +386,24 @@ class BilevelSolver(NamedTuple):
     refresh: Callable[[TrainState, Batch], TrainState] = _no_refresh
     next_refresh: Callable[[TrainState], jax.Array] = _never
     refresh_cursor: Callable[[TrainState], jax.Array] = _never
-    batches: tuple[int, int] = (1, 1)
-    units: float = 4.0
-    refresh_units: tuple[float, float] = (0.0, 0.0)
-    name: str = ""
+    method: Method = Method()
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def units(self) -> float:
+        """Gradient units of one update."""
+        return self.method.units
+
+    @property
+    def refresh_units(self) -> tuple[float, float]:
+        """(inner, outer) gradient units of one minibatch of a refresh."""
+        return self.method.refresh_units
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """(K, L), fresh inner and outer minibatches that one update takes."""
+        return self.method.batches

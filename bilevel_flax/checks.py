@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,12 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
-from bilevel_flax.oracles import is_inexact, uses
+from bilevel_flax.oracles.derivatives import NOT_TWICE, inner_products
 from bilevel_flax.oracles.losses import checked_call, outer
+from bilevel_flax.tree import depends_on, is_inexact, primitives
+
+# What JAX leaves in a program for the forward derivative that it does not have.
+_FORWARD_OF_CUSTOM_VJP = "custom_lin"
 
 
 class UserError(ValueError):
@@ -183,7 +187,7 @@ def batch(value: Any, *, sides: tuple[str, ...] = ("inner", "outer")) -> None:
             )
 
 
-def outer_is_used(
+def losses(
     problem: Problem,
     variables: Variables,
     batch: Batch,
@@ -191,10 +195,11 @@ def outer_is_used(
     rng: Any,
     also: Callable[[PyTree], PyTree] = lambda x: (),
 ) -> None:
-    """Raises when a leaf of x can influence neither the inner loss nor `also(x)`.
+    """Raises when a leaf of x can influence neither G nor `also(x)`, or G cannot be derived twice.
 
     Raises:
         ValueError: names the first such leaf.
+        TypeError: a `jax.custom_vjp` function, which forward mode cannot differentiate.
     """
     z, _, x = variables
     paths = jax.tree.leaves_with_path(x)
@@ -205,12 +210,60 @@ def outer_is_used(
         context = (model_state, rng)
         return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 
-    for (path, leaf), alive in zip(paths, uses(lambda x: (loss(x), also(x)), x), strict=True):
+    jaxpr = jax.make_jaxpr(loss)(x)
+    if problem.derivatives == "forward_over_reverse":
+        _differentiable_twice(problem, z, x, batch.inner, model_state, rng, primitives(jaxpr.jaxpr))
+    used = depends_on(lambda x: (loss(x), also(x)), x)
+    for (path, leaf), alive in zip(paths, used, strict=True):
         if is_inexact(leaf) and not alive:
             raise ValueError(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "
                 "be learned about it: use it in inner_loss or take it out of outer_params"
             )
+
+
+def _differentiable_twice(
+    problem: Problem, z: PyTree, x: PyTree, batch: PyTree, model_state: PyTree, rng: Any, found: set
+) -> None:
+    """Raises where forward mode meets a `jax.custom_vjp` function of z or x.
+
+    JAX itself says so when it compiles, far from the loss: under `jit` and `scan` it has no name
+    left.
+    """
+    if not any(name.startswith("custom_vjp_call") for name in found):
+        return
+    products = lambda z, v, x: inner_products(problem, Variables(z, v, x), batch, model_state, rng)[
+        1:
+    ]
+    jaxpr = jax.make_jaxpr(products)(z, jax.tree.map(jnp.zeros_like, z), x)
+    if _FORWARD_OF_CUSTOM_VJP in primitives(jaxpr.jaxpr):
+        raise TypeError(NOT_TWICE)
+
+
+def check_sum(
+    problem: Problem,
+    name: str,
+    num_inner_batches: Any,
+    num_outer_batches: Any,
+    weights: Mapping[str, Any],
+) -> None:
+    """Raises unless the problem is a finite sum of so many minibatches; warns where it may not be.
+
+    Args:
+        problem: the problem.
+        name: the method's.
+        num_inner_batches: N.
+        num_outer_batches: M.
+        weights: `inner_weights` and `outer_weights`, or None.
+
+    Raises:
+        ValueError: names the argument and its value.
+    """
+    for side, count in (("inner", num_inner_batches), ("outer", num_outer_batches)):
+        check_partition(
+            f"num_{side}_batches", count, f"{side}_weights", weights.get(f"{side}_weights")
+        )
+    warn_unless_finite_sum(problem, name)
 
 
 def outer_loss_sees_all(
@@ -231,7 +284,7 @@ def outer_loss_sees_all(
     z, _, x = variables
     loss, z_split, x_split = outer(problem, z, x, batch, model_state, rng)
     floats = [path for path, leaf in jax.tree.leaves_with_path(x) if is_inexact(leaf)]
-    used = uses(lambda leaves: loss(z_split.leaves, leaves)[0], x_split.leaves)
+    used = depends_on(lambda leaves: loss(z_split.leaves, leaves)[0], x_split.leaves)
     if rows.has_rows(problem.per_sample):
         used = [False] * len(floats)
     for path, alive in zip(floats, used, strict=True):
@@ -271,6 +324,16 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def as_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as a Python integer.
+
+    Raises:
+        ValueError: it is no integer >= `least`; names the argument and the value.
+    """
+    check_count(name, value, least)
+    return int(value)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -7,19 +7,18 @@ pixels) is data of the user's own. `example_mask` alone decides, for everything 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax.base import Problem, PyTree
+from bilevel_flax.base import PyTree
 from bilevel_flax.tree import is_inexact
 
 
-def share_factors(name: str, weights: Any) -> jax.Array | None:
+def importance_factors(name: str, weights: Any) -> jax.Array | None:
     """N·w_i for each minibatch, or None for equal ones.
 
     Raises:
@@ -38,28 +37,7 @@ def share_factors(name: str, weights: Any) -> jax.Array | None:
     return jnp.asarray(values * len(values))
 
 
-def times(loss: Callable[..., Any], factor: jax.Array) -> Callable[..., Any]:
-    """The loss times a scalar: cheaper than scaling each of its derivatives."""
-
-    def scaled_loss(*args):
-        out = loss(*args)
-        if isinstance(out, tuple):
-            return (out[0] * factor.astype(jnp.result_type(out[0])), *out[1:])
-        return out * factor.astype(jnp.result_type(out))
-
-    return scaled_loss
-
-
-def scaled_problem(problem: Problem, factor: jax.Array, side: str) -> Problem:
-    """The problem with its `side` loss ("inner", "outer") times a scalar."""
-    linear = problem.linear
-    if linear is not None:  # the penalties are no matter of minibatches
-        linear = linear._replace(**{f"{side}_data": times(getattr(linear, f"{side}_data"), factor)})
-    loss = times(getattr(problem, f"{side}_loss"), factor)
-    return dataclasses.replace(problem, **{f"{side}_loss": loss}, linear=linear)
-
-
-def scaled(tree: PyTree, factor: Any) -> PyTree:
+def scale(tree: PyTree, factor: Any) -> PyTree:
     """The float leaves times a scalar, in their own dtypes; None: as they are."""
     if factor is None:
         return tree

@@ -28,6 +28,11 @@ class RowTransformation(optax.GradientTransformationExtraArgs):
     """
 
 
+def takes_rows(optimisers: Mapping[str, Any]) -> bool:
+    """Whether `optimisers["outer"]` is row-sparse."""
+    return isinstance(optimisers.get("outer"), RowTransformation)
+
+
 def is_rows(node: Any) -> bool:
     """Whether a node of a direction is `Rows` (for `is_leaf=`)."""
     return isinstance(node, Rows)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from bilevel_flax.base import PyTree
+from bilevel_flax.base import PyTree, Rows
 
 
 class Split(NamedTuple):
@@ -42,11 +42,55 @@ def split(tree: PyTree) -> Split:
     return Split([leaves[i] for i in chosen], lambda new: rebuild(new, leaves), complete)
 
 
-def uses(function: Callable, *args: Any) -> list[bool]:
+def depends_on(function: Callable, *args: Any) -> list[bool]:
     """For each leaf of the arguments, whether the function's result can depend on it."""
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return list(used)
+
+
+def filter_inexact(tree: PyTree) -> PyTree:
+    """The tree with None for leaves that are not differentiated: what an optimiser is handed."""
+
+    def keep(node):
+        return node if isinstance(node, Rows) or is_inexact(node) else None
+
+    return jax.tree.map(keep, tree, is_leaf=lambda node: isinstance(node, Rows))
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of the primitives in a jaxpr and in those that it calls."""
+    names = set()
+    for eqn in jaxpr.eqns:
+        names.add(eqn.primitive.name)
+        called = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+        for inner in filter(_is_jaxpr, called):
+            names |= primitives(getattr(inner, "jaxpr", inner))
+    return names
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def add(tree: PyTree, other: PyTree) -> PyTree:
+    """Their sum on the float leaves; other leaves (integers, keys) are those of the first."""
+    return jax.tree.map(lambda a, b: a + b if is_inexact(a) else a, tree, other)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of every leaf's (or shape's) dtype; `Rows` that point at no row."""
+
+    def zeros(node):
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), node)
+        return nowhere(empty) if isinstance(node, Rows) else empty
+
+    return jax.tree.map(zeros, tree, is_leaf=lambda node: isinstance(node, Rows))
+
+
+def nowhere(node: Rows) -> Rows:
+    """The same values at no row: an index past every table's end is dropped."""
+    return node._replace(index=jnp.full_like(node.index, jnp.iinfo(node.index.dtype).max))
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -15,13 +15,20 @@ import optax
 
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
-from bilevel_flax.base import Batch, BilevelSolver, Info, Problem, TrainState, Variables
+from bilevel_flax.base import (
+    Batch,
+    BilevelSolver,
+    Finite,
+    Info,
+    Method,
+    Problem,
+    TrainState,
+    Variables,
+)
 from bilevel_flax.checks import require_ids
-from bilevel_flax.minibatches import scaled, share_factors
-from bilevel_flax.solvers.freezing import frozen_unless
-from bilevel_flax.solvers.single_loop import init_state
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm
+from bilevel_flax.minibatches import importance_factors, scale
+from bilevel_flax.solvers.step import init_state, rollback_unless
+from bilevel_flax.tree import filter_inexact, norm
 
 
 def inner_only(
@@ -37,7 +44,7 @@ def inner_only(
         inner: optimiser of z.
         inner_weights: as `single_loop`.
     """
-    weights = share_factors("inner_weights", inner_weights)
+    weights = importance_factors("inner_weights", inner_weights)
     transform = optax.with_extra_args_support(inner)
     still = optax.set_to_zero()
 
@@ -55,9 +62,9 @@ def inner_only(
             problem, z, x, batch.inner, state.model_state, rng
         )
         factor = None if weights is None else weights[batch.inner_id]
-        grad = learnable(scaled(grad, factor))
+        grad = filter_inexact(scale(grad, factor))
         updates, opt_state = transform.update(
-            grad, state.inner_opt_state, learnable(z), outer_params=x
+            grad, state.inner_opt_state, filter_inexact(z), outer_params=x
         )
         size = norm(grad)
         alive = jnp.isfinite(size)
@@ -72,11 +79,11 @@ def inner_only(
             inner_loss=loss,
             outer_loss=jnp.full_like(loss, jnp.nan),
             norms=Variables(size, zero, zero),
-            finite=Variables(alive, jnp.bool_(True), jnp.bool_(True)),
+            finite=Finite(alive, jnp.bool_(True), jnp.bool_(True)),
             adjoint_residual=jnp.full_like(size, jnp.nan),
             oracle_units=jnp.float32(1.0),
             metrics={f"inner_{name}": value for name, value in aux.metrics.items()},
         )
-        return frozen_unless(alive, stepped, state), info
+        return rollback_unless(alive, stepped, state), info
 
-    return BilevelSolver(init, update, units=1.0, name="inner_only")
+    return BilevelSolver(init, update, method=Method("inner_only", 1.0))

@@ -26,9 +26,9 @@ from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     SampledOracles,
     first,
-    optimizer_step,
     split,
 )
+from bilevel_flax.solvers.step import optimizer_step
 
 
 def bsa(

@@ -137,4 +137,4 @@ def darts2(
         inner_weights=inner_weights,
         outer_weights=outer_weights,
     )
-    return solver._replace(name="darts2")
+    return solver._replace(method=solver.method._replace(name="darts2"))

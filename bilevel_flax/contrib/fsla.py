@@ -14,18 +14,17 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bilevel_flax.base import BilevelSolver, Estimator, Problem, PyTree, Variables
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.memory import averages as running
-from bilevel_flax.solvers.single_loop import single_loop
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree, Variables
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.memory import averages
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 from bilevel_flax.solvers.storm import check_eta
 
 
@@ -52,57 +51,35 @@ def estimator(problem: Problem, eta: Any, *, lazy: bool = False) -> Estimator:
     """
 
     def init(variables):
-        zeros = running.filled(variables.outer, 0.0, problem.per_sample, lazy)
+        zeros = averages.full_like(variables.outer, 0.0, problem.per_sample, lazy)
         return FSLAState(zeros, variables, jnp.int32(0))
 
     def update(oracle, variables, batch, state):
         del batch
         keep = jnp.where(state.step == 0, 0.0, 1.0 - eta(state.step))
-        corrected = running.corrected(keep, lazy)
-
-        def combine(now, before):
-            return directions(now)._replace(outer=corrected(now, before).outer)
-
-        found = oracle((variables, state.previous), combine=combine)
-        now = found.directions
-        carried = running.accumulate(state.outer, keep, now.outer)
-        handed = now._replace(outer=running.handed_on(carried, now.outer))
-        return handed, FSLAState(carried, variables, state.step + 1), found
+        evaluation = oracle.difference(variables, state.previous, Variables(None, None, keep), lazy)
+        change = evaluation.directions
+        carried = averages.accumulate(state.outer, keep, change.outer)
+        handed = change._replace(outer=averages.cast_like(carried, change.outer))
+        return Estimate(handed, FSLAState(carried, variables, state.step + 1), evaluation)
 
     return Estimator(init=init, update=update, units=6.0)
 
 
+@takes_common
 def fsla(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
-    eta: float | optax.Schedule = 0.1,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[Common]
 ) -> BilevelSolver:
     """FSLA with an Optax optimiser for each variable (6 gradient units a step).
 
     Args:
-        problem: as in `single_loop`, and so are the arguments not listed here.
-        inner: optimiser of z.
-        outer: optimiser of x.
-        adjoint: optimiser of v, which has steps of its own in the source; None: as `inner`.
+        problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
+        **common: optimisers (v's has steps of its own in the source) and weights, see
+            `single_loop.Common`.
 
     Raises:
         ValueError: `eta` outside [0, 1].
     """
-    return single_loop(
-        problem,
-        estimator(problem, check_eta(eta), lazy=isinstance(outer, RowTransformation)),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="fsla",
-    )
+    corrected = estimator(problem, check_eta(eta), lazy=takes_rows(common))
+    return single_loop(problem, corrected, name="fsla", **common)

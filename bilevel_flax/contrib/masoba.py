@@ -16,16 +16,14 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
-import optax
 from flax import struct
 
-from bilevel_flax.base import BilevelSolver, Estimator, Problem, PyTree
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.memory import averages as running
-from bilevel_flax.solvers.single_loop import single_loop
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.memory import averages
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 
 
 @struct.dataclass
@@ -39,52 +37,32 @@ def estimator(problem: Problem, theta: float, *, lazy: bool = False) -> Estimato
     """The minibatch directions, the outer one averaged; 4 units."""
 
     def init(variables):
-        return MASOBAState(running.filled(variables.outer, 0.0, problem.per_sample, lazy))
+        return MASOBAState(averages.full_like(variables.outer, 0.0, problem.per_sample, lazy))
 
     def update(oracle, variables, batch, state):
         del batch
-        found = oracle(variables, combine=directions)
-        now = found.directions
-        average = running.accumulate(state.outer, 1 - theta, now.outer, theta)
-        handed = now._replace(outer=running.handed_on(average, now.outer))
-        return handed, MASOBAState(average), found
+        evaluation = oracle.directions(variables)
+        now = evaluation.directions
+        average = averages.accumulate(state.outer, 1 - theta, now.outer, theta)
+        handed = now._replace(outer=averages.cast_like(average, now.outer))
+        return Estimate(handed, MASOBAState(average), evaluation)
 
     return Estimator(init=init, update=update)
 
 
-def masoba(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
-    theta: float = 0.1,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
-) -> BilevelSolver:
+@takes_common
+def masoba(problem: Problem, *, theta: float = 0.1, **common: Unpack[Common]) -> BilevelSolver:
     """MA-SOBA with an Optax optimiser for each variable (4 gradient units a step).
 
     Args:
-        problem: as in `single_loop`, and so are the arguments not listed here.
-        inner: optimiser of z.
-        outer: optimiser of x.
-        adjoint: optimiser of v; None: as `inner`.
+        problem: the bilevel problem.
         theta: θ in (0, 1], the share of the current minibatch; the paper's is ∝ T^-1/2.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
+        **common: optimisers and weights, see `single_loop.Common`.
 
     Raises:
         ValueError: `theta` outside (0, 1].
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta must lie in (0, 1], got {theta!r}")
-    return single_loop(
-        problem,
-        estimator(problem, theta, lazy=isinstance(outer, RowTransformation)),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="masoba",
-    )
+    average = estimator(problem, theta, lazy=takes_rows(common))
+    return single_loop(problem, average, name="masoba", **common)

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
-from bilevel_flax.checks import check_partition, warn_unless_finite_sum
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.single_loop import single_loop
+from bilevel_flax.checks import check_sum
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 from bilevel_flax.solvers.srba import estimator
 
 
@@ -51,32 +50,25 @@ def geometric_schedule(probability: float, seed: int) -> Callable[[jax.Array], j
     return schedule
 
 
+@takes_common
 def spaba(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
     num_inner_batches: int,
     num_outer_batches: int,
     probability: float,
     seed: int = 0,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """SPABA with an Optax optimiser for each variable (8 gradient units a step).
 
     Args:
         problem: as for `srba`.
-        inner: as in `single_loop`, and so are `adjoint`, `inner_weights` and `outer_weights`.
-        outer: optimiser of x.
-        adjoint: optimiser of v; None: as `inner`.
         num_inner_batches: N, minibatches of the inner data.
         num_outer_batches: M, minibatches of the outer data.
         probability: p in (0, 1], of a full pass before a step; about 1 / (N + M).
         seed: what the steps of the full passes are drawn from.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
+        **common: optimisers and weights, see `single_loop.Common`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run when `next_refresh` says so, as for `srba`.
@@ -85,27 +77,17 @@ def spaba(
         ValueError: `probability` outside (0, 1], a number of minibatches below 1, weights of
             another length.
     """
-    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
-    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    check_sum(problem, "spaba", num_inner_batches, num_outer_batches, common)
     if not 0 < probability <= 1:
         raise ValueError(
             f"probability must lie in (0, 1], got {probability!r}: "
             f"1 / (N + M) is {1 / (num_inner_batches + num_outer_batches):.3g} here"
         )
-    warn_unless_finite_sum(problem, "spaba")
-    return single_loop(
+    recursion = estimator(
         problem,
-        estimator(
-            problem,
-            num_inner_batches,
-            num_outer_batches,
-            geometric_schedule(probability, seed),
-            lazy=isinstance(outer, RowTransformation),
-        ),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="spaba",
+        num_inner_batches,
+        num_outer_batches,
+        geometric_schedule(probability, seed),
+        lazy=takes_rows(common),
     )
+    return single_loop(problem, recursion, name="spaba", **common)

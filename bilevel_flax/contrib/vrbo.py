@@ -36,8 +36,7 @@ from bilevel_flax.checks import (
     require_ids,
     warn_unless_finite_sum,
 )
-from bilevel_flax.minibatches import scaled, share_factors
-from bilevel_flax.solvers.freezing import frozen_unless
+from bilevel_flax.minibatches import importance_factors, scale
 from bilevel_flax.solvers.nested.frame import StepReport, nested, refresh_minibatch, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -47,9 +46,9 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     completed,
     difference,
     first,
-    optimizer_step,
     split,
 )
+from bilevel_flax.solvers.step import optimizer_step, rollback_unless
 from bilevel_flax.tree import norm
 
 
@@ -153,8 +152,8 @@ def vrbo(
     check_positive("adjoint_step", adjoint_step)
     warn_unless_finite_sum(problem, "vrbo")
     factors = {
-        "inner": share_factors("inner_weights", inner_weights),
-        "outer": share_factors("outer_weights", outer_weights),
+        "inner": importance_factors("inner_weights", inner_weights),
+        "outer": importance_factors("outer_weights", outer_weights),
     }
 
     def step(sampled: SampledOracles, state, inner, outer):
@@ -162,9 +161,7 @@ def vrbo(
         z, v, old_x = state.variables
         # Until its pass is done the memory holds no direction: nothing must move.
         whole = jnp.where(memory.due > state.step, 1.0, jnp.nan)
-        memory = memory._replace(
-            inner=scaled(memory.inner, whole), outer=scaled(memory.outer, whole)
-        )
+        memory = memory._replace(inner=scale(memory.inner, whole), outer=scale(memory.outer, whole))
         x, outer_opt_state = optimizer_step(
             sampled.transforms.outer, memory.outer, state.outer_opt_state, old_x
         )
@@ -241,7 +238,7 @@ def vrbo(
             no_z, no_x = (jax.tree.map(jnp.zeros_like, tree) for tree in (z, x))
 
             def cross():
-                v = scaled(memory.total, -eta)
+                v = scale(memory.total, -eta)
                 return no_z, rows.densify(sampled.cross_jvp(z, v, x, minibatch), x)
 
             branches = (
@@ -263,12 +260,12 @@ def vrbo(
         )
         size = num_inner_batches + jnp.where(memory.stage == 0, num_outer_batches, 0)
         over = _stage_over(memory, state.step, eta, adjoint_steps, period)
-        memory = frozen_unless(memory.cursor >= size, over, memory)
+        memory = rollback_unless(memory.cursor >= size, over, memory)
         return state.replace(estimator_state=memory)
 
     return solver._replace(
         refresh=refresh,
         next_refresh=lambda state: state.estimator_state.due,
         refresh_cursor=lambda state: state.estimator_state.cursor,
-        refresh_units=(1.0, 1.0),
+        method=solver.method._replace(refresh_units=(1.0, 1.0)),
     )

@@ -112,3 +112,36 @@ def names(module: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return find
+
+
+def wrap_old_settings(problem: Any, remat: Any, microbatches: Any, compute_dtype: Any) -> None:
+    """Puts the wrappers around a new problem's losses that these arguments of it stood for."""
+    if not remat and microbatches == 1 and microbatches is not True and compute_dtype is None:
+        return
+    _warn(
+        "Problem(remat=, microbatches=, compute_dtype=)",
+        "a wrapper: bf.oracles.remat(problem), microbatched(problem, parts) and "
+        "mixed_precision(problem, dtype)",
+    )
+    settings = {"remat": remat, "microbatches": microbatches, "compute_dtype": compute_dtype}
+    wrappers = importlib.import_module("bilevel_flax.oracles.wrappers")
+    wrapped = wrappers.configured(problem, settings)
+    for name in ("inner_loss", "outer_loss"):
+        object.__setattr__(problem, name, getattr(wrapped, name))
+
+
+def renamed_keywords(**new_names: str) -> Callable[[Callable], Callable]:
+    """Lets a function take keywords under their old names: `renamed_keywords(old="new")`."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            for old, new in new_names.items():
+                if old in keywords:
+                    _warn(f"{function.__name__}({old}=)", f"{function.__name__}({new}=)")
+                    keywords[new] = keywords.pop(old)
+            return function(*args, **keywords)
+
+        return call
+
+    return decorate

@@ -28,8 +28,7 @@ from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.solvers.nested import minres as krylov
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import is_inexact, norm, ratio
+from bilevel_flax.tree import filter_inexact, is_inexact, norm, ratio
 
 METHODS = ("auto", "dense", "minres")
 _DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take
@@ -323,11 +322,11 @@ def _compared(problem, moving, point, inner, outer, model_state, rng, diagonal, 
     hvps, directions = jax.lax.map(at, pair)
     ours, reference = (jax.tree.map(lambda leaf, i=i: leaf[i], directions) for i in (0, 1))
     grad = _flat(grad_z, moving)
-    inner_product = optax.tree.vdot(learnable(ours), learnable(reference))
+    inner_product = optax.tree.vdot(filter_inexact(ours), filter_inexact(reference))
     size, right = norm(ours), norm(reference)
     return (
         inner_product / (size * right),
-        norm(jax.tree.map(jnp.subtract, learnable(ours), learnable(reference))) / right,
+        norm(jax.tree.map(jnp.subtract, filter_inexact(ours), filter_inexact(reference))) / right,
         size / right,
         ratio(norm(hvps[0] + grad), norm(grad)),
         ratio(norm(hvps[1] + diagonal * solution + grad), norm(grad)),

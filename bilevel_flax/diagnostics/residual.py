@@ -17,8 +17,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, TrainState, Variables
 from bilevel_flax.data import FiniteSum, subsample
 from bilevel_flax.oracles.evaluate import residual
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import is_inexact, norm
+from bilevel_flax.tree import filter_inexact, is_inexact, norm
 
 
 def full_oracles(
@@ -189,7 +188,8 @@ def probe_estimator(
             here = quantity(state, batch)
             mean = jax.tree.map(lambda m, q: m + weight.astype(q.dtype) * q, mean, here)
             square = norm(here) ** 2
-            curve = jnp.asarray(optax.tree.vdot(learnable(state.adjoint), learnable(here)))
+            v = filter_inexact(state.adjoint)
+            curve = jnp.asarray(optax.tree.vdot(v, filter_inexact(here)))
             below = below + weight * (curve < 0)
             return (mean, squares + weight.astype(square.dtype) * square, below), None
 

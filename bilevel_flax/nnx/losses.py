@@ -32,10 +32,7 @@ def problem(
     wrt: Any = nnx.Param,
     has_aux: bool = False,
     per_sample: PyTree = None,
-    derivatives: str = "forward_over_reverse",
-    remat: bool = False,
-    microbatches: int = 1,
-    compute_dtype: Any = None,
+    **settings: Any,
 ) -> Problem:
     """A bilevel problem whose losses take NNX modules.
 
@@ -54,11 +51,7 @@ def problem(
         has_aux: the losses return `(scalar, aux)`. A dict of arrays goes into `Info.metrics` under
             its names, anything else under the name `aux`: logits are `info.metrics["inner_aux"]`.
         per_sample: as for `Problem`.
-        derivatives: as for `Problem`.
-        remat: as for `Problem`.
-        microbatches: as for `Problem`.
-        compute_dtype: as for `Problem`; layers compute in what they are handed unless they were
-            made with a `dtype`.
+        **settings: `derivatives`, as for `Problem`.
 
     Returns:
         A `Problem` for any solver. It is stateful exactly if the module has other variables than
@@ -149,10 +142,7 @@ def problem(
         make(outer_loss, "outer_loss", False),
         stateful=stateful,
         per_sample=per_sample,
-        derivatives=derivatives,
-        remat=remat,
-        microbatches=microbatches,
-        compute_dtype=compute_dtype,
+        **settings,
     )
 
 

@@ -21,10 +21,11 @@ pays for a quantity that it does not use.
 
 from bilevel_flax.base import Oracles
 from bilevel_flax.oracles.derivatives import (
+    FORWARD_UNITS,
     cross_jvp,
-    directional,
     hvp,
     inner_grad,
+    inner_grad_and_cross,
     inner_grad_outer,
     inner_products,
     inner_value_and_grad,
@@ -32,37 +33,49 @@ from bilevel_flax.oracles.derivatives import (
     outer_value_and_grads,
     unrolled_value_and_grad,
 )
-from bilevel_flax.oracles.evaluate import Evaluation, evaluate, evaluate_all
-from bilevel_flax.oracles.forward import FORWARD_UNITS, evaluate_forward, inner_grad_and_cross
-from bilevel_flax.oracles.less import evaluate_block, evaluate_inner
-from bilevel_flax.oracles.residual_codes import Components, check_linear, evaluate_linear, plus
-from bilevel_flax.tree import is_inexact, split, uses
+from bilevel_flax.oracles.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluate_all,
+    evaluate_inner,
+    evaluate_subsample,
+    evaluate_without_hvp,
+    residual,
+)
+from bilevel_flax.oracles.linear_models import linear_problem
+from bilevel_flax.oracles.mixed_precision import mixed_precision
+from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
+from bilevel_flax.oracles.wrapped_loss import wrap_losses
+from bilevel_flax.oracles.wrappers import configured, microbatched, remat
 
 __all__ = [
     "FORWARD_UNITS",
-    "Components",
     "Evaluation",
+    "Oracle",
     "Oracles",
-    "check_linear",
+    "Shared",
+    "bind",
+    "configured",
     "cross_jvp",
-    "directional",
+    "directions",
     "evaluate",
     "evaluate_all",
-    "evaluate_block",
-    "evaluate_forward",
     "evaluate_inner",
-    "evaluate_linear",
+    "evaluate_subsample",
+    "evaluate_without_hvp",
     "hvp",
     "inner_grad",
     "inner_grad_and_cross",
     "inner_grad_outer",
     "inner_products",
     "inner_value_and_grad",
-    "is_inexact",
+    "linear_problem",
+    "microbatched",
+    "mixed_precision",
     "outer_grads",
     "outer_value_and_grads",
-    "plus",
-    "split",
+    "remat",
+    "residual",
     "unrolled_value_and_grad",
-    "uses",
+    "wrap_losses",
 ]

@@ -1,16 +1,24 @@
-"""The quantities one by one, so that no method pays for one that it does not use."""
+"""The quantities one by one, so that no method pays for one that it does not use.
+
+`Problem.derivatives` chooses among three ways to ∇₁G, ∇²₁₁G v and ∇²₂₁G v; the package's docstring
+tells them apart. A `Microbatched` loss has each quantity summed over parts of the minibatch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.microbatches import accumulated
-from bilevel_flax.oracles.products import PRODUCTS, check_adjoint
-from bilevel_flax.tree import is_inexact, split
+from bilevel_flax.oracles.microbatches import in_parts, whole
+from bilevel_flax.tree import split
+
+# Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
+FORWARD_UNITS = 5 / 3
 
 
 def inner_products(problem: Problem, variables: Variables, batch, model_state=None, rng=None):
@@ -26,28 +34,70 @@ def inner_products(problem: Problem, variables: Variables, batch, model_state=No
     Returns:
         `((loss, aux), inner_grad, hvp, cross_jvp)`.
     """
+    if in_parts(problem.inner_loss):
+        part = lambda problem, *args: inner_products(problem, variables, *args)
+        return whole(part, problem, "inner_loss", batch, model_state, rng)
     z, v, x = variables
     check_adjoint(z, v)
+    loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+    out, grad, (hvp, cross) = PRODUCTS[problem.derivatives](
+        loss, z_split.leaves, x_split.leaves, split(v).leaves
+    )
+    return out, z_split.complete(grad), z_split.complete(hvp), as_outer(cross)
 
-    def on(batch, model_state, rng):
-        loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-        out, grad_z, (hvp, cross) = PRODUCTS[problem.derivatives](
-            loss, z_split.leaves, x_split.leaves, split(v).leaves
+
+def inner_grad_and_cross(problem: Problem, variables: Variables, batch, model_state=None, rng=None):
+    """∇₁G and ∇²₂₁G v without Hv: what x needs in a step in which v stands still.
+
+    ∇²₂₁G v is the gradient in x of one number, the slope of G at z in the direction v. Forward mode
+    gives the slope for two products a layer, on top of the forward pass that ∇₁G takes anyway,
+    and backprop to x goes only as deep as x enters: for weights of examples, not into the network
+    at all (5/3 units then).
+
+    Args:
+        problem: the problem, with forward-mode derivatives.
+        variables: the point (z, v, x).
+        batch: an inner minibatch.
+        model_state: mutable state, handed to a stateful loss.
+        rng: its key; one draw serves both.
+
+    Returns:
+        `((loss, aux), inner_grad, cross_jvp)`.
+
+    Raises:
+        ValueError: `problem.derivatives` is another mode.
+    """
+    if problem.derivatives != "forward_over_reverse":
+        raise ValueError(
+            f"derivatives={problem.derivatives!r}: D_x without Hv needs forward mode; leave out "
+            "adjoint_update_every"
         )
-        return out, z_split.complete(grad_z), z_split.complete(hvp), as_outer(cross)
+    if in_parts(problem.inner_loss):
+        part = lambda problem, *args: inner_grad_and_cross(problem, variables, *args)
+        return whole(part, problem, "inner_loss", batch, model_state, rng)
+    z, v, x = variables
+    check_adjoint(z, v)
+    loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+    direction = split(v).leaves
 
-    return accumulated(problem, on, batch, model_state, rng)
+    def slope(x_leaves):
+        value_at = lambda z_leaves: loss(z_leaves, x_leaves)[0]
+        return jax.jvp(value_at, (z_split.leaves,), (direction,))[1]
+
+    # Two forward passes in the program, one after XLA's common-subexpression elimination.
+    out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
+    cross = jax.grad(slope)(x_split.leaves)
+    return out, z_split.complete(grad), as_outer(cross)
 
 
 def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=None):
     """`((loss, aux), ∇₁G)` (1 unit)."""
-
-    def on(batch, model_state, rng):
-        loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
-        out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
-        return out, z_split.complete(grad)
-
-    return accumulated(problem, on, batch, model_state, rng)
+    if in_parts(problem.inner_loss):
+        part = lambda problem, *args: inner_value_and_grad(problem, z, x, *args)
+        return whole(part, problem, "inner_loss", batch, model_state, rng)
+    loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
+    out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
+    return out, z_split.complete(grad)
 
 
 def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
@@ -58,14 +108,12 @@ def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyT
 def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
     """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`."""
 
-    def on(batch, model_state, rng):
+    def value_and_grad(problem, batch, model_state, rng):
         loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-        out, grad = jax.value_and_grad(loss, argnums=1, has_aux=True)(
-            z_split.leaves, x_split.leaves
-        )
+        out, grad = jax.value_and_grad(loss, 1, has_aux=True)(z_split.leaves, x_split.leaves)
         return out, as_outer(grad)
 
-    return accumulated(problem, on, batch, model_state, rng)[1]
+    return whole(value_and_grad, problem, "inner_loss", batch, model_state, rng)[1]
 
 
 def hvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:
@@ -80,15 +128,14 @@ def cross_jvp(problem: Problem, variables: Variables, batch, model_state=None, r
 
 def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
     """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
-
-    def on(batch, model_state, rng):
-        loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
-        out, (grad_z, grad_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            z_split.leaves, x_split.leaves
-        )
-        return out, z_split.complete(grad_z), x_split.complete(grad_x)
-
-    return accumulated(problem, on, batch, model_state, rng, problem.outer_updates_state)
+    if in_parts(problem.outer_loss):
+        part = lambda problem, *args: outer_value_and_grads(problem, z, x, *args)
+        return whole(part, problem, "outer_loss", batch, model_state, rng)
+    loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
+    out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        z_split.leaves, x_split.leaves
+    )
+    return out, z_split.complete(grad_z), x_split.complete(grad_x)
 
 
 def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
@@ -114,44 +161,91 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
     x_split = split(x)
 
     def total(leaves):
-        now = x_split.merge(leaves)
-        z, model_state, extra = unroll(now)
+        x = x_split.merge(leaves)
+        z, model_state, extra = unroll(x)
 
-        def on(batch, model_state, rng):
-            loss, z_split, seen = losses.outer(problem, z, now, batch, model_state, rng)
-            return (loss(z_split.leaves, seen.leaves),)
+        def value(problem, batch, model_state, rng):
+            loss, z_split, x_seen = losses.outer(problem, z, x, batch, model_state, rng)
+            return (loss(z_split.leaves, x_seen.leaves),)
 
         # Backprop through a sum of parts would keep the activations of them all.
-        part = on if problem.microbatches == 1 else jax.checkpoint(on)
-        threaded = problem.outer_updates_state
-        ((value, aux),) = accumulated(problem, part, batch, model_state, rng, threaded)
-        return value, (aux, (z, extra))
+        part = value
+        if in_parts(problem.outer_loss):
+            part = lambda problem, *args: jax.checkpoint(lambda *rest: value(problem, *rest))(*args)
+        ((loss, aux),) = whole(part, problem, "outer_loss", batch, model_state, rng)
+        return loss, (aux, (z, extra))
 
-    (value, (aux, found)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)
-    return (value, aux), x_split.complete(grad), found
+    (value, (aux, results)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)
+    return (value, aux), x_split.complete(grad), results
 
 
-def directional(function: Callable, primals: tuple, tangents: tuple) -> PyTree:
-    """The derivative of any function of pytrees in one direction, over the float leaves.
+def check_adjoint(z: PyTree, v: PyTree) -> None:
+    """Raises unless v has z's tree, shapes and dtypes.
 
-    Args:
-        function: `function(*primals) -> tree`.
-        primals: where; other leaves than floats are constants.
-        tangents: the direction; leaves opposite other leaves than floats are not read, and may be
-            None.
-
-    Returns:
-        The derivative of the result, with None for leaves that are no floats.
+    Raises:
+        ValueError: names the first difference.
     """
-    floats_of = split(primals)
-    kept = [leaf for leaf in jax.tree.leaves(tangents) if is_inexact(leaf)]
+    if jax.tree.structure(z) != jax.tree.structure(v):
+        raise ValueError(
+            "the adjoint's tree differs from inner_params': "
+            f"{jax.tree.structure(v)} against {jax.tree.structure(z)}; "
+            "start from `solver.init`, or jax.tree.map(jnp.zeros_like, inner_params)"
+        )
+    for (path, a), b in zip(jax.tree.leaves_with_path(z), jax.tree.leaves(v), strict=True):
+        if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+            raise ValueError(
+                f"the adjoint's leaf {jax.tree_util.keystr(path)} is "
+                f"{jnp.result_type(b)}{jnp.shape(b)}, inner_params' is "
+                f"{jnp.result_type(a)}{jnp.shape(a)}: v has z's shapes and dtypes exactly"
+            )
 
-    def floats(leaves):
-        result = jax.tree.leaves(function(*floats_of.merge(leaves)))
-        return [leaf for leaf in result if is_inexact(leaf)]
 
-    _, moved = jax.jvp(floats, (floats_of.leaves,), (kept,))
-    shapes = jax.eval_shape(lambda: function(*primals))
-    leaves, treedef = jax.tree.flatten(shapes)
-    found = iter(moved)
-    return treedef.unflatten([next(found) if is_inexact(leaf) else None for leaf in leaves])
+def _forward_over_reverse(loss, z, x, v):
+    def grads(z):
+        (value, aux), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(z, x)
+        return grads, (value, aux)
+
+    try:
+        (grad_z, _), products, out = jax.jvp(grads, (z,), (v,), has_aux=True)
+    except TypeError as error:  # outside of jit; `checks.losses` finds it in a solver's program
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(NOT_TWICE) from error
+    return out, grad_z, products
+
+
+def _reverse_over_reverse(loss, z, x, v):
+    def product(z, x):
+        out, grad_z = jax.value_and_grad(loss, has_aux=True)(z, x)
+        return optax.tree.vdot(grad_z, v), (grad_z, out)
+
+    products, (grad_z, out) = jax.grad(product, (0, 1), has_aux=True)(z, x)
+    return out, grad_z, products
+
+
+def _finite_differences(loss, z, x, v):
+    grads = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    out, (grad_z, _) = grads(z, x)
+    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in z), default=1.0)
+    norm = optax.tree.norm(v)
+    step = eps ** (1 / 3) * jnp.maximum(1.0, optax.tree.norm(z)) / jnp.where(norm > 0, norm, 1.0)
+
+    def at(sign):
+        moved = [a + (sign * step).astype(a.dtype) * b for a, b in zip(z, v, strict=True)]
+        return grads(moved, x)[1]
+
+    products = jax.tree.map(
+        lambda plus, minus: (plus - minus) / (2 * step).astype(plus.dtype), at(1.0), at(-1.0)
+    )
+    return out, grad_z, products
+
+
+NOT_TWICE = (
+    "inner_loss uses a jax.custom_vjp function, which forward mode cannot differentiate: set "
+    'Problem(..., derivatives="reverse_over_reverse")'
+)
+PRODUCTS = {
+    "forward_over_reverse": _forward_over_reverse,
+    "reverse_over_reverse": _reverse_over_reverse,
+    "finite_differences": _finite_differences,
+}

@@ -1,4 +1,4 @@
-"""All five quantities at one point on one pair of minibatches: 4 gradient units."""
+"""The five quantities at one point on one pair of minibatches, or those of them that are needed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Aux, Batch, Metrics, Oracles, Problem, PyTree, Variables
-from bilevel_flax.oracles.derivatives import inner_products, outer_value_and_grads
-from bilevel_flax.tree import norm, ratio
+from bilevel_flax.minibatches import example_mask
+from bilevel_flax.oracles.derivatives import (
+    inner_grad_and_cross,
+    inner_products,
+    inner_value_and_grad,
+    outer_grads,
+    outer_value_and_grads,
+)
+from bilevel_flax.tree import add, is_inexact, norm, ratio
+
+NOTHING = Oracles(None, None, None, None, None)
 
 
 class Evaluation(NamedTuple):
@@ -21,9 +30,9 @@ class Evaluation(NamedTuple):
         outer_loss: F on the minibatch, or None.
         model_state: the mutable state after the step (stateful problems).
         metrics: the user's scalars, `inner_` and `outer_` before their names.
-        residual: the adjoint's relative residual; None: that of `oracles`.
-        components: the oracles taken apart (`linear.Components`), or None.
-        directions: what an estimator asked to have combined out of the oracles, or None.
+        residual: the adjoint's relative residual; None: not evaluated.
+        directions: (D_z, D_v, D_x) where `Oracle.directions` or `Oracle.difference` was asked.
+        codes: what stands for the oracles of a linear model (`residual_codes.Codes`), or None.
     """
 
     oracles: Oracles
@@ -32,22 +41,14 @@ class Evaluation(NamedTuple):
     model_state: PyTree
     metrics: Metrics
     residual: Any = None
-    components: Any = None
-    directions: Any = None
-
-
-def merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:
-    """`(model_state, metrics)` of a step from what G and F returned beside their values."""
-    chosen = outer if problem.outer_updates_state else inner
-    metrics = {f"inner_{k}": v for k, v in inner.metrics.items()}
-    metrics |= {f"outer_{k}": v for k, v in outer.metrics.items()}
-    return chosen.model_state, metrics
+    directions: Variables | None = None
+    codes: Any = None
 
 
 def evaluate_all(
     problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
 ) -> Evaluation:
-    """The oracles with losses, state and metrics; `rngs` are the keys of (G, F)."""
+    """The oracles with losses, state and metrics (4 units); `rngs` are the keys of (G, F)."""
     z, _, x = variables
     inner_loss = outer_loss = grad = product = cross = outer_inner = outer_outer = None
     inner_aux = outer_aux = Aux(model_state)
@@ -57,12 +58,87 @@ def evaluate_all(
             problem, variables, batch.inner, model_state, inner_rng
         )
     if batch.outer is not None:
-        seen = inner_aux.model_state if problem.outer_updates_state else model_state
+        state = inner_aux.model_state if problem.outer_updates_state else model_state
         (outer_loss, outer_aux), outer_inner, outer_outer = outer_value_and_grads(
-            problem, z, x, batch.outer, seen, outer_rng
+            problem, z, x, batch.outer, state, outer_rng
         )
     oracles = Oracles(grad, product, cross, outer_inner, outer_outer)
-    return Evaluation(oracles, inner_loss, outer_loss, *merged(problem, inner_aux, outer_aux))
+    return Evaluation(oracles, inner_loss, outer_loss, *_merged(problem, inner_aux, outer_aux))
+
+
+def evaluate_inner(
+    problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
+) -> Evaluation:
+    """∇₁G alone (1 unit); F is not evaluated, an `outer_updates_state` skipped."""
+    (loss, aux), grad = inner_value_and_grad(
+        problem, variables.inner, variables.outer, batch.inner, model_state, rngs[0]
+    )
+    oracles = NOTHING._replace(inner_grad=grad)
+    return Evaluation(oracles, loss, None, aux.model_state, _named("inner", aux))
+
+
+def evaluate_without_hvp(
+    problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
+) -> Evaluation:
+    """∇₁G, ∇²₂₁G v and ∇₂F; Hv and ∇₁F are left out.
+
+    F is not evaluated where x has only per-sample leaves or F does not use it; an
+    `outer_updates_state` is skipped.
+
+    Raises:
+        ValueError: as `inner_grad_and_cross`.
+    """
+    z, _, x = variables
+    (loss, aux), grad, cross = inner_grad_and_cross(
+        problem, variables, batch.inner, model_state, rngs[0]
+    )
+    _, outer_grad = outer_grads(problem, z, x, batch.outer, model_state, rngs[1])
+    oracles = Oracles(grad, None, cross, None, outer_grad)
+    return Evaluation(oracles, loss, None, aux.model_state, _named("inner", aux))
+
+
+def evaluate_subsample(
+    problem: Problem,
+    variables: Variables,
+    batch: Batch,
+    model_state=None,
+    rngs=(None, None),
+    *,
+    block: jax.Array,
+    parts: int,
+) -> Evaluation:
+    """`evaluate_all` with ∇₁G on the whole minibatch and the rest on one of its `parts` blocks.
+
+    Averaged over the blocks it is `evaluate_all` (for losses without BatchNorm), at 1 + 3/parts
+    gradient units. The model state and the inner loss are those of the whole minibatch.
+
+    Args:
+        problem: the problem.
+        variables: the point (z, v, x).
+        batch: both sides; leaves [batch, ...] with `parts` dividing batch.
+        model_state: mutable state of a stateful problem.
+        rngs: the keys of (G, F).
+        block: int32 scalar in [0, parts).
+        parts: number of blocks.
+
+    Raises:
+        ValueError: `parts` does not divide a leading length.
+    """
+    z, _, x = variables
+    (inner_loss, inner_aux), grad = inner_value_and_grad(
+        problem, z, x, batch.inner, model_state, rngs[0]
+    )
+    inner_part, inner_share = _block(batch.inner, block, parts)
+    outer_part, outer_share = _block(batch.outer, block, parts)
+    _, _, product, cross = inner_products(problem, variables, inner_part, model_state, rngs[0])
+    state = inner_aux.model_state if problem.outer_updates_state else model_state
+    (outer_loss, outer_aux), outer_inner, outer_outer = outer_value_and_grads(
+        problem, z, x, outer_part, state, rngs[1]
+    )
+    product, cross = _weigh((product, cross), inner_share)
+    outer_inner, outer_outer = _weigh((outer_inner, outer_outer), outer_share)
+    oracles = Oracles(grad, product, cross, outer_inner, outer_outer)
+    return Evaluation(oracles, inner_loss, outer_loss, *_merged(problem, inner_aux, outer_aux))
 
 
 def evaluate(problem: Problem, variables: Variables, batch: Batch, model_state=None, rng=None):
@@ -95,13 +171,54 @@ def evaluate(problem: Problem, variables: Variables, batch: Batch, model_state=N
         ([1.0, 1.0], -2.0)
     """
     rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-    found = evaluate_all(problem, variables, batch, model_state, rngs)
+    evaluation = evaluate_all(problem, variables, batch, model_state, rngs)
     if problem.stateful:
-        return found.oracles, Aux(found.model_state, found.metrics)
-    return found.oracles
+        return evaluation.oracles, Aux(evaluation.model_state, evaluation.metrics)
+    return evaluation.oracles
 
 
-def residual(found: Oracles) -> jax.Array:
+def residual(oracles: Oracles) -> jax.Array:
     """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞."""
-    top = norm(jax.tree.map(jnp.add, found.hvp, found.outer_grad_inner))
-    return ratio(top, norm(found.outer_grad_inner))
+    top = norm(add(oracles.hvp, oracles.outer_grad_inner))
+    return ratio(top, norm(oracles.outer_grad_inner))
+
+
+def _named(side: str, aux: Aux) -> Metrics:
+    return {f"{side}_{name}": value for name, value in aux.metrics.items()}
+
+
+def _merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:
+    """`(model_state, metrics)` of a step from what G and F returned beside their values."""
+    last = outer if problem.outer_updates_state else inner
+    return last.model_state, {**_named("inner", inner), **_named("outer", outer)}
+
+
+def _block(batch: PyTree, block: jax.Array, parts: int) -> tuple[PyTree, Any]:
+    """Block number `block` of `parts` equal ones, and what makes its masked mean unbiased."""
+
+    def cut(leaf):
+        if leaf.ndim == 0 or leaf.shape[0] % parts:
+            raise ValueError(
+                f"a leaf of the minibatch has shape {leaf.shape}: subsample=1/{parts} needs a "
+                f"leading length that {parts} divides"
+            )
+        size = leaf.shape[0] // parts
+        return jax.lax.dynamic_slice_in_dim(leaf, block * size, size)
+
+    chosen, mask = jax.tree.map(cut, batch), example_mask(batch, f"a subsample of 1/{parts}")
+    if mask is None:
+        return chosen, None
+    total = jnp.sum(mask)
+    return chosen, jnp.sum(cut(mask)) * parts / jnp.where(total > 0, total, 1)
+
+
+def _weigh(tree: PyTree, share: Any) -> PyTree:
+    """The float leaves times a block's share; a block of padding alone may well give NaN."""
+    if share is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.where(share > 0, leaf * share.astype(leaf.dtype), 0) if is_inexact(leaf) else leaf
+        ),
+        tree,
+    )

@@ -14,6 +14,7 @@ axis, so is each part.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,42 +23,64 @@ import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree, Rows
 from bilevel_flax.minibatches import example_mask
+from bilevel_flax.oracles.wrapped_loss import WrappedLoss
 from bilevel_flax.per_sample import is_rows
 from bilevel_flax.tree import is_inexact
 
 
-def accumulated(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Microbatched(WrappedLoss):
+    """A mean over examples whose derivatives are to be summed over parts of the minibatch.
+
+    Attributes:
+        parts: k > 1.
+    """
+
+    parts: int
+
+
+def in_parts(loss: Any) -> bool:
+    """Whether a loss asks for its derivatives in parts."""
+    return isinstance(loss, Microbatched)
+
+
+def whole(
+    quantity: Callable[..., tuple],
     problem: Problem,
-    evaluate: Callable[[PyTree, PyTree, Any], tuple],
+    side: str,
     batch: PyTree,
     model_state: PyTree,
     rng: Any,
-    threaded: bool = True,
 ) -> tuple:
-    """What `evaluate` gives for the minibatch, put together from `problem.microbatches` parts.
+    """A quantity of the whole minibatch, put together from those of its parts if so asked for.
 
     Args:
-        problem: says how many parts.
-        evaluate: `evaluate(batch, model_state, rng) -> ((loss, aux), *trees)`, all of them means
-            over the examples; `Rows` in the trees belong to one example each.
+        quantity: `quantity(problem, batch, model_state, rng) -> ((loss, aux), *trees)`, all of them
+            means over the examples; `Rows` in the trees belong to one example each.
+        problem: its loss may be `Microbatched`; `quantity` is handed it without.
+        side: "inner_loss" or "outer_loss", the loss in question.
         batch: the minibatch; leaves [batch, ...], which the number of parts divides. Scalars go to
             every part.
-        model_state: mutable state.
+        model_state: mutable state. G's parts, and F's where it updates the state, are each handed
+            the one after the part before; otherwise every part is handed this one.
         rng: a key, from which each part gets its own, or None.
-        threaded: each part is handed the state after the one before; False: every part the same
-            state, and what it returns is dropped.
 
     Returns:
-        The same as `evaluate`: sums in the dtypes of the parts' quantities (added up in float32 at
+        The same as `quantity`: sums in the dtypes of the parts' quantities (added up in float32 at
         least), the last part's model state, the mean metrics, and one entry of `Rows` for each
         example, in the minibatch's order.
 
     Raises:
         ValueError: the number of parts does not divide a leading length.
     """
-    count = problem.microbatches
-    if count == 1 or not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(batch)):
-        return evaluate(batch, model_state, rng)
+    loss = getattr(problem, side)
+    if not in_parts(loss):
+        return quantity(problem, batch, model_state, rng)
+    count = loss.parts
+    problem = dataclasses.replace(problem, **{side: loss.loss})
+    if not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(batch)):
+        return quantity(problem, batch, model_state, rng)
+    threaded = side == "inner_loss" or problem.outer_updates_state
     mask = example_mask(batch, f"microbatches={count}")
     batch = jax.tree_util.tree_map_with_path(lambda path, leaf: _in_parts(path, leaf, count), batch)
     shares = _shares(mask, count)
@@ -70,7 +93,7 @@ def accumulated(
             batch,
         )
         key = None if rng is None else jax.random.fold_in(rng, number)
-        (loss, aux), *trees = evaluate(chosen, state, key)
+        (loss, aux), *trees = quantity(problem, chosen, state, key)
         metrics = {k: jnp.asarray(v, _wide(v * 1.0)) for k, v in aux.metrics.items()}
         return (loss, aux._replace(model_state=None, metrics=metrics), trees), (
             aux.model_state if threaded else state
@@ -80,8 +103,8 @@ def accumulated(
 
     def add(carry, number):
         totals, state = carry
-        found, state = part(number, state)
-        terms = jax.tree.map(lambda node: _times(node, shares[number]), found, is_leaf=is_rows)
+        quantities, state = part(number, state)
+        terms = jax.tree.map(lambda node: _times(node, shares[number]), quantities, is_leaf=is_rows)
         totals = jax.tree.map(
             lambda total, term: None if total is None else total + term,
             totals,

@@ -38,8 +38,9 @@ from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import add, is_inexact, norm, ratio
 
+_NOTHING = Oracles(*(None,) * 5)
 _EVERYWHERE = PartitionSpec()
 _BY_EXAMPLE = PartitionSpec(BATCH_AXES)
 
@@ -86,33 +87,26 @@ def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
         )
     axes = tuple(name for name in BATCH_AXES if mesh.shape[name] > 1)
 
-    def distributed(*args, **kwargs):
-        return _evaluate(mesh, axes, rules, *args, **kwargs)
+    def evaluate(shared, points, combine):
+        return _evaluate(mesh, axes, rules, shared, points, combine)
 
-    return dataclasses.replace(whole(problem), distributed=distributed)
+    return dataclasses.replace(whole(problem), evaluate=evaluate)
 
 
 def _evaluate(
     mesh: Mesh,
     axes: tuple[str, ...],
     rules: Any,
-    problem: Problem,
-    evaluate: Callable,
+    shared: oracles.Shared,
     points: Sequence[Variables],
-    batch: Batch,
-    model_state: PyTree,
-    rngs: tuple,
-    combine: Callable | None,
-    exact: bool,
-    seed: jax.Array,
-):
-    """`Problem.distributed`: the evaluation at the first point, with `combine` of them all.
+    combine: Callable[..., Variables] | None,
+) -> oracles.Evaluation:
+    """The evaluation at the first point, with `combine` of the oracles at them all.
 
-    Returns:
-        The evaluation, its oracles None where `combine` is there and `exact` is False; then
-        (‖D_v‖, ‖∇₁F‖) at the first point by sketches, where the reduced D_v does not tell, else
-        None.
+    Where there is a `combine`, the oracles themselves are None: only what it makes is added up, and
+    the length of ∇₁F, which the residual needs, comes from a sketch.
     """
+    problem, batch = shared.problem, shared.batch
     z = points[0].inner
     like_z = jax.tree.leaves(param_specs(z, mesh, rules))
     specs = jax.tree.unflatten(jax.tree.structure(z), like_z)
@@ -128,10 +122,9 @@ def _evaluate(
     )
     by_row = rows.has_rows(problem.per_sample) and batch.inner is not None
     labels, counts = _labels(problem, points[0].outer, gathered[0].outer, batch, by_row)
-    alone = combine is not None and not exact
     shape = {}
 
-    def on_share(points, data, labels, model_state, rngs, seed):
+    def on_share(points, data, labels, model_state, rngs):
         points = [
             Variables(
                 whole_leaves(point.inner, like_z), whole_leaves(point.adjoint, like_z), point.outer
@@ -148,22 +141,21 @@ def _evaluate(
         if axes:
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
         several = [
-            _weighted(_labelled(found, labels, counts), problem, real)
+            _weighted(_labelled(evaluation, labels, counts), problem, real)
             for point in points
-            for found in [evaluate(problem, point, part, model_state, rngs)]
+            for evaluation in [shared.evaluate(problem, point, part, model_state, rngs)]
         ]
-        found, sketches = several[0], None
-        if alone and found.oracles.outer_grad_inner is not None:
-            sketches = sketch(found.oracles.outer_grad_inner, seed), None
-            if len(points) > 1:
-                d_v = jax.tree.map(jnp.add, found.oracles.hvp, found.oracles.outer_grad_inner)
-                sketches = sketches[0], sketch(d_v, seed)
-        if combine is not None and (alone or len(points) > 1):
-            combined = combine(*(each.oracles for each in several))
-            found = found._replace(directions=combined)
-        if alone:
-            found = found._replace(oracles=Oracles(*(None,) * 5))
-        parts, shape["join"] = taken_apart((found, sketches), jax.tree.structure(z))
+        evaluation, sketches = several[0], None
+        if combine is not None:
+            _, hvp, _, grad, _ = evaluation.oracles
+            if hvp is not None:
+                # Of one point, the reduced D_v tells its own length.
+                d_v = sketch(add(hvp, grad)) if len(points) > 1 else None
+                sketches = d_v, sketch(grad)
+            evaluation = evaluation._replace(
+                directions=combine(*(each.oracles for each in several)), oracles=_NOTHING
+            )
+        parts, shape["join"] = taken_apart((evaluation, sketches), jax.tree.structure(z))
         return parts | reduced(parts, like_z, axes)
 
     out_specs = {"like_z": like_z, "by_row": _BY_EXAMPLE, "rest": _EVERYWHERE}
@@ -171,17 +163,16 @@ def _evaluate(
     parts = jax.shard_map(
         on_share,
         mesh=mesh,
-        in_specs=(point_specs, data_specs, _BY_EXAMPLE, _EVERYWHERE, _EVERYWHERE, _EVERYWHERE),
+        in_specs=(point_specs, data_specs, _BY_EXAMPLE, _EVERYWHERE, _EVERYWHERE),
         out_specs=out_specs,
         check_vma=False,
-    )(gathered, data, labels, model_state, rngs, seed)
-    found, sketches = shape["join"](parts)
-    if combine is not None and found.directions is None:
-        found = found._replace(directions=combine(found.oracles))
+    )(gathered, data, labels, shared.model_state, shared.rngs)
+    evaluation, sketches = shape["join"](parts)
     if sketches is None:
-        return found, None
-    length, d_v = sketches
-    return found, (norm(found.directions.adjoint if d_v is None else d_v), norm(length))
+        return evaluation
+    d_v, length = sketches
+    d_v = evaluation.directions.adjoint if d_v is None else d_v
+    return evaluation._replace(residual=ratio(norm(d_v), norm(length)))
 
 
 def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:
@@ -204,17 +195,17 @@ def _labels(problem: Problem, x: PyTree, gathered: PyTree, batch: Batch, by_row:
     return labels, [leaf.shape[0] if leaf.ndim else 0 for leaf in flat]
 
 
-def _labelled(found: Any, labels: list, counts: list) -> Any:
+def _labelled(evaluation: Any, labels: list, counts: list) -> Any:
     """The evaluation with `Rows` of the examples of a share as `Rows` of all samples."""
-    if found.oracles.cross_jvp is None:
-        return found
-    nodes, treedef = jax.tree.flatten(found.oracles.cross_jvp, is_leaf=rows.is_rows)
+    if evaluation.oracles.cross_jvp is None:
+        return evaluation
+    nodes, treedef = jax.tree.flatten(evaluation.oracles.cross_jvp, is_leaf=rows.is_rows)
     for i, (node, label, count) in enumerate(zip(nodes, labels, counts, strict=True)):
         if rows.is_rows(node):
             index = label.at[node.index].get(mode="fill", fill_value=count)
             nodes[i] = Rows(index, node.values)
     cross = treedef.unflatten(nodes)
-    return found._replace(oracles=found.oracles._replace(cross_jvp=cross))
+    return evaluation._replace(oracles=evaluation.oracles._replace(cross_jvp=cross))
 
 
 def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
@@ -231,7 +222,7 @@ def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
 
 def _times(tree: PyTree, share: Any) -> PyTree:
     def scaled(leaf):
-        if not oracles.is_inexact(leaf):
+        if not is_inexact(leaf):
             return leaf
         out = leaf * jnp.asarray(share, leaf.dtype)
         # A share of padding alone has no say, not even that of a mean over nothing.
@@ -240,16 +231,16 @@ def _times(tree: PyTree, share: Any) -> PyTree:
     return jax.tree.map(scaled, tree)
 
 
-def _weighted(found: Any, problem: Problem, real: dict[str, Any]) -> Any:
+def _weighted(evaluation: Any, problem: Problem, real: dict[str, Any]) -> Any:
     """An evaluation on a share, times the share: what is left to do is to add up."""
     inner, outer = real["inner"], real["outer"]
-    values = found.oracles
+    values = evaluation.oracles
     moved = outer if problem.outer_updates_state else inner
     metrics = {
         name: _times(jnp.asarray(value, jnp.result_type(value, jnp.float32)), real[name[:5]])
-        for name, value in found.metrics.items()
+        for name, value in evaluation.metrics.items()
     }
-    return found._replace(
+    return evaluation._replace(
         oracles=Oracles(
             _times(values.inner_grad, inner),
             _times(values.hvp, inner),
@@ -257,8 +248,8 @@ def _weighted(found: Any, problem: Problem, real: dict[str, Any]) -> Any:
             _times(values.outer_grad_inner, outer),
             _times(values.outer_grad_outer, outer),
         ),
-        inner_loss=_times(found.inner_loss, inner),
-        outer_loss=_times(found.outer_loss, outer),
-        model_state=_times(found.model_state, moved) if problem.stateful else None,
+        inner_loss=_times(evaluation.inner_loss, inner),
+        outer_loss=_times(evaluation.outer_loss, outer),
+        model_state=_times(evaluation.model_state, moved) if problem.stateful else None,
         metrics=metrics,
     )

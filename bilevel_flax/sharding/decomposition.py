@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bilevel_flax import oracles
 from bilevel_flax.base import Batch, Problem, PyTree
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles import losses
+from bilevel_flax.oracles.mixed_precision import is_lowered
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import bound
+from bilevel_flax.tree import is_inexact
 
 _TOLERANCE = 1e-4
 _COARSE = 1e-2  # of losses computed in bfloat16
@@ -73,10 +74,8 @@ def decomposition(
     ):
         run = jax.jit(evaluated, static_argnums=0)
         whole, mean = map(float, run(make, side, inner_params, outer_params, model_state, rng))
-        coarse = problem.compute_dtype is not None or any(
-            leaf.dtype.itemsize < 4
-            for leaf in jax.tree.leaves(inner_params)
-            if oracles.is_inexact(leaf)
+        coarse = is_lowered(getattr(problem, name)) or any(
+            leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(inner_params) if is_inexact(leaf)
         )
         limit = (_COARSE if coarse else _TOLERANCE) * max(abs(whole), 1e-6)
         if not abs(whole - mean) <= limit:

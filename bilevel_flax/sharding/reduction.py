@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import PyTree, Variables
+from bilevel_flax.tree import is_inexact
 
 
 def whole_leaves(tree: PyTree, specs: list) -> PyTree:
@@ -28,13 +28,13 @@ _LIKE_Z = ("inner_grad", "hvp", "outer_grad_inner")
 
 def taken_apart(tree: Any, z_structure: Any) -> tuple[dict, Callable]:
     """What is like z (by leaf), what belongs to examples, and the rest; and the way back."""
-    found, sketched = tree
-    values, combined = found.oracles, found.directions
+    evaluation, sketched = tree
+    values, combined = evaluation.oracles, evaluation.directions
     like_z = {name: getattr(values, name) for name in _LIKE_Z}
     if combined is not None:
         like_z |= {"d_z": combined.inner, "d_v": combined.adjoint}
     like_z = {name: tree for name, tree in like_z.items() if tree is not None}
-    other = found._replace(
+    other = evaluation._replace(
         oracles=values._replace(**dict.fromkeys(_LIKE_Z)),
         directions=None if combined is None else combined.outer,
     )
@@ -75,7 +75,7 @@ def reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
 
     for i, (row, spec) in enumerate(zip(parts["like_z"], like_z, strict=True)):
         for j, leaf in enumerate(row):
-            if not oracles.is_inexact(leaf):
+            if not is_inexact(leaf):
                 continue
             left = list(axes)
             for axis, entry in enumerate(spec):
@@ -86,7 +86,7 @@ def reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
                     left = [name for name in left if name not in names]
             put(("like_z", i, j), leaf, left)
     for i, leaf in enumerate(parts["rest"]):
-        if oracles.is_inexact(leaf):
+        if is_inexact(leaf):
             put(("rest", i), leaf, axes)
     out = {"like_z": [list(row) for row in parts["like_z"]], "rest": list(parts["rest"])}
     for names, entries in pending.items():

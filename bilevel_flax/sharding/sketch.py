@@ -15,36 +15,40 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import PyTree
-from bilevel_flax.oracles import is_inexact
+from bilevel_flax.tree import is_inexact
 
-_MOST_BUCKETS = 4096
-_ENTRIES_PER_BUCKET = 64  # the sketch moves less than 2 % of the vector's own bytes
+_MIN_BUCKETS, _MAX_BUCKETS = 128, 4096
+_SMALL = 256  # a vector of no more entries is handed over as it is: its length is then exact
+_ENTRIES_PER_BUCKET = 64  # the sketch moves less than 2 % of a large vector's own bytes
+_SEED = 0x9E3779B1
 
 
-def sketch(tree: PyTree, seed: jax.Array) -> jax.Array:
-    """S g: float32 [buckets], linear in the float leaves of `tree`.
+def sketch(tree: PyTree) -> jax.Array:
+    """S g: float32 [buckets], linear in the float leaves of `tree`; always the same S.
 
     Args:
         tree: g.
-        seed: int32 scalar; another one draws other signs.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
     size = sum(leaf.size for leaf in leaves)
-    buckets = max(1, min(_MOST_BUCKETS, size // _ENTRIES_PER_BUCKET))
+    flat = [leaf.reshape(-1).astype(jnp.float32) for leaf in leaves]
+    if size <= _SMALL:
+        return jnp.concatenate(flat)
+    buckets = min(max(_MIN_BUCKETS, size // _ENTRIES_PER_BUCKET), _MAX_BUCKETS)
     total, start = jnp.zeros(buckets, jnp.float32), 0
-    for leaf in leaves:
-        flat = leaf.reshape(-1).astype(jnp.float32) * _signs(start, leaf.size, seed)
-        padded = jnp.pad(flat, (0, -leaf.size % buckets))
+    for entries in flat:
+        signed = entries * _signs(start, entries.size)
+        padded = jnp.pad(signed, (0, -entries.size % buckets))
         # Neighbours, which tend to be alike, go to different buckets.
         total = total + padded.reshape(-1, buckets).sum(0)
-        start += leaf.size
+        start += entries.size
     return total
 
 
-def _signs(start: int, count: int, seed: jax.Array) -> jax.Array:
+def _signs(start: int, count: int) -> jax.Array:
     """±1 for each position: a bit of a mixing hash (xxHash's finaliser)."""
     word = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(start % 2**32)
-    word = word ^ (jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0x9E3779B1))
+    word = word ^ jnp.uint32(_SEED)
     for shift, factor in ((15, 0x85EBCA77), (13, 0xC2B2AE3D)):
         word = (word ^ (word >> shift)) * jnp.uint32(factor)
     word = word ^ (word >> 16)

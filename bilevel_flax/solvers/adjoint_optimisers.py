@@ -1,25 +1,8 @@
 """Optimisers of the adjoint v that are made from z's: nothing about v is left to choose.
 
 v solves a linear system in the Hessian that z's optimiser copes with, so v wants z's schedule,
-momentum and preconditioner. There are two ways to have them without reading anyone's state:
-
-* z's transformation itself, with a state of its own, fed D_v: the default (`adjoint=None`). Its
-  fixed point is v* whatever the preconditioner, and where D_v explodes its own statistics see that.
-* `like_inner`: the derivative of z's step. One step of z is z⁺ = z + U(∇₁G, s, z) with the
-  optimiser's state s, and v moves by the derivative of U in the direction (D_v, ṡ, v), in which ṡ,
-  the response of s, is v's own state:
-
-      v⁺ = v + ∂_g U · D_v + ∂_s U · ṡ + ∂_z U · v      ṡ⁺ = ∂_g S · D_v + ∂_s S · ṡ + ∂_z S · v
-
-  For SGD and momentum it is the same as the first way. Under AdamW it shares z's preconditioner P,
-  so that v solves (H + λP⁻¹)v = -∇₁F, the system that belongs to decay λ outside the loss.
-
-`docs/auto.md` says why the first is the default: coordinates that z's gradient never visits have
-an unbounded P, and networks trained with Adam live where P times H is as large as it can be for z.
-
-References:
-    D. P. Kingma, J. Ba. Adam: a method for stochastic optimization. ICLR 2015.
-    I. Loshchilov, F. Hutter. Decoupled weight decay regularization. ICLR 2019.
+momentum and preconditioner: it takes z's transformation, with statistics of its own. Its fixed
+point is v* whatever the preconditioner, and where D_v explodes its own statistics see that.
 """
 
 from __future__ import annotations
@@ -30,21 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import oracles
 from bilevel_flax.base import PyTree
+from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint
+from bilevel_flax.solvers.step import tolerant
 from bilevel_flax.tree import norm
 
-# Where U is differentiated: the derivative of every square vanishes there, so that statistics count
-# as fixed; its own square is still a float32, so that no norm divides 0 by 0.
-_ALMOST_ZERO = 1e-15
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
 # δ between 1e-26 and 1e26: δv stays a float32.
 _LOG_LIMIT = 60.0
-
-
-class LikeInnerState(NamedTuple):
-    """State of `like_inner`."""
-
-    response: PyTree  # ṡ, z's optimiser state with None for leaves that are no floats
 
 
 def _needed(extra_args: dict, *names: str) -> list:
@@ -57,59 +34,66 @@ def _needed(extra_args: dict, *names: str) -> list:
     return [extra_args[name] for name in names]
 
 
-def like_inner(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The derivative of z's optimiser as the optimiser of v.
+def like_inner_optimizer(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Z's transformation for v, with statistics of its own.
 
-    Before it is differentiated, its statistics are shown D_z and D_v together: one step's share
-    of D_v (a thousandth, for Adam) changes P little, and keeps it finite where D_z is always 0.
+    Its schedules count z's steps, and hyperparameters that somebody writes into z's state
+    (`optax.inject_hyperparams`) hold for v as well. What it does to parameters by their values is
+    left out where it has no meaning for v (`inner_optimiser.applies_to_adjoint`).
 
     Args:
-        inner: any Optax transformation whose update responds smoothly to the gradient. That of
-            signs (Lion, signSGD) is flat, v would never move.
+        inner: z's optimiser.
 
     Returns:
-        A transformation whose `update` needs the extra arguments `inner_direction` (D_z),
-        `inner_opt_state` and `inner_params` (before z's step), as `single_loop` hands them on.
+        A transformation whose `update` needs the extra arguments `inner_opt_state` and
+        `inner_params`, as `single_loop` hands them on.
 
     Raises:
         TypeError: from `update`, without these extra arguments.
+        ValueError: from `update`, where `inner` projects or clips parameters.
 
     Example:
         >>> import jax.numpy as jnp, optax
         >>> inner = optax.sgd(0.1)
         >>> z, v = jnp.ones(2), jnp.zeros(2)
-        >>> adjoint = like_inner(inner)
+        >>> adjoint = like_inner_optimizer(inner)
         >>> update, _ = adjoint.update(
         ...     jnp.array([1.0, -2.0]), adjoint.init(v), v,
-        ...     inner_direction=z, inner_opt_state=inner.init(z), inner_params=z,
+        ...     inner_opt_state=inner.init(z), inner_params=z,
         ... )
         >>> [round(float(value), 3) for value in update]
         [-0.1, 0.2]
     """
-    transform = optax.with_extra_args_support(inner)
-
-    def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, transform.init(params))
-        response = jax.tree.map(lambda leaf: leaf if oracles.is_inexact(leaf) else None, zeros)
-        return LikeInnerState(response)
+    step = tolerant(inner)
 
     def update(updates, state, params=None, **extra_args):
-        names = ("inner_direction", "inner_opt_state", "inner_params")
-        direction, opt_state, z = _needed(extra_args, *names)
-        rest = {name: value for name, value in extra_args.items() if name not in names}
-        both = jax.tree.map(lambda a, b: jnp.sqrt(a**2 + b**2), direction, updates)
-        _, seen = transform.update(both, opt_state, z, **rest)
+        opt_state, z = _needed(extra_args, "inner_opt_state", "inner_params")
+        if not applies_to_adjoint(inner, opt_state, z):
+            params = jax.tree.map(jnp.zeros_like, params)
+        return step.update(updates, share_step_count(state, opt_state), params, **extra_args)
 
-        def step(gradient, opt_state, z):
-            return transform.update(gradient, opt_state, z, **rest)
+    return optax.GradientTransformationExtraArgs(step.init, update)
 
-        flat = jax.tree.map(lambda leaf: jnp.full_like(leaf, _ALMOST_ZERO), direction)
-        moved, response = oracles.directional(
-            step, (flat, seen, z), (updates, state.response, params)
-        )
-        return moved, LikeInnerState(response)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
+    """V's optimiser state with z's clock in its schedules, and z's injected hyperparameters.
+
+    Other counters stay its own: where v moves in every k-th step only, an optimiser that acts in
+    every k-th of its calls (`optax.MultiSteps`) would never act on z's.
+    """
+
+    def shared(own, of_z):
+        if isinstance(own, optax.ScaleByScheduleState):
+            return of_z
+        if isinstance(own, _INJECTED):
+            return of_z._replace(inner_state=share_step_count(own.inner_state, of_z.inner_state))
+        return own
+
+    kinds = (optax.ScaleByScheduleState, *_INJECTED)
+    is_leaf = lambda node: isinstance(node, kinds)
+    return jax.tree.map(shared, state, inner_opt_state, is_leaf=is_leaf)
 
 
 def damped(

@@ -9,7 +9,7 @@ SOBA's directions (see `solvers/soba.py`) with, each for a measured reason (`doc
 * a damping of v that follows its residual: none where Hv is exact, enough where the noise of Hv
   or negative curvature has the better of it;
 * ‖v‖ bounded, so that an inner step at the edge of stability stops v from growing, not the run;
-* on request v in every k-th step only, or v and x on a part of the minibatch (`thrifty.py`).
+* on request v and x in some of the steps only, or on a part of the minibatch (`cheap_steps.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import BilevelSolver, Estimator, Problem
+from bilevel_flax.checks import as_count
+from bilevel_flax.deprecated import renamed_keywords
 from bilevel_flax.outer.optimisers.robust import robust_sgd
-from bilevel_flax.solvers import adjoint_optimisers as adjoints
-from bilevel_flax.solvers import cheap_steps as thrifty
+from bilevel_flax.solvers import adjoint_optimisers, cheap_steps
 from bilevel_flax.solvers.single_loop import single_loop
 
 # Far above any healthy v, far below where squares of D_v overflow float32.
@@ -52,6 +53,7 @@ def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
     return schedule
 
 
+@renamed_keywords(fraction="subsample", every="update_every", adjoint_every="adjoint_update_every")
 def auto(
     problem: Problem,
     *,
@@ -62,9 +64,9 @@ def auto(
     dense_learning_rate: float = 0.01,
     warmup: float = 0.0,
     damping: float | None = None,
-    fraction: float = 1.0,
-    every: int = 1,
-    adjoint_every: int = 1,
+    subsample: float = 1.0,
+    update_every: int = 1,
+    adjoint_update_every: int = 1,
     estimator: Estimator | None = None,
     outer: optax.GradientTransformation | None = None,
     adjoint: optax.GradientTransformation | None = None,
@@ -85,23 +87,23 @@ def auto(
         warmup: share of the steps in which x stands still, in [0, 1).
         damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
             (`adjoint.self_damped`).
-        fraction: share 1/m of the examples that D_v and D_x use.
-        every: k, v and x move in every k-th step.
-        adjoint_every: m, v moves in every m-th of these only.
+        subsample: share 1/m of the examples that D_v and D_x use.
+        update_every: k, v and x move in one of every k steps.
+        adjoint_update_every: m, v moves in every m-th of these only.
         estimator: takes the place of SOBA's, e.g. with memory; refused together with a cheaper
             step.
         outer: takes the place of x's optimiser.
-        adjoint: takes the place of v's, e.g. `adjoint.like_inner(inner)`.
+        adjoint: takes the place of v's.
         inner_weights: as `single_loop`.
         outer_weights: as `single_loop`.
 
     Returns:
-        A `BilevelSolver`; `units` is its cost, in gradient units a step (`thrifty.units`).
+        A `BilevelSolver`; `units` is its cost, in gradient units a step (`cheap_steps.units`).
 
     Raises:
         ValueError: an argument out of range; `estimator` together with a cheaper step;
-            `fraction` together with `adjoint_every`; at trace time `adjoint_every` for losses
-            without forward mode.
+            `subsample` together with `adjoint_update_every`; at trace time `adjoint_update_every`
+            for losses without forward mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
@@ -121,8 +123,7 @@ def auto(
         M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that
         enables stochastic and global variance reduction algorithms. NeurIPS 2022.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be an integer >= 1: the updates in the run")
+    steps = as_count("steps", steps)
     if not 0 <= warmup < 1:
         raise ValueError(
             f"warmup={warmup} must lie in [0, 1): the share of the steps with x frozen"
@@ -134,35 +135,35 @@ def auto(
     ):
         if not value >= 0:
             raise ValueError(f"{name}={value} must be >= 0")
+    cheaper = (subsample, update_every, adjoint_update_every)
     if estimator is None:
-        chosen = thrifty.estimator(fraction, every, adjoint_every)
-    elif thrifty.units(fraction, every, adjoint_every) < 4:
+        estimator = cheap_steps.estimator(*cheaper)
+    elif cheap_steps.units(*cheaper) < 4:
         raise ValueError(
-            f"fraction={fraction}, every={every}, adjoint_every={adjoint_every} with an estimator "
-            "of your own: its memory cannot tell left out from zero; leave one of them out"
+            f"subsample={subsample}, update_every={update_every}, adjoint_update_every="
+            f"{adjoint_update_every} with an estimator of your own: its memory cannot tell left "
+            "out from zero; leave one of them out"
         )
-    else:
-        chosen = estimator
 
-    moves_v = thrifty.clocked(inner) if adjoint is None else adjoint
-    moves_v = adjoints.bounded(moves_v, _ADJOINT_LIMIT)
+    moves_v = adjoint_optimisers.like_inner_optimizer(inner) if adjoint is None else adjoint
+    moves_v = adjoint_optimisers.bounded(moves_v, _ADJOINT_LIMIT)
     if damping is None:
-        moves_v = adjoints.self_damped(moves_v)
+        moves_v = adjoint_optimisers.self_damped(moves_v)
     else:
-        moves_v = adjoints.damped(moves_v, damping)
+        moves_v = adjoint_optimisers.damped(moves_v, damping)
     if outer is None:
-        moves, frozen = -(-steps // every), int(warmup * steps) // every
+        moves, frozen = -(-steps // update_every), int(warmup * steps) // update_every
         # The area under a triangle: what a row travels if all its visits agree.
         triangle = 2 / max(moves - frozen, 1)
         outer = robust_sgd(
             decay_to_zero(triangle * learning_rate, moves, frozen),
             most=decay_to_zero(triangle * travel, moves, frozen),
-            dense_learning_rate=decay_to_zero(dense_learning_rate * every, moves, frozen),
+            dense_learning_rate=decay_to_zero(dense_learning_rate * update_every, moves, frozen),
             catch_up=_LONGEST_VISIT,
         )
     return single_loop(
         problem,
-        chosen,
+        estimator,
         inner=inner,
         outer=outer,
         adjoint=moves_v,

@@ -1,7 +1,7 @@
 """SABA: SAGA on each of the five quantities of a bilevel problem. Constant steps suffice.
 
 Each of ∇₁G, ∇²₁₁G v and ∇²₂₁G v over the N inner minibatches, and of ∇₁F and ∇₂F over the M outer
-ones, goes through a SAGA memory of its own (`saga_memory`). With S[new_i] = new_i - mem[i] + mean
+ones, goes through a SAGA memory of its own (`memory.saga`). With S[new_i] = new_i - mem[i] + mean
 the directions at (z, v, x) are
 
     D_z = S[∇₁G_i]      D_v = S[∇²₁₁G_i v] + S[∇₁F_j]      D_x = S[∇²₂₁G_i v] + S[∇₂F_j]
@@ -26,24 +26,31 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
-from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
-from bilevel_flax.base import NEVER, Batch, BilevelSolver, Estimator, Oracles, Problem, PyTree
-from bilevel_flax.checks import check_partition, warn_unless_finite_sum
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.memory import averages as running
-from bilevel_flax.solvers.memory import residual_codes as components
-from bilevel_flax.solvers.memory import saga as saga_memory
-from bilevel_flax.solvers.memory import tables
-from bilevel_flax.solvers.single_loop import single_loop
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.base import (
+    NEVER,
+    Batch,
+    BilevelSolver,
+    Estimate,
+    Estimator,
+    FullPass,
+    Oracles,
+    Problem,
+    PyTree,
+)
+from bilevel_flax.checks import check_sum
+from bilevel_flax.oracles.evaluate import evaluate_all
+from bilevel_flax.oracles.oracle import directions
+from bilevel_flax.oracles.residual_codes import evaluate_linear, plus
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.memory import averages, residual_codes, saga, tables
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 
 _TABLE_DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))
 
@@ -60,19 +67,19 @@ class SABAState:
         next_refresh: int32 scalar, 0 while an initial full pass is due, then `NEVER`.
     """
 
-    inner: saga_memory.Memory
-    outer: saga_memory.Memory
+    inner: saga.SAGAState
+    outer: saga.SAGAState
     per_sample: PyTree
     cursor: jax.Array
     next_refresh: jax.Array
 
 
-def _inner_part(found: Oracles) -> Oracles:
-    return found._replace(outer_grad_inner=None, outer_grad_outer=None)
+def _inner_part(oracles: Oracles) -> Oracles:
+    return oracles._replace(outer_grad_inner=None, outer_grad_outer=None)
 
 
-def _outer_part(found: Oracles) -> Oracles:
-    return found._replace(inner_grad=None, hvp=None, cross_jvp=None)
+def _outer_part(oracles: Oracles) -> Oracles:
+    return oracles._replace(inner_grad=None, hvp=None, cross_jvp=None)
 
 
 def estimator(
@@ -93,22 +100,22 @@ def estimator(
     codes are memorised.
     """
     total = num_inner_batches + num_outer_batches
-    evaluate = oracles.evaluate_all if coded_like is None else oracles.evaluate_linear
+    evaluate = evaluate_all if coded_like is None else evaluate_linear
 
     def memories(stored, decoded, **place):
         place |= {"dtype": table_dtype}
         return {
-            "inner": saga_memory.empty(
+            "inner": saga.empty(
                 _inner_part(stored), _inner_part(decoded), num_inner_batches, **place
             ),
-            "outer": saga_memory.empty(
+            "outer": saga.empty(
                 _outer_part(stored), _outer_part(decoded), num_outer_batches, **place
             ),
         }
 
     def init(variables):
         z, _, x = variables
-        shapes = components.shapes(problem, variables, coded_like)
+        shapes = residual_codes.shapes(problem, variables, coded_like)
         tables.check_memory(table_placement)
         sizes = jax.eval_shape(lambda: memories(*shapes, traced=True))
         sizes = {side: memory.table for side, memory in sizes.items()}
@@ -116,7 +123,7 @@ def estimator(
         tables.check_size(sizes, max_table_bytes, table_placement, traced)
 
         def vector(leaf):
-            return None if lazy else jnp.zeros(leaf.shape, running.wide(leaf))
+            return None if lazy else jnp.zeros(leaf.shape, averages.wide(leaf))
 
         return SABAState(
             **memories(*shapes, memory=table_placement, traced=traced),
@@ -125,89 +132,73 @@ def estimator(
             next_refresh=jnp.int32(0 if init_tables == "refresh" else NEVER),
         )
 
-    def visit_inner(parts, position, state):
-        new = saga_memory.storable(_inner_part(parts.codes))
-        estimate, inner = saga_memory.visit(
-            state.inner, position, new, components.storable(parts.decode)
+    def visit_inner(codes, position, state):
+        new = saga.storable(_inner_part(codes.residuals))
+        decode = residual_codes.storable(codes.decode)
+        estimate, inner = saga.visit(state.inner, position, new, decode)
+        dense, per_sample = saga.visit_rows(
+            state.per_sample, codes.residuals.cross_jvp, num_inner_batches
         )
-        dense, per_sample = saga_memory.visit_rows(
-            state.per_sample, parts.codes.cross_jvp, num_inner_batches
-        )
-        cross = running.handed_on(dense, parts.codes.cross_jvp)
-        cross = running.handed_on(estimate.cross_jvp, cross)
+        cross = averages.cast_like(dense, codes.residuals.cross_jvp)
+        cross = averages.cast_like(estimate.cross_jvp, cross)
         state = state.replace(inner=inner, per_sample=per_sample)
         return estimate._replace(cross_jvp=cross), state
 
-    def visit_outer(parts, position, state):
-        new = saga_memory.storable(_outer_part(parts.codes))
-        estimate, outer = saga_memory.visit(
-            state.outer, position, new, components.storable(parts.decode)
-        )
+    def visit_outer(codes, position, state):
+        new = saga.storable(_outer_part(codes.residuals))
+        decode = residual_codes.storable(codes.decode)
+        estimate, outer = saga.visit(state.outer, position, new, decode)
         return estimate, state.replace(outer=outer)
 
     def update(oracle, variables, batch, state):
-        found = oracle(variables, evaluate)
-        parts = components.of(found)
-        inner, state = visit_inner(parts, batch.inner_id, state)
-        outer, state = visit_outer(parts, batch.outer_id, state)
-        estimates = oracles.plus(Oracles(*inner[:3], *outer[3:]), parts.exact)
-        own = found.oracles._replace(cross_jvp=estimates.cross_jvp)
-        return directions(running.handed_on(estimates, own)), state, found
+        evaluation = oracle.at(variables, evaluate)
+        codes = residual_codes.codes_of(evaluation)
+        of_inner, state = visit_inner(codes, batch.inner_id, state)
+        of_outer, state = visit_outer(codes, batch.outer_id, state)
+        estimates = of_inner._replace(
+            outer_grad_inner=of_outer.outer_grad_inner, outer_grad_outer=of_outer.outer_grad_outer
+        )
+        estimates = plus(estimates, codes.exact)
+        like = evaluation.oracles._replace(cross_jvp=estimates.cross_jvp)
+        return Estimate(directions(averages.cast_like(estimates, like)), state, evaluation)
 
     def refresh(oracle, variables, batch, state):
-        parts = components.of(oracle(variables, evaluate))
+        codes = residual_codes.codes_of(oracle.at(variables, evaluate))
         if batch.inner is not None:
-            _, state = visit_inner(parts, batch.inner_id, state)
+            _, state = visit_inner(codes, batch.inner_id, state)
         else:
-            _, state = visit_outer(parts, batch.outer_id, state)
+            _, state = visit_outer(codes, batch.outer_id, state)
         done = state.cursor + 1 == total
         return state.replace(
             cursor=jnp.where(done, 0, state.cursor + 1),
             next_refresh=jnp.where(done, NEVER, state.next_refresh),
         )
 
-    return Estimator(
-        init=init,
-        update=update,
-        refresh=refresh,
-        next_refresh=lambda state: state.next_refresh,
-        refresh_cursor=lambda state: state.cursor,
-        refresh_units=(3.0, 1.0),
-        fixed_keys=True,
-        needs_ids=True,
-    )
+    full_pass = FullPass(refresh, lambda state: state.next_refresh, lambda state: state.cursor)
+    return Estimator(init, update, full_pass, fixed_keys=True, needs_ids=True)
 
 
+@takes_common
 def saba(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
     num_inner_batches: int,
     num_outer_batches: int,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
     init_tables: str = "zero",
     table_dtype: Any = None,
     table_placement: str = tables.DEVICE,
     max_table_bytes: int | None = None,
     memory: str = "full",
     example_batch: Batch | None = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """SABA with an Optax optimiser for each variable (4 gradient units a step).
 
     Args:
         problem: a finite sum: what the losses give on a minibatch depends on (z, x) and its id
             only (BatchNorm, dropout and random augmentation break this; a warning says so).
-        inner: as in `single_loop`, and so are `outer`, `adjoint`, `inner_weights` and
-            `outer_weights`.
-        outer: optimiser of x.
-        adjoint: optimiser of v; None: as `inner`.
         num_inner_batches: N, minibatches of the inner data; `batch.inner_id` lies in [0, N).
         num_outer_batches: M, the same for the outer data.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
         init_tables: "zero", or "refresh": filled by one full pass before the first step.
         table_dtype: jnp.bfloat16 halves the tables (rows are rounded, the means follow the
             rounded rows, so the estimate stays unbiased, but its variance no longer vanishes);
@@ -219,6 +210,7 @@ def saba(
         memory: "full", or "compact" for a `linear_problem`: one residual for each example and
             class instead of one number for each parameter. Exact.
         example_batch: a minibatch of each side, for "compact"; its shapes suffice.
+        **common: optimisers and weights, see `Common`.
 
     Raises:
         ValueError: no positive number of minibatches, weights of another length, an unknown
@@ -245,8 +237,7 @@ def saba(
         >>> round(float(state.outer_params[0]), 4)
         5.0
     """
-    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
-    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    check_sum(problem, "saba", num_inner_batches, num_outer_batches, common)
     if init_tables not in ("zero", "refresh"):
         raise ValueError(f'init_tables={init_tables!r} is unknown: choose "zero" or "refresh"')
     if table_dtype is not None and jnp.dtype(table_dtype) not in _TABLE_DTYPES:
@@ -258,25 +249,16 @@ def saba(
         raise ValueError(
             f"table_placement={table_placement!r} is unknown: choose one of {tables.MEMORIES}"
         )
-    components.check_memory(memory, problem, example_batch)
-    warn_unless_finite_sum(problem, "saba")
-    return single_loop(
+    residual_codes.check_memory(memory, problem, example_batch)
+    saga_estimator = estimator(
         problem,
-        estimator(
-            problem,
-            num_inner_batches,
-            num_outer_batches,
-            lazy=isinstance(outer, RowTransformation),
-            init_tables=init_tables,
-            table_dtype=table_dtype,
-            table_placement=table_placement,
-            max_table_bytes=max_table_bytes,
-            coded_like=example_batch if memory == "compact" else None,
-        ),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="saba",
+        num_inner_batches,
+        num_outer_batches,
+        lazy=takes_rows(common),
+        init_tables=init_tables,
+        table_dtype=table_dtype,
+        table_placement=table_placement,
+        max_table_bytes=max_table_bytes,
+        coded_like=example_batch if memory == "compact" else None,
     )
+    return single_loop(problem, saga_estimator, name="saba", **common)

@@ -6,90 +6,83 @@ directions are taken at the same, old point.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import checks, oracles
-from bilevel_flax import per_sample as rows
+from bilevel_flax import checks
 from bilevel_flax.base import (
     Batch,
     BilevelSolver,
     Estimator,
     Finite,
     Info,
-    Metrics,
+    Method,
     Problem,
-    PyTree,
     TrainState,
     Variables,
 )
-from bilevel_flax.checks import require_ids
-from bilevel_flax.minibatches import scaled_problem, share_factors
-from bilevel_flax.oracles.evaluate import residual
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.freezing import frozen_state, muted_unless
-from bilevel_flax.solvers.step import learnable, staged, turn, turn_if
-from bilevel_flax.tree import norm, ratio
-
-# Each variable and its optimiser's state in a TrainState.
-_FIELDS = (
-    ("inner_params", "inner_opt_state"),
-    ("adjoint", "adjoint_opt_state"),
-    ("outer_params", "outer_opt_state"),
+from bilevel_flax.minibatches import importance_factors
+from bilevel_flax.oracles.evaluate import Evaluation
+from bilevel_flax.oracles.oracle import Oracle, bind
+from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
+from bilevel_flax.solvers.inner_optimiser import trainable
+from bilevel_flax.solvers.step import (
+    all_finite,
+    direction_norms,
+    init_state,
+    make_info,
+    move_outer,
+    optimizer_step,
+    rollback_unless_finite,
+    settled,
+    tolerant,
 )
+from bilevel_flax.tree import filter_inexact
 
 
-class _Estimate(NamedTuple):
-    """What an estimator makes of a pair of minibatches."""
+class Common(TypedDict, total=False):
+    """What every single-loop method takes beside its own settings, by keyword.
 
-    directions: Variables
-    norms: Variables  # of the directions
-    residual: jax.Array  # the adjoint's, relative
-    estimator_state: PyTree
-    inner_loss: Any
-    outer_loss: Any
-    metrics: Metrics
-    model_state: PyTree
+    Attributes:
+        inner: optimiser of z, fed D_z = ∇₁G; required. It is handed `value=`, `grad=`, `value_fn=`,
+            `grad_fn=` and `outer_params=` if it takes them.
+        outer: optimiser of x, fed D_x; required. Per-sample leaves reach it as `Rows` if it is
+            row-sparse (`outer.lazy_adam` ...), dense otherwise.
+        adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`, see
+            `adjoint.like_inner_optimizer`. It is handed `inner_opt_state`, `inner_direction` (D_z)
+            and `inner_params`, all of before the step, and `adjoint_residual`, so that damping can
+            follow it (`adjoint.self_damped`).
+        inner_weights: float [N], each inner minibatch's share of the samples, summing to 1
+            (`FiniteSum.weights`); None: equal. Needs `batch.inner_id`.
+        outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
+    """
+
+    inner: optax.GradientTransformation
+    outer: optax.GradientTransformation
+    adjoint: optax.GradientTransformation | None
+    inner_weights: Any
+    outer_weights: Any
 
 
-def init_state(
-    problem: Problem,
-    estimator_init,
-    transforms: Variables,
-    inner_params: PyTree,
-    outer_params: PyTree,
-    model_state: PyTree,
-    rng: jax.Array | None,
-) -> TrainState:
-    """A fresh TrainState: v = 0, every leaf a buffer of its own (donation needs that)."""
-    checks.parameters("inner_params", inner_params)
-    checks.parameters("outer_params", outer_params)
-    checks.per_sample(problem, outer_params)
-    if problem.stateful and model_state is None:
-        model_state = {}
-    z, x = checks.copied(inner_params), checks.copied(outer_params)
-    v = jax.tree.map(jnp.zeros_like, z)
-    by_rows = isinstance(transforms.outer, RowTransformation)
-    seen = rows.marked(problem.per_sample, learnable(x)) if by_rows else learnable(x)
-    points = (learnable(z), learnable(z), seen)
-    states = [t.init(point) for t, point in zip(transforms, points, strict=True)]
-    rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
-    state = TrainState(
-        step=jnp.int32(0),
-        inner_params=z,
-        adjoint=v,
-        outer_params=x,
-        inner_opt_state=checks.copied(states[0]),
-        adjoint_opt_state=checks.copied(states[1]),
-        outer_opt_state=checks.copied(states[2]),
-        estimator_state=checks.copied(estimator_init(Variables(z, v, x))),
-        model_state=checks.copied(model_state),
-        rng=rng,
-    )
-    return state
+def takes_common(function: Callable[..., BilevelSolver]) -> Callable[..., BilevelSolver]:
+    """Shows the keywords of `Common` in the signature of a method that hands them on."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    theirs = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=_DEFAULTS.get(name)
+        )
+        for name, kind in Common.__annotations__.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *theirs])  # type: ignore[attr-defined]
+    return function
+
+
+_DEFAULTS: dict[str, Any] = dict.fromkeys(("inner", "outer"), inspect.Parameter.empty)
 
 
 def single_loop(
@@ -103,21 +96,16 @@ def single_loop(
     outer_weights: Any = None,
     name: str = "",
 ) -> BilevelSolver:
-    """Combines an estimator of the three directions with an Optax optimiser for each variable.
+    """A solver from an estimator and one optimiser for each variable.
 
     Args:
         problem: the bilevel problem.
         estimator: turns oracle calls into directions.
-        inner: optimiser of z, fed D_z = ∇₁G.
-        outer: optimiser of x, fed D_x. Per-sample leaves reach it as `Rows` if it is row-sparse
-            (`outer.lazy_adam` ...), dense otherwise.
-        adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`. It is called with the
-            extra arguments `inner_opt_state`, `inner_direction` (D_z) and `inner_params`, all of
-            before the step, so that a preconditioner can be shared (`adjoint.like_inner`), and
-            `adjoint_residual`, so that damping can follow it (`adjoint.self_damped`).
-        inner_weights: float [N], each inner minibatch's share of the samples, summing to 1
-            (`FiniteSum.weights`); None: equal. Needs `batch.inner_id`.
-        outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
+        inner: as in `Common`, and so are the arguments that follow.
+        outer: optimiser of x.
+        adjoint: optimiser of v; None: as `inner`.
+        inner_weights: float [N], shares of the samples; None: equal.
+        outer_weights: float [M].
         name: the method's name, for logs.
 
     Returns:
@@ -128,175 +116,113 @@ def single_loop(
         ValueError: weights that are no shares; at trace time ids missing from a batch, an outer
             leaf that the inner loss never uses, or whatever the oracles refuse.
     """
-    transforms = Variables(
-        *(optax.with_extra_args_support(t) for t in (inner, adjoint or inner, outer))
+    for optimiser, value in (("inner", inner), ("outer", outer), ("adjoint", adjoint or inner)):
+        checks.optimizer(optimiser, value)
+    tx = Variables(
+        tolerant(inner),
+        like_inner_optimizer(inner) if adjoint is None else tolerant(adjoint),
+        tolerant(outer),
     )
-    sparse_outer = isinstance(outer, RowTransformation)
-    scale_inner = share_factors("inner_weights", inner_weights)
-    scale_outer = share_factors("outer_weights", outer_weights)
-
-    def init(inner_params, outer_params, *, model_state=None, rng=None):
-        return init_state(
-            problem, estimator.init, transforms, inner_params, outer_params, model_state, rng
-        )
-
+    factors = (
+        importance_factors("inner_weights", inner_weights),
+        importance_factors("outer_weights", outer_weights),
+    )
     needed = {
-        "inner": estimator.needs_ids or scale_inner is not None,
-        "outer": estimator.needs_ids or scale_outer is not None,
+        side: estimator.needs_ids or factor is not None
+        for side, factor in zip(("inner", "outer"), factors, strict=True)
     }
 
-    def keys(state: TrainState, batch: Batch):
-        if not problem.stateful:
-            return None, None
-        seeds = (batch.inner_id, batch.outer_id) if estimator.fixed_keys else (state.step,) * 2
-        return tuple(
-            None if seed is None else jax.random.fold_in(jax.random.fold_in(state.rng, side), seed)
-            for side, seed in enumerate(seeds)
-        )
+    def init(inner_params, outer_params, *, model_state=None, rng=None):
+        return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
 
-    def oracle_on(state: TrainState, batch: Batch, exact_residual: bool = True):
-        rngs = keys(state, batch)
-        by_inner = by_outer = jnp.float32(1.0)
-        shared = problem
-        if scale_inner is not None and batch.inner is not None:
-            by_inner = scale_inner[batch.inner_id]
-            shared = scaled_problem(shared, by_inner, "inner")
-        if scale_outer is not None and batch.outer is not None:
-            by_outer = scale_outer[batch.outer_id]
-            shared = scaled_problem(shared, by_outer, "outer")
-
-        def oracle(
-            variables: Any, evaluate=oracles.evaluate_all, combine=None
-        ) -> oracles.Evaluation:
-            points = (variables,) if isinstance(variables, Variables) else variables
-            context = (batch, state.model_state, rngs)
-            if shared.distributed is None or evaluate is oracles.evaluate_linear:
-                several = [evaluate(shared, point, *context) for point in points]
-                found = several[0]
-                if combine is not None:
-                    combined = combine(*(each.oracles for each in several))
-                    found = found._replace(directions=combined)
-            else:
-                found, lengths = shared.distributed(
-                    shared, evaluate, points, *context, combine, exact_residual, state.step
-                )
-                if lengths is not None:
-                    found = found._replace(residual=ratio(*lengths))
-            if found.inner_loss is not None:
-                found = found._replace(inner_loss=found.inner_loss / by_inner)
-            if found.outer_loss is not None:
-                found = found._replace(outer_loss=found.outer_loss / by_outer)
-            return found
-
-        return oracle
+    def oracle_of(state: TrainState, batch: Batch):
+        moving = trainable(tx.inner, state.inner_opt_state, state.inner_params)
+        keys = {"factors": factors, "fixed_keys": estimator.fixed_keys}
+        return bind(problem, state, batch, trainable=moving, **keys)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
-        require_ids(batch, name, needed)
-        rng = keys(state, batch)[0]
-        checks.outer_is_used(problem, state.variables, batch, state.model_state, rng)
-        exact = problem.distributed is None or reads_residual(transforms.adjoint, state)
-        oracle = oracle_on(state, batch, exact)
+        """One shared evaluation, three parallel Optax steps, all from the old point."""
+        checks.batch(batch)
+        checks.require_ids(batch, name, needed)
+        oracle = oracle_of(state, batch)
+        checks.losses(problem, state.variables, batch, state.model_state, oracle.rngs[0])
 
-        def evaluate(estimate):
-            directions, memory, found = estimate(
-                oracle, state.variables, batch, state.estimator_state
-            )
-            return _Estimate(
-                directions,
-                Variables(*(norm(direction) for direction in directions)),
-                residual(found.oracles) if found.residual is None else found.residual,
-                memory,
-                found.inner_loss,
-                found.outer_loss,
-                found.metrics,
-                found.model_state if problem.stateful else state.model_state,
-            )
+        estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
+        evaluation, active = estimate.evaluation, estimate.active
+        norms = estimate.norms or direction_norms(estimate.directions)
+        finite = Finite(*(jnp.isfinite(value) for value in norms))
+        alive = all_finite(finite)
+        # What may rest is a loop's carry: a NaN is kept out of it, for there is no way back.
+        awake = Variables(*(None if moves is None else moves & alive for moves in active))
 
-        if estimator.less:
-            assert estimator.stage is not None
-            due = estimator.stage(state.estimator_state)
-            found, (_, *moves) = staged(evaluate, (*estimator.less, estimator.update), due)
-        else:
-            found, moves = evaluate(estimator.update), (None, None)
-        finite = Finite(*(jnp.isfinite(value) for value in found.norms))
-        alive = finite.inner & finite.adjoint & finite.outer
+        d_z, d_v, d_x = estimate.directions
+        z, v, x = state.variables
+        about_z = inner_extra_args(oracle, evaluation, state, d_z)
+        about_v = adjoint_extra_args(evaluation, state, estimate.directions)
+        new_z, z_opt = optimizer_step(
+            tx.inner, d_z, state.inner_opt_state, z, awake.inner, **about_z
+        )
+        new_v, v_opt = optimizer_step(
+            tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, **about_v
+        )
+        new_x, x_opt, d_x = move_outer(
+            tx.outer, d_x, alive, state, awake.outer, value=evaluation.outer_loss
+        )
 
-        d_z, _, d_x = found.directions
-        d_x = muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
-        curvature = {"outer_params": state.outer_params}  # x shapes G's curvature in z and v
-        extra = {
-            "inner_opt_state": state.inner_opt_state,
-            "inner_direction": learnable(d_z),
-            "inner_params": learnable(state.inner_params),
-            "adjoint_residual": found.residual,
-            **curvature,
-        }
-        fresh = state.replace(
+        new = state.replace(
             step=state.step + 1,
-            estimator_state=found.estimator_state,
-            model_state=found.model_state,
+            inner_params=new_z,
+            adjoint=new_v,
+            outer_params=new_x,
+            inner_opt_state=z_opt,
+            adjoint_opt_state=v_opt,
+            outer_opt_state=x_opt,
+            estimator_state=estimate.state,
+            model_state=evaluation.model_state if problem.stateful else state.model_state,
         )
-        parts = zip(
-            _FIELDS,
-            (None, *moves),
-            transforms,
-            found.directions._replace(outer=d_x),
-            (curvature, extra, {}),
-            strict=True,
-        )
-        settled = {}
-        for fields, now, transform, direction, more in parts:
-            point, opt_state = (getattr(state, field) for field in fields)
-            args = (transform, direction, opt_state, point, more)
-            if now is None:
-                fresh = fresh.replace(**dict(zip(fields, turn(*args), strict=True)))
-            else:
-                settled |= zip(fields, turn_if(now & alive, *args), strict=True)
-        info = Info(
-            inner_loss=found.inner_loss,
-            outer_loss=found.outer_loss,
-            norms=found.norms,
-            finite=finite,
-            adjoint_residual=found.residual,
-            oracle_units=jnp.float32(estimator.units),
-            metrics=found.metrics,
-        )
-        return frozen_state(alive, fresh, state, d_x).replace(**settled), info
+        info = make_info(evaluation, norms, finite, estimator.units)
+        return rollback_unless_finite(finite, new, settled(new, state, active), d_x), info
+
+    method = Method(name, estimator.units)
+    if estimator.full_pass is None:
+        return BilevelSolver(init, update, method=method)
+    full_pass = estimator.full_pass
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:
-        require_ids(batch, name, needed)
-        assert estimator.refresh is not None
-        oracle = oracle_on(state, batch)
-        memory = estimator.refresh(oracle, state.variables, batch, state.estimator_state)
+        checks.require_ids(batch, name, needed)
+        oracle = oracle_of(state, batch)
+        memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
         return state.replace(estimator_state=memory)
 
-    solver = BilevelSolver(init, update, units=estimator.units, name=name)
-    if estimator.refresh is None:
-        return solver
-    assert estimator.next_refresh is not None and estimator.refresh_cursor is not None
-    next_refresh, refresh_cursor = estimator.next_refresh, estimator.refresh_cursor
-    return solver._replace(
-        refresh=refresh,
-        next_refresh=lambda state: next_refresh(state.estimator_state),
-        refresh_cursor=lambda state: refresh_cursor(state.estimator_state),
-        refresh_units=estimator.refresh_units,
+    return BilevelSolver(
+        init,
+        update,
+        refresh,
+        lambda state: full_pass.due(state.estimator_state),
+        lambda state: full_pass.cursor(state.estimator_state),
+        method._replace(refresh_units=full_pass.units),
     )
 
 
-def reads_residual(adjoint: optax.GradientTransformationExtraArgs, state: TrainState) -> bool:
-    """Whether the optimiser of v makes use of `adjoint_residual`; nothing is computed."""
-    z, v = learnable(state.inner_params), learnable(state.adjoint)
+def inner_extra_args(oracle: Oracle, evaluation: Evaluation, state: TrainState, d_z: Any) -> dict:
+    """What z's optimiser may ask for, by the names that Optax gives these things."""
+    return {
+        "value": evaluation.inner_loss,
+        "grad": filter_inexact(d_z),
+        "value_fn": lambda z: oracle.inner_value_and_grad(z, state.outer_params)[0],
+        "grad_fn": lambda z, _: oracle.inner_value_and_grad(z, state.outer_params)[1],
+        "outer_params": state.outer_params,  # x shapes G's curvature in z
+    }
 
-    def update(residual):
-        return adjoint.update(
-            v,
-            state.adjoint_opt_state,
-            v,
-            inner_opt_state=state.inner_opt_state,
-            inner_direction=z,
-            inner_params=z,
-            adjoint_residual=residual,
-            outer_params=state.outer_params,
-        )
 
-    return oracles.uses(update, jnp.float32(1.0))[0]
+def adjoint_extra_args(evaluation: Evaluation, state: TrainState, directions: Variables) -> dict:
+    """What v's optimiser may ask for; all of it from before the step."""
+    return {
+        "inner_opt_state": state.inner_opt_state,
+        "inner_direction": filter_inexact(directions.inner),
+        "inner_params": filter_inexact(state.inner_params),
+        "adjoint_residual": evaluation.residual,
+        "value": evaluation.inner_loss,
+        "grad": filter_inexact(directions.adjoint),
+        "outer_params": state.outer_params,
+    }

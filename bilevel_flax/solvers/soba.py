@@ -17,22 +17,10 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
-import jax
-import optax
-
-from bilevel_flax import per_sample as rows
-from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
-from bilevel_flax.oracles import Oracles
-from bilevel_flax.solvers.single_loop import single_loop
-
-
-def directions(found: Oracles) -> Variables:
-    """(D_z, D_v, D_x) from the five quantities."""
-    adjoint = jax.tree.map(lambda hv, grad: hv + grad, found.hvp, found.outer_grad_inner)
-    outer = rows.add(found.cross_jvp, found.outer_grad_outer)
-    return Variables(found.inner_grad, adjoint, outer)
+from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 
 
 def estimator() -> Estimator:
@@ -40,24 +28,19 @@ def estimator() -> Estimator:
 
     def update(oracle, variables, batch, state):
         del batch
-        found = oracle(variables, combine=directions)
-        return found.directions, state, found
+        evaluation = oracle.directions(variables)
+        return Estimate(evaluation.directions, state, evaluation)
 
     return Estimator(init=lambda variables: (), update=update)
 
 
-def soba(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
-) -> BilevelSolver:
+@takes_common
+def soba(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
     """SOBA with an Optax optimiser for each variable (4 gradient units a step).
 
-    Args: as `single_loop`.
+    Args:
+        problem: the bilevel problem.
+        **common: optimisers and weights, see `Common`.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
@@ -72,13 +55,4 @@ def soba(
         >>> [round(float(value), 2) for value in state.outer_params]
         [5.0, 5.0, 5.0]
     """
-    return single_loop(
-        problem,
-        estimator(),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="soba",
-    )
+    return single_loop(problem, estimator(), name="soba", **common)

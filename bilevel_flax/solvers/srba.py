@@ -24,18 +24,17 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 
-from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
-from bilevel_flax.checks import check_count, check_partition, warn_unless_finite_sum
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.memory import averages as running
-from bilevel_flax.solvers.single_loop import single_loop
+from bilevel_flax.base import BilevelSolver, Estimate, Estimator, FullPass, Problem, Variables
+from bilevel_flax.checks import check_count, check_sum
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.memory import averages
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 
 
 @struct.dataclass
@@ -77,33 +76,33 @@ def estimator(
 
     def init(variables):
         # Not a number until the first full pass: a loop that leaves it out must not run on.
-        unknown = running.start(variables, jnp.nan, problem.per_sample, lazy)
+        unknown = averages.start(variables, jnp.nan, problem.per_sample, lazy)
         return SARAHState(unknown, variables, jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
     def update(oracle, variables, batch, state):
         del batch
-        found = oracle((variables, state.previous), combine=running.corrected(1.0, lazy))
-        change = found.directions
+        evaluation = oracle.difference(variables, state.previous, lazy=lazy)
+        change = evaluation.directions
         # Partial sums of an unfinished pass are no directions.
         whole = jnp.where(state.cursor == 0, 1.0, jnp.nan)
-        carried = running.accumulate(state.directions, whole, change)
+        carried = averages.accumulate(state.directions, whole, change)
         state = state.replace(directions=carried, previous=variables, step=state.step + 1)
-        return running.handed_on(carried, change), state, found
+        return Estimate(averages.cast_like(carried, change), state, evaluation)
 
     def refresh(oracle, variables, batch, state):
-        found = oracle(variables).oracles
+        oracles = oracle.at(variables).oracles
         first = state.cursor == 0
         sums = jax.tree.map(lambda leaf: jnp.where(first, 0, leaf), state.directions)
         z, v, x = sums
         if batch.inner is not None:
             share = 1 / num_inner_batches
-            z = running.accumulate(z, 1.0, found.inner_grad, share)
-            v = running.accumulate(v, 1.0, found.hvp, share)
-            x = running.accumulate(x, 1.0, found.cross_jvp, share)
+            z = averages.accumulate(z, 1.0, oracles.inner_grad, share)
+            v = averages.accumulate(v, 1.0, oracles.hvp, share)
+            x = averages.accumulate(x, 1.0, oracles.cross_jvp, share)
         else:
             share = 1 / num_outer_batches
-            v = running.accumulate(v, 1.0, found.outer_grad_inner, share)
-            x = running.accumulate(x, 1.0, found.outer_grad_outer, share)
+            v = averages.accumulate(v, 1.0, oracles.outer_grad_inner, share)
+            x = averages.accumulate(x, 1.0, oracles.outer_grad_outer, share)
         done = state.cursor + 1 == num_inner_batches + num_outer_batches
         return SARAHState(
             directions=Variables(z, v, x),
@@ -118,41 +117,31 @@ def estimator(
     return Estimator(
         init=init,
         update=update,
-        refresh=refresh,
-        next_refresh=lambda state: state.next_refresh,
-        refresh_cursor=lambda state: state.cursor,
+        full_pass=FullPass(refresh, lambda state: state.next_refresh, lambda state: state.cursor),
         units=8.0,
-        refresh_units=(3.0, 1.0),
         fixed_keys=True,
         needs_ids=problem.stateful,
     )
 
 
+@takes_common
 def srba(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
     num_inner_batches: int,
     num_outer_batches: int,
     period: int,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """SRBA with an Optax optimiser for each variable (8 gradient units a step).
 
     Args:
         problem: a finite sum: what the losses give on a minibatch depends on (z, x) and its id
             only (BatchNorm, dropout and random augmentation break this; a warning says so).
-        inner: as in `single_loop`, and so are `adjoint`, `inner_weights` and `outer_weights`.
-        outer: optimiser of x.
-        adjoint: optimiser of v; None: as `inner`.
         num_inner_batches: N, minibatches of the inner data.
         num_outer_batches: M, minibatches of the outer data.
         period: steps from one full pass to the next, >= 1; N + M times .5 to a few.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
+        **common: optimisers and weights, see `Common`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run over all minibatches whenever
@@ -186,23 +175,13 @@ def srba(
         >>> round(float(state.outer_params[0]), 4)
         5.0
     """
-    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
-    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    check_sum(problem, "srba", num_inner_batches, num_outer_batches, common)
     check_count("period", period)
-    warn_unless_finite_sum(problem, "srba")
-    return single_loop(
+    recursion = estimator(
         problem,
-        estimator(
-            problem,
-            num_inner_batches,
-            num_outer_batches,
-            lambda step: step + period,
-            lazy=isinstance(outer, RowTransformation),
-        ),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="srba",
+        num_inner_batches,
+        num_outer_batches,
+        lambda step: step + period,
+        lazy=takes_rows(common),
     )
+    return single_loop(problem, recursion, name="srba", **common)

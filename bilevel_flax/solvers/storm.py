@@ -17,17 +17,17 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bilevel_flax.base import BilevelSolver, Estimator, Problem, Variables
-from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.memory import averages as running
-from bilevel_flax.solvers.single_loop import single_loop
+from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, Variables
+from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.memory import averages
+from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
 
 
 @struct.dataclass
@@ -62,51 +62,34 @@ def estimator(problem: Problem, eta: Callable, *, lazy: bool = False) -> Estimat
     """The corrected average of all three directions; 8 units, two points a step."""
 
     def init(variables):
-        zeros = running.start(variables, 0.0, problem.per_sample, lazy)
+        zeros = averages.start(variables, 0.0, problem.per_sample, lazy)
         return STORMState(zeros, variables, jnp.int32(0))
 
     def update(oracle, variables, batch, state):
         del batch
         keep = jnp.where(state.step == 0, 0.0, 1.0 - eta(state.step))
-        found = oracle((variables, state.previous), combine=running.corrected(keep, lazy))
-        carried = running.accumulate(state.directions, keep, found.directions)
+        evaluation = oracle.difference(variables, state.previous, keep, lazy)
+        change = evaluation.directions
+        carried = averages.accumulate(state.directions, keep, change)
         state = STORMState(carried, variables, state.step + 1)
-        return running.handed_on(carried, found.directions), state, found
+        return Estimate(averages.cast_like(carried, change), state, evaluation)
 
     return Estimator(init=init, update=update, units=8.0)
 
 
+@takes_common
 def storm(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
-    eta: float | optax.Schedule = 0.1,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[Common]
 ) -> BilevelSolver:
     """STORM momentum with an Optax optimiser for each variable (8 gradient units a step).
 
     Args:
-        problem: as in `single_loop`, and so are the arguments not listed here.
-        inner: optimiser of z.
-        outer: optimiser of x.
-        adjoint: optimiser of v; None: as `inner`.
+        problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
-        inner_weights: float [N], shares of the samples; None: equal.
-        outer_weights: float [M].
+        **common: optimisers and weights, see `Common`.
 
     Raises:
         ValueError: `eta` outside [0, 1].
     """
-    return single_loop(
-        problem,
-        estimator(problem, check_eta(eta), lazy=isinstance(outer, RowTransformation)),
-        inner=inner,
-        outer=outer,
-        adjoint=adjoint,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-        name="storm",
-    )
+    recursion = estimator(problem, check_eta(eta), lazy=takes_rows(common))
+    return single_loop(problem, recursion, name="storm", **common)

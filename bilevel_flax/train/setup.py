@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bilevel_flax import data, sharding
+from bilevel_flax import data, oracles, sharding
 from bilevel_flax.base import Batch, BilevelSolver
 from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.sharding.layout import place
@@ -44,7 +44,7 @@ def make_task(config: RunConfig | configs.Config) -> Task:
     defaults = dataclasses.asdict(type(run.problem)())
     chosen = {name: value for name, value in settings.items() if value != defaults[name]}
     try:
-        problem = dataclasses.replace(task.problem, **chosen)
+        problem = oracles.configured(task.problem, chosen)
     except ValueError as error:
         raise configs.ConfigError(f"--config.problem: {error}") from error
     return dataclasses.replace(task, problem=problem)

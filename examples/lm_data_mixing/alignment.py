@@ -18,9 +18,8 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import oracles
-from bilevel_flax.base import Finite
-from bilevel_flax.solvers.freezing import frozen_unless
-from bilevel_flax.solvers.single_loop import init_state
+from bilevel_flax.base import Finite, Method
+from bilevel_flax.solvers.step import all_finite, init_state, rollback_unless
 from bilevel_flax.tree import norm
 
 
@@ -72,6 +71,7 @@ def gradient_alignment(
             oracle_units=jnp.float32(1 + oracles.FORWARD_UNITS),
             metrics={},
         )
-        return frozen_unless(finite.inner & finite.adjoint & finite.outer, stepped, state), info
+        return rollback_unless(all_finite(finite), stepped, state), info
 
-    return bf.BilevelSolver(init, update, units=1 + oracles.FORWARD_UNITS, name="dds")
+    method = Method("dds", 1 + oracles.FORWARD_UNITS)
+    return bf.BilevelSolver(init, update, method=method)

@@ -10,7 +10,6 @@ symmetric to 5e-4 of ‖u‖‖Hv‖ (measured: 8e-5). Everything that the solve
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -86,7 +85,7 @@ U, V = like(Z, 1), like(Z, 2)
 HANDED = "handed bfloat16"
 LOW = (jnp.bfloat16, HANDED)
 ALL = {dtype: problem(dtype) for dtype in (jnp.bfloat16, jnp.float32)}
-ALL[HANDED] = dataclasses.replace(problem(None), compute_dtype="bfloat16")
+ALL[HANDED] = bf.oracles.mixed_precision(problem(None), "bfloat16")
 
 
 def products(dtype, v):
@@ -169,7 +168,7 @@ def test_what_the_losses_are_handed():
         seen["outer"] = jax.tree.map(lambda leaf: leaf.dtype.name, (z, x, batch))
         return jnp.mean((batch["a"] * z) ** 2)
 
-    both = bf.Problem(inner, outer, compute_dtype=jnp.bfloat16)
+    both = bf.oracles.mixed_precision(bf.Problem(inner, outer), jnp.bfloat16)
     batch = {"a": jnp.ones(3), "mask": jnp.ones(3), "index": jnp.arange(3)}
     at = bf.Variables(*(jnp.float32(value) for value in (1.0, 2.0, 3.0)))
     found = bf.oracles.evaluate(both, at, bf.Batch(batch, batch))
@@ -192,4 +191,4 @@ def test_what_the_losses_are_handed():
 )
 def test_dtypes_that_cannot_be_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ALL[jnp.float32], **settings)
+        bf.oracles.configured(ALL[jnp.float32], settings)

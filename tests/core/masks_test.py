@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,12 +103,12 @@ def test_padding_without_a_derivative_leaves_no_trace(loss, mask):
     expected = oracles.evaluate(problem, at, bf.Batch(real, real))
     padded = {"x": x, "mask": mask}
     for parts in (1, 2):
-        split = dataclasses.replace(problem, microbatches=parts)
+        split = oracles.microbatched(problem, parts)
         found = oracles.evaluate(split, at, bf.Batch(padded, padded))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
     blocks = [
-        oracles.evaluate_block(problem, at, bf.Batch(padded, padded), block=i, parts=2).oracles
+        oracles.evaluate_subsample(problem, at, bf.Batch(padded, padded), block=i, parts=2).oracles
         for i in range(2)
     ]
     np.testing.assert_allclose((blocks[0].hvp + blocks[1].hvp) / 2, expected.hvp, rtol=1e-5)
@@ -141,7 +139,7 @@ def over_sequences(z, x, batch):
 @pytest.mark.parametrize("loss", [over_tokens, over_sequences])
 def test_parts_of_a_mean_over_tokens_count_by_their_tokens(loss):
     whole = bf.Problem(loss, loss)
-    split = dataclasses.replace(whole, microbatches=2)
+    split = oracles.microbatched(whole, 2)
     at = POINT._replace(outer=jnp.array(1.5))
     mask = (TOKENS > 0).astype(jnp.float32)
     data = {"x": TOKENS, "mask": mask}
@@ -149,7 +147,7 @@ def test_parts_of_a_mean_over_tokens_count_by_their_tokens(loss):
     with pytest.raises(ValueError, match=r'microbatches=2 cannot tell.*batch\["example_mask"\]'):
         oracles.evaluate(split, at, bf.Batch(data, data))
     with pytest.raises(ValueError, match="subsample of 1/2 cannot tell"):
-        oracles.evaluate_block(whole, at, bf.Batch(data, data), block=0, parts=2)
+        oracles.evaluate_subsample(whole, at, bf.Batch(data, data), block=0, parts=2)
     data["example_mask"] = mask.sum(1) if loss is over_tokens else jnp.ones(4)
     found = oracles.evaluate(split, at, bf.Batch(data, data))
     np.testing.assert_allclose(found.inner_grad, expected.inner_grad, rtol=1e-5)

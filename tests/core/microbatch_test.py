@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -28,7 +27,7 @@ def ragged():
 
 
 def split(problem, count):
-    return dataclasses.replace(problem, microbatches=count)
+    return oracles.microbatched(problem, count)
 
 
 def point(task):
@@ -47,7 +46,7 @@ def pieces_of(problem, at, batch):
     """Every quantity that the oracles have, each way."""
     z, v, x = at
     whole = oracles.evaluate_all(problem, at, batch)
-    block = oracles.evaluate_block(problem, at, batch, block=jnp.int32(1), parts=2)
+    block = oracles.evaluate_subsample(problem, at, batch, block=jnp.int32(1), parts=2)
     alone = oracles.evaluate_inner(problem, at, batch)
 
     def unroll(x):
@@ -206,9 +205,9 @@ class Net(nnx.Module):
 
 
 def test_modules_and_linear_models_take_the_settings():
-    settings = {"microbatches": 2, "compute_dtype": "bfloat16"}
+    both = lambda problem: oracles.microbatched(oracles.mixed_precision(problem, "bfloat16"), 2)
     loss = lambda model, x, batch: jnp.mean((model(batch) - x) ** 2)
-    problem = bf.nnx.problem(loss, loss, Net(nnx.Rngs(0)), jnp.float32(1.0), **settings)
+    problem = both(bf.nnx.problem(loss, loss, Net(nnx.Rngs(0)), jnp.float32(1.0)))
     solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
     state = bf.nnx.init(solver, Net(nnx.Rngs(0)), jnp.float32(1.0))
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) + 2, jnp.float32)
@@ -224,14 +223,6 @@ def test_modules_and_linear_models_take_the_settings():
     ]
     expected = 0.01 * (0.99 * batch[::2].mean(0) + batch[1::2].mean(0))
     np.testing.assert_allclose(mean, expected, rtol=0.01)
-
-    linear = bf.linear_problem(
-        lambda z, batch: batch @ z,
-        lambda logits, x, batch: (logits - x) ** 2,
-        lambda logits, x, batch: logits**2,
-        **settings,
-    )
-    assert (linear.microbatches, linear.compute_dtype) == (2, "bfloat16")
 
 
 def test_what_does_not_divide_is_named():

@@ -17,7 +17,8 @@ from problems import logistic
 import bilevel_flax as bf
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.oracles import directions
+from bilevel_flax.tree import split
 
 EXACT = ("forward_over_reverse", "reverse_over_reverse")
 
@@ -184,12 +185,12 @@ def dense_of(problem, point, batch, model_state, rng):
     inner = plain(problem.inner_loss, batch.inner, keys[0])
     outer = plain(problem.outer_loss, batch.outer, keys[1])
     # Integer leaves are constants: ravel only the others.
-    z_split, x_split = oracles.split(z), oracles.split(x)
+    z_split, x_split = split(z), split(x)
     found = dense_oracles(
         lambda a, b: inner(z_split.merge(a), x_split.merge(b)),
         lambda a, b: outer(z_split.merge(a), x_split.merge(b)),
         z_split.leaves,
-        oracles.split(v).leaves,
+        split(v).leaves,
         x_split.leaves,
     )
     as_z, as_x = z_split.complete, x_split.complete
@@ -212,7 +213,8 @@ def variants(problem):
     """The problem with every way to differentiate it."""
     for derivatives in (*EXACT, "finite_differences"):
         for remat in (False, True) if derivatives == EXACT[0] else (False,):
-            yield dataclasses.replace(problem, derivatives=derivatives, remat=remat)
+            settings = {"derivatives": derivatives, "remat": remat}
+            yield oracles.configured(problem, settings)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,13 +69,13 @@ def test_without_a_mesh_there_is_no_layout():
 
 def test_losses_decide_who_places_the_reductions():
     _, made, said = make_layout(config(mesh="data=8"), task_of())
-    assert made.problem.distributed is not None and said.endswith("one reduction a step")
+    assert made.problem.evaluate is not None and said.endswith("one reduction a step")
     plain = setting("plain").problem
     squared = dataclasses.replace(plain, inner_loss=lambda z, x, b: plain.inner_loss(z, x, b) ** 2)
     _, made, said = make_layout(config(mesh="data=8"), task_of(squared))
-    assert made.problem.distributed is None and "inner_loss of a minibatch is" in said
+    assert made.problem.evaluate is None and "inner_loss of a minibatch is" in said
     _, made, _ = make_layout(config(mesh="data=8", reduction="gspmd"), task_of())
-    assert made.problem.distributed is None
+    assert made.problem.evaluate is None
 
 
 def test_a_process_feeds_its_own_examples():
@@ -91,7 +91,7 @@ def test_a_process_feeds_its_own_examples():
 
 def looped(mesh_text: str | None, on_device: bool, microbatches: int = 1):
     made = setting("plain")
-    problem = dataclasses.replace(made.problem, microbatches=microbatches)
+    problem = bf.oracles.microbatched(made.problem, microbatches)
     layout = None
     if mesh_text is not None:
         mesh = sharding.make_mesh(mesh_text)

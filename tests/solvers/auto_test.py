@@ -14,7 +14,7 @@ import bilevel_flax as bf
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.outer import robust_sgd
-from bilevel_flax.solvers import cheap_steps as thrifty
+from bilevel_flax.solvers import cheap_steps
 
 A = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.6]])
 B = np.array([[1.0, 0.3], [-0.4, 0.8], [0.2, -1.0]])
@@ -52,75 +52,13 @@ def run(solver, steps, z=None):
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-@pytest.mark.parametrize("way", ["own", "derivative"])
-def test_fixed_point_is_v_star_whatever_the_preconditioner(name, way):
+def test_fixed_point_is_v_star_whatever_the_preconditioner(name):
     inner = OPTIMISERS[name](optax.cosine_decay_schedule(0.03, 4000))
-    adjoint = None if way == "own" else bf.adjoint.like_inner(inner)
-    solver = bf.auto(quadratic(), inner=inner, steps=4000, dense_learning_rate=0.0, adjoint=adjoint)
+    solver = bf.auto(quadratic(), inner=inner, steps=4000, dense_learning_rate=0.0)
     state, _ = run(solver, 4000)
     z, v = solved()
     np.testing.assert_allclose(state.inner_params, z, atol=2e-3)
     np.testing.assert_allclose(state.adjoint, v, atol=5e-3)
-
-
-def test_derivative_of_adamw_solves_the_system_with_decay_over_the_preconditioner():
-    decay, gradient = 0.2, jnp.array([0.3, -2.0, 1.0])
-    inner = optax.adamw(optax.cosine_decay_schedule(0.03, 6000), weight_decay=decay)
-    adjoint = bf.adjoint.like_inner(inner)
-    z, g = jnp.ones(3), jnp.asarray(TARGET, jnp.float32)
-
-    def body(carry, _):
-        v, opt_state, adjoint_state = carry
-        d_v = jnp.asarray(A, jnp.float32) @ v + g
-        step, adjoint_state = adjoint.update(
-            d_v,
-            adjoint_state,
-            v,
-            inner_direction=gradient,
-            inner_opt_state=opt_state,
-            inner_params=z,
-        )
-        _, opt_state = inner.update(gradient, opt_state, z)
-        return (v + step, opt_state, adjoint_state), None
-
-    start = (jnp.zeros(3), inner.init(z), adjoint.init(z))
-    (v, _, _), _ = jax.jit(lambda s: jax.lax.scan(body, s, None, length=6000))(start)
-    system = A + decay * np.diag(np.abs(gradient))  # a constant gradient: P⁻¹ = |gradient|
-    np.testing.assert_allclose(v, np.linalg.solve(system, -TARGET), rtol=2e-3, atol=2e-3)
-    without = np.linalg.solve(A, -TARGET)
-    assert np.abs(v - without).max() > 0.1
-
-
-@pytest.mark.parametrize("name", ["sgd", "momentum"])
-def test_derivative_of_sgd_is_a_copy_of_it(name):
-    inner = OPTIMISERS[name](0.1)
-    make = {"own": None, "derivative": bf.adjoint.like_inner(inner)}
-    states = [
-        run(bf.auto(quadratic(), inner=inner, steps=50, adjoint=a), 50)[0] for a in make.values()
-    ]
-    np.testing.assert_allclose(states[0].adjoint, states[1].adjoint, rtol=1e-5)
-    np.testing.assert_allclose(states[0].outer_params, states[1].outer_params, rtol=1e-5)
-
-
-def test_preconditioner_stays_finite_where_z_has_no_gradient():
-    inner = optax.adam(0.01)
-    adjoint = bf.adjoint.like_inner(inner)
-    z = jnp.zeros(2)
-    step, _ = adjoint.update(
-        jnp.array([5.0, 5.0]),
-        adjoint.init(z),
-        z,
-        inner_direction=jnp.array([0.0, 1.0]),
-        inner_opt_state=inner.init(z),
-        inner_params=z,
-    )
-    assert np.abs(step).max() < 1.0
-
-
-def test_derivative_names_what_it_lacks():
-    adjoint = bf.adjoint.like_inner(optax.sgd(0.1))
-    with pytest.raises(TypeError, match="inner_direction"):
-        adjoint.update(jnp.ones(2), adjoint.init(jnp.ones(2)), jnp.ones(2))
 
 
 def test_hypergradient_error_vanishes_with_the_damping():
@@ -191,7 +129,9 @@ def test_blocks_average_to_the_whole_minibatch(parts, ragged):
     whole = dense(oracles.evaluate_all(problem, point, batch).oracles)
     found = [
         dense(
-            oracles.evaluate_block(problem, point, batch, block=jnp.int32(b), parts=parts).oracles
+            oracles.evaluate_subsample(
+                problem, point, batch, block=jnp.int32(b), parts=parts
+            ).oracles
         )
         for b in range(parts)
     ]
@@ -203,23 +143,17 @@ def test_blocks_average_to_the_whole_minibatch(parts, ragged):
     assert not np.allclose(found[0].hvp, whole.hvp, rtol=1e-3)  # a block alone is another number
 
 
-def asked(problem, batch, variables, evaluate=oracles.evaluate_all, combine=None):
-    """The oracle that `single_loop` hands to an estimator."""
-    found = evaluate(problem, variables, batch, None, (None, None))
-    return found if combine is None else found._replace(directions=combine(found.oracles))
-
-
 def test_every_block_is_drawn_about_equally_often():
     problem, inner, outer, _ = cleaning()
     point = bf.Variables(jnp.ones(3), jnp.ones(3), jnp.zeros(24))
     batch = bf.Batch(minibatch(inner, 0), minibatch(outer, 0))
-    estimator = thrifty.estimator(0.25)
+    estimator = cheap_steps.estimator(0.25)
 
     @jax.jit
     def step(memory, _):
-        oracle = functools.partial(asked, problem, batch)
-        directions, memory, _ = estimator.update(oracle, point, batch, memory)
-        return memory, directions.outer.index[0]
+        oracle = oracles.Oracle(problem, batch, None, (None, None))
+        estimate = estimator.update(oracle, point, batch, memory)
+        return estimate.state, estimate.directions.outer.index[0]
 
     _, first = jax.lax.scan(step, estimator.init(point), None, length=2000)
     blocks, counts = np.unique(np.asarray(first), return_counts=True)
@@ -231,13 +165,13 @@ def test_directions_of_every_kth_step_are_unbiased():
     problem, inner, outer, _ = cleaning()
     rng = np.random.default_rng(2)
     point = bf.Variables(*(jnp.asarray(rng.normal(size=k), jnp.float32) for k in (3, 3, 24)))
-    estimator = thrifty.estimator(every=3)
+    estimator = cheap_steps.estimator(update_every=3)
     memory = estimator.init(point)._replace(count=jnp.int32(6))
 
     @jax.jit
     def directions(batch):
-        oracle = functools.partial(asked, problem, batch)
-        found, _, _ = estimator.update(oracle, point, batch, memory)
+        oracle = oracles.Oracle(problem, batch, None, (None, None))
+        found = estimator.update(oracle, point, batch, memory).directions
         return found._replace(outer=rows.densify(found.outer, point.outer))
 
     pairs = [bf.Batch(minibatch(inner, i), minibatch(outer, j)) for i in range(3) for j in range(3)]
@@ -275,7 +209,7 @@ def test_d_x_without_hv_is_that_of_the_full_evaluation(dense):
         x = {"weights": x, "penalty": jnp.float32(-1.5)}
     args = (problem, bf.Variables(z, v, x), bf.Batch(minibatch(inner, 2), minibatch(outer, 1)))
     whole = oracles.evaluate_all(*args)
-    found = oracles.evaluate_forward(*args)
+    found = oracles.evaluate_without_hvp(*args)
     for name in ("inner_grad", "cross_jvp", "outer_grad_outer"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
@@ -322,22 +256,23 @@ def test_d_x_without_hv_costs_two_thirds_of_a_gradient():
 def test_v_moves_more_seldom_than_x(every):
     problem, inner, held, _ = cleaning()
     optimiser = optax.adam(optax.linear_schedule(0.1, 0.0, 12))
-    solver = bf.auto(problem, inner=optimiser, steps=12, every=every, adjoint_every=3)
-    exact = bf.auto(problem, inner=optimiser, steps=12, every=every)
+    solver = bf.auto(problem, inner=optimiser, steps=12, update_every=every, adjoint_update_every=3)
+    exact = bf.auto(problem, inner=optimiser, steps=12, update_every=every)
     assert solver.units == pytest.approx(1 + (3 + 2 * 2 / 3) / (3 * every))
     state = solver.init(jnp.zeros(3), jnp.zeros(24))
     update, all_of_it = jax.jit(solver.update), jax.jit(exact.update)
     for t in range(12):
         batch = bf.Batch(minibatch(inner, t % 3), minibatch(held, t % 3))
         before, (state, info) = state, update(state, batch)
-        if t % (3 * every):
+        moves = bool(cheap_steps.moves_at(t, every))
+        if not moves or t // every % 3:
             assert bool((before.adjoint == state.adjoint).all())
             kept, now = before.adjoint_opt_state.inner, state.adjoint_opt_state.inner
             assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), kept, now)))
         else:
             assert not bool((before.adjoint == state.adjoint).any())
         if t:  # v starts at 0, and with it D_x
-            assert bool((before.outer_params == state.outer_params).all()) == (t % every != 0)
+            assert bool((before.outer_params == state.outer_params).all()) == (not moves)
         # x's step is that of a solver that leaves nothing out.
         fresh = exact.init(jnp.zeros(3), jnp.zeros(24))
         same, _ = all_of_it(
@@ -354,9 +289,9 @@ def test_v_moves_more_seldom_than_x(every):
 def test_d_x_without_hv_needs_forward_mode():
     problem, inner, outer, _ = cleaning()
     problem = dataclasses.replace(problem, derivatives="reverse_over_reverse")
-    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, adjoint_every=2)
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, adjoint_update_every=2)
     batch = bf.Batch(minibatch(inner, 0), minibatch(outer, 0))
-    with pytest.raises(ValueError, match="leave out adjoint_every"):
+    with pytest.raises(ValueError, match="leave out adjoint_update_every"):
         solver.update(solver.init(jnp.zeros(3), jnp.zeros(24)), batch)
 
 
@@ -369,11 +304,12 @@ def test_between_updates_v_x_and_their_optimisers_stand_still(outer):
         "dense": optax.adam(0.1),
     }[outer]
     optimiser = optax.adam(optax.linear_schedule(0.1, 0.0, 12))
-    solver = bf.auto(problem, inner=optimiser, steps=12, every=3, outer=chosen)
+    solver = bf.auto(problem, inner=optimiser, steps=12, update_every=3, outer=chosen)
     assert solver.units == 2.0
     state = solver.init(jnp.zeros(3), jnp.zeros(24))
     update = jax.jit(solver.update)
     moved = []
+    due = [bool(cheap_steps.moves_at(t, 3)) for t in range(9)]
     for t in range(9):
         batch = bf.Batch(minibatch(inner, t % 3), minibatch(held, t % 3))
         before, (state, info) = state, update(state, batch)
@@ -384,12 +320,14 @@ def test_between_updates_v_x_and_their_optimisers_stand_still(outer):
         ]
         moved.append(not all(same))
         if t:  # v starts at 0, and with it D_x
-            assert bool((before.outer_params == state.outer_params).all()) == (t % 3 != 0)
+            assert bool((before.outer_params == state.outer_params).all()) == (not due[t])
         assert not (before.inner_params == state.inner_params).all()
         assert np.isfinite(info.outer_loss) and np.isfinite(info.adjoint_residual)
-    assert moved == [t % 3 == 0 for t in range(9)]
+    assert moved == due and sum(due) == 3
     counts = optax.tree.get_all_with_path(state.adjoint_opt_state, "count")
-    assert {int(value) for _, value in counts} == {7}  # z's clock at step 6, not 3 steps of its own
+    last = max(t for t in range(9) if due[t])
+    # Its schedule is on z's clock, its moments count their own updates.
+    assert {int(value) for _, value in counts} == {3, last + 1}
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -413,7 +351,9 @@ def test_the_scale_of_the_outer_loss_does_not_matter(scale):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"every": 2}, {"adjoint_every": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsample": 0.5}, {"update_every": 2}, {"adjoint_update_every": 4}]
+)
 @pytest.mark.parametrize("inner", [optax.sgd(0.05), optax.adamw(0.03)], ids=["sgd", "adamw"])
 def test_finds_wrong_labels_with_nothing_tuned(inner, options):
     problem, parts, held, wrong = cleaning(n=96, batch=8, seed=3)
@@ -476,12 +416,15 @@ def test_no_direction_no_move():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps=0"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"warmup": 1.0}, "warmup=1.0"),
-        ({"fraction": 0.3}, "fraction=0.3"),
-        ({"every": 0}, "every=0"),
-        ({"adjoint_every": 1.5}, "adjoint_every=1.5"),
-        ({"adjoint_every": 2, "fraction": 0.5}, "fraction=0.5 with adjoint_every=2"),
+        ({"subsample": 0.3}, "subsample=0.3"),
+        ({"update_every": 0}, "update_every must be .* got 0"),
+        ({"adjoint_update_every": 1.5}, "adjoint_update_every must be .* got 1.5"),
+        (
+            {"adjoint_update_every": 2, "subsample": 0.5},
+            "subsample=0.5 with adjoint_update_every=2",
+        ),
         ({"damping": -1.0}, "damping=-1.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
     ],
@@ -491,7 +434,7 @@ def test_bad_arguments_are_named(options, message):
         bf.auto(quadratic(), **({"inner": optax.sgd(0.1), "steps": 10} | options))
 
 
-@pytest.mark.parametrize("cheap", [{"fraction": 0.5}, {"every": 2}])
+@pytest.mark.parametrize("cheap", [{"subsample": 0.5}, {"update_every": 2}])
 def test_estimators_with_memory_refuse_cheap_steps(cheap):
     from bilevel_flax.contrib.masoba import estimator
 
@@ -507,7 +450,7 @@ def test_estimators_with_memory_refuse_cheap_steps(cheap):
 
 def test_a_minibatch_that_cannot_be_cut_is_named():
     problem, inner, outer, _ = cleaning()
-    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, fraction=1 / 3)
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10, subsample=1 / 3)
     state = solver.init(jnp.zeros(3), jnp.zeros(24))
     with pytest.raises(ValueError, match="1/3"):
         solver.update(state, bf.Batch(minibatch(inner, 0), minibatch(outer, 0)))
@@ -515,7 +458,7 @@ def test_a_minibatch_that_cannot_be_cut_is_named():
 
 def test_the_cost_is_the_configured_one():
     assert bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10).units == 4
-    solver = bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10, fraction=0.25, every=3)
+    solver = bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10, subsample=0.25, update_every=3)
     assert solver.units == 1.25
 
 
@@ -549,6 +492,21 @@ def test_what_rests_is_not_copied():
 
     inner = optax.adamw(1e-3)
     of_z, of_x = copies(bf.soba(problem, inner=inner, outer=bf.outer.lazy_sgd(0.1)))
-    cheap_z, cheap_x = copies(bf.auto(problem, inner=inner, steps=100, every=4, adjoint_every=2))
+    cheap_z, cheap_x = copies(
+        bf.auto(problem, inner=inner, steps=100, update_every=4, adjoint_update_every=2)
+    )
     assert cheap_z < of_z  # 3 against 4; 9 where a branch hands v and its moments through
     assert cheap_x <= of_x
+
+
+def test_old_names_of_cheap_steps_go_on_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="auto\\(every=\\) is now auto\\(update_every=\\)"):
+        solver = bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10, every=2)
+    assert solver.units == 2.5
+
+
+def test_a_fixed_order_of_minibatches_starves_no_row():
+    """With x in one of two steps, minibatches 0, 1, 0, 1, ... must both be met."""
+    moved = np.array([bool(cheap_steps.moves_at(t, 2)) for t in range(400)])
+    assert moved.reshape(-1, 2).sum(1).tolist() == [1] * 200
+    assert 60 < moved[::2].sum() < 140

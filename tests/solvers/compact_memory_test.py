@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
 from bilevel_flax import data
+from bilevel_flax.oracles.residual_codes import evaluate_linear
 from bilevel_flax.train.setup import make_solver
 from bilevel_flax.train.task import InitialValues, Task
 
@@ -148,9 +149,9 @@ def test_codes_and_penalties_add_up_to_the_oracles(x64, derivatives):
     batch = found.batch(found.inner.num_batches - 1, 0)  # a ragged one
 
     def both(point, batch):
-        whole = bf.oracles.evaluate_linear(found.problem, point, batch)
+        whole = evaluate_linear(found.problem, point, batch)
         plain = bf.oracles.evaluate_all(found.problem, point, batch)
-        return whole[:3], plain[:3], whole.components.codes
+        return whole[:3], plain[:3], whole.codes.residuals
 
     whole, plain, codes = quick(both)(point, batch)
     assert_close(whole, plain, 1e-12)
@@ -356,7 +357,9 @@ def test_what_is_not_linear_or_not_of_the_examples_shape_is_refused():
 
     hidden = dataclasses.replace(
         found.problem,
-        linear=found.problem.linear._replace(inner_penalty=lambda z, x: jnp.sum(x["weights"])),
+        inner_loss=dataclasses.replace(
+            found.problem.inner_loss, penalty=lambda z, x: jnp.sum(x["weights"])
+        ),
     )
     with pytest.raises(ValueError, match="inner_penalty uses a per-sample leaf"):
         jax.eval_shape(solver(hidden).init, *found.start)

@@ -13,7 +13,7 @@ from problems import finite_sums, logistic, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import data, diagnostics
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.oracles import directions
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,7 +6,6 @@ sends between devices, and what it keeps on each of them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 
@@ -73,7 +72,7 @@ def make(solver: str, problem):
 
 def run(solver: str, mesh=None, shared: bool = False, microbatches: int = 1):
     """The last state, and the compiled step (None without a mesh)."""
-    problem = dataclasses.replace(PROBLEM, microbatches=microbatches)
+    problem = bf.oracles.microbatched(PROBLEM, microbatches)
     if shared:
         problem = sharding.data_parallel(problem, mesh)
     made = make(solver, problem)

@@ -37,9 +37,8 @@ def temporary(kind: str, remat: bool, microbatches: int = 1) -> int:
     x = jax.ShapeDtypeStruct((), jnp.float32)
     batch = jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.float32)
     inner = functools.partial(loss, remat)
-    problem = bf.Problem(
-        inner, lambda z, x, batch: inner(z, 0.0 * x, batch), microbatches=microbatches
-    )
+    problem = bf.Problem(inner, lambda z, x, batch: inner(z, 0.0 * x, batch))
+    problem = bf.oracles.microbatched(problem, microbatches)
     optimizer = optax.adam(1e-3)
 
     def plain(z, opt_state, x, batch):

@@ -1,5 +1,5 @@
 from bilevel_flax import solvers
-from bilevel_flax.solvers import cheap_steps as thrifty
+from bilevel_flax.solvers import cheap_steps
 from bilevel_flax.solvers import table as solver_table
 
 
@@ -19,7 +19,7 @@ def test_the_table_lines_up():
 def test_the_cost_line_tells_what_the_thrifty_settings_cost():
     text = solver_table.render()
     for fraction, every, shown in ((1, 1, "4"), (0.5, 1, "2.5"), (1, 2, "2.5"), (0.25, 1, "1.75")):
-        assert thrifty.units(fraction, every) == float(shown)
+        assert cheap_steps.units(fraction, every) == float(shown)
         assert shown in text.partition("cost: ")[2]
-    assert f"{thrifty.units(every=4, adjoint_every=2):.2f}" == "1.46"
+    assert f"{cheap_steps.units(update_every=4, adjoint_update_every=2):.2f}" == "1.46"
     assert "every=4 adjoint_every=2, is 1.46" in text

@@ -288,7 +288,7 @@ def counting_solver() -> bf.BilevelSolver:
         refresh=refresh,
         next_refresh=lambda state: state.estimator_state["due"],
         refresh_cursor=lambda state: state.estimator_state["cursor"],
-        refresh_units=(2.0, 3.0),
+        method=plain.method._replace(refresh_units=(2.0, 3.0)),
     )
 
 
@@ -347,7 +347,7 @@ def test_several_minibatches_an_update_have_a_leading_axis(on_device: bool):
         }
         return state, info._replace(metrics=marks)
 
-    solver = plain._replace(update=update, batches=(3, 2))
+    solver = plain._replace(update=update, method=plain.method._replace(batches=(3, 2)))
     chunks = StepRunner(solver, *sums, on_device=on_device)
     state = solver.init(source.inner_params, source.outer_params)
     _, info = run_all(chunks, state, STEPS)

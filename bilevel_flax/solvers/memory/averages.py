@@ -7,16 +7,14 @@ lives in one minibatch, so its value is exact at the moment of the visit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
-from bilevel_flax.base import Oracles, PyTree, Rows, Variables
-from bilevel_flax.oracles import is_inexact
-from bilevel_flax.solvers.soba import directions
+from bilevel_flax.base import PyTree, Variables
+from bilevel_flax.tree import is_inexact
 
 
 def wide(leaf: jax.Array) -> Any:
@@ -28,7 +26,7 @@ def _is_none(node: Any) -> bool:
     return node is None
 
 
-def filled(tree: PyTree, value: float, per_sample: PyTree = None, lazy: bool = False) -> PyTree:
+def full_like(tree: PyTree, value: float, per_sample: PyTree = None, lazy: bool = False) -> PyTree:
     """Constant leaves of the tree's shapes; None where nothing is carried.
 
     Args:
@@ -48,18 +46,9 @@ def filled(tree: PyTree, value: float, per_sample: PyTree = None, lazy: bool = F
 def start(variables: Variables, value: float, per_sample: PyTree, lazy: bool) -> Variables:
     """Running directions for all three variables, each entry `value`."""
     z, v, x = variables
-    return Variables(filled(z, value), filled(v, value), filled(x, value, per_sample, lazy))
-
-
-def combine(function: Callable, *directions: PyTree) -> PyTree:
-    """Maps the leaves of directions made on one minibatch; of `Rows`, the values."""
-
-    def leafwise(*nodes):
-        if rows.is_rows(nodes[0]):
-            return Rows(nodes[0].index, function(*(node.values for node in nodes)))
-        return function(*nodes) if is_inexact(nodes[0]) else nodes[0]
-
-    return jax.tree.map(leafwise, *directions, is_leaf=rows.is_rows)
+    return Variables(
+        full_like(z, value), full_like(v, value), full_like(x, value, per_sample, lazy)
+    )
 
 
 def accumulate(running: PyTree, decay: Any, increment: PyTree, weight: Any = 1.0) -> PyTree:
@@ -81,28 +70,7 @@ def accumulate(running: PyTree, decay: Any, increment: PyTree, weight: Any = 1.0
     return jax.tree.map(leafwise, running, increment, is_leaf=_is_none)
 
 
-def corrected(keep: Any, lazy: bool = False) -> Callable[[Oracles, Oracles], Variables]:
-    """D_B(u) - keep · D_B(u') from the oracles at two points: one combination, summed once.
-
-    Args:
-        keep: scalar.
-        lazy: whether the optimiser takes `Rows` as they are: these stay D_B(u).
-    """
-
-    def difference(node, before):
-        if rows.is_rows(node):
-            return node if lazy else Rows(node.index, difference(node.values, before.values))
-        if not is_inexact(node):
-            return node
-        return node - jnp.asarray(keep, node.dtype) * before
-
-    def combine(now, before):
-        return jax.tree.map(difference, directions(now), directions(before), is_leaf=rows.is_rows)
-
-    return combine
-
-
-def handed_on(running: PyTree, current: PyTree) -> PyTree:
+def cast_like(running: PyTree, current: PyTree) -> PyTree:
     """What the optimiser gets: the running direction, the minibatch's where none is carried.
 
     The dtypes are those of `current`, so that no optimiser state changes its own.

@@ -6,22 +6,24 @@ from collections.abc import Callable
 
 import jax
 
-from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, Variables
-from bilevel_flax.solvers.memory import saga as saga_memory
+from bilevel_flax.oracles.evaluate import NOTHING, Evaluation
+from bilevel_flax.oracles.linear_models import linear_loss
+from bilevel_flax.oracles.residual_codes import Codes, check_linear, evaluate_linear
+from bilevel_flax.solvers.memory import saga
 
 
 def storable(decode: Callable[[Oracles], Oracles]) -> Callable[[Oracles], Oracles]:
     """`decode` without the leaves that have no part in a memory."""
-    return lambda codes: saga_memory.storable(decode(codes))
+    return lambda residuals: saga.storable(decode(residuals))
 
 
-def of(found: oracles.Evaluation) -> oracles.Components:
+def codes_of(evaluation: Evaluation) -> Codes:
     """What is memorised of an evaluation: by default the oracles themselves."""
-    if found.components is not None:
-        return found.components
-    return oracles.Components(found.oracles, Oracles(*(None,) * 5), lambda codes: codes)
+    if evaluation.codes is not None:
+        return evaluation.codes
+    return Codes(evaluation.oracles, NOTHING, lambda oracles: oracles)
 
 
 def shapes(
@@ -30,15 +32,15 @@ def shapes(
     """What is stored of a minibatch, and what it stands for: trees of shapes and dtypes."""
     z, v, x = variables
     if coded_like is None:
-        grad = saga_memory.storable(z)
-        shared = rows.map_prefix(problem.per_sample, lambda _: None, saga_memory.storable, x)
+        grad = saga.storable(z)
+        shared = rows.map_prefix(problem.per_sample, lambda _: None, saga.storable, x)
         whole = Oracles(grad, grad, shared, grad, shared)
         return whole, whole
 
     def both(z, v, x, batch):
-        oracles.check_linear(problem, z, batch.inner)
-        parts = oracles.evaluate_linear(problem, Variables(z, v, x), batch).components
-        return saga_memory.storable(parts.codes), storable(parts.decode)(parts.codes)
+        check_linear(problem, z, batch.inner)
+        codes = evaluate_linear(problem, Variables(z, v, x), batch).codes
+        return saga.storable(codes.residuals), storable(codes.decode)(codes.residuals)
 
     return jax.eval_shape(both, z, v, x, coded_like)
 
@@ -53,7 +55,7 @@ def check_memory(memory: str, problem: Problem, example_batch: Batch | None) -> 
         raise ValueError(f'memory={memory!r} is unknown: choose "full" or "compact"')
     if memory == "full":
         return
-    if problem.linear is None:
+    if linear_loss(problem.inner_loss) is None or linear_loss(problem.outer_loss) is None:
         raise ValueError(
             'memory="compact" needs a problem made by bf.linear_problem (losses of logits that '
             'are linear in inner_params): make it so, or use memory="full"'

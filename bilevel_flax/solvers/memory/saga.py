@@ -2,6 +2,9 @@
 
     estimate = new - table[i] + mean        mean += (new - table[i]) / N        table[i] = new
 
+The mean is a compensated sum (Kahan): a float32 mean that is only ever added to would drift, for
+each addition below half a unit in its last place is lost.
+
 The estimate's expectation over a uniform i is the full mean, whatever the table holds.
 
 A step that reads a row of a table and then writes it copies the WHOLE table on CPU, donated or
@@ -28,14 +31,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from bilevel_flax.base import PyTree, Table
-from bilevel_flax.oracles import is_inexact
 from bilevel_flax.per_sample import is_rows
 from bilevel_flax.solvers.memory import tables
 from bilevel_flax.solvers.memory.averages import wide
+from bilevel_flax.tree import is_inexact
 
 
 @struct.dataclass
-class Memory:
+class SAGAState:
     """The memory of N components; integer leaves and `Rows` have no part in it (None).
 
     A table may hold a component's code instead, from which a linear `decode` makes it; the mean
@@ -45,12 +48,14 @@ class Memory:
         table: leaves [N, *leaf.shape], in the leaf's dtype or the one that was asked for; the row
             of `pending_id` is stale.
         mean: the mean over the components (the pending row included), in float32 at least.
+        lost: what rounding has kept out of `mean`, to be added with the next change.
         pending: leaves [*leaf.shape], in the table's dtype: the row of the last visit.
         pending_id: int32 scalar, where it belongs.
     """
 
     table: Table
     mean: PyTree
+    lost: PyTree
     pending: PyTree
     pending_id: jax.Array
 
@@ -72,7 +77,7 @@ def empty(
     *,
     memory: str = tables.DEVICE,
     traced: bool = True,
-) -> Memory:
+) -> SAGAState:
     """A memory of zeros.
 
     Args:
@@ -87,20 +92,24 @@ def empty(
     def rows(leaf):
         return tables.zeros((num_batches, *leaf.shape), dtype or leaf.dtype, memory, traced)
 
-    return Memory(
+    def zero_mean():
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), components)
+
+    return SAGAState(
         table=Table(jax.tree.map(rows, stored)),
-        mean=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), components),
+        mean=zero_mean(),
+        lost=zero_mean(),
         pending=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), stored),
         pending_id=jnp.int32(0),
     )
 
 
 def visit(
-    memory: Memory,
+    memory: SAGAState,
     position: jax.Array,
     new: PyTree,
     decode: Callable[[PyTree], PyTree] = lambda stored: stored,
-) -> tuple[PyTree, Memory]:
+) -> tuple[PyTree, SAGAState]:
     """Replaces component `position` by `new`.
 
     Args:
@@ -146,10 +155,13 @@ def visit(
         lambda part, mean: part.astype(mean.dtype) + mean, change(new), memory.mean
     )
     # The mean follows what the table holds, so that rounding to its dtype leaves no bias.
-    mean = jax.tree.map(
-        lambda part, mean: mean + part.astype(mean.dtype) / num_batches, change(stored), memory.mean
+    increment = jax.tree.map(
+        lambda part, lost: part.astype(lost.dtype) / num_batches + lost, change(stored), memory.lost
     )
-    return estimate, Memory(Table(table), mean, stored, jnp.asarray(position, jnp.int32))
+    mean = jax.tree.map(jnp.add, memory.mean, increment)
+    lost = jax.tree.map(lambda new, old, more: more - (new - old), mean, memory.mean, increment)
+    position = jnp.asarray(position, jnp.int32)
+    return estimate, SAGAState(Table(table), mean, lost, stored, position)
 
 
 def visit_rows(memory: PyTree, cross: PyTree, num_batches: int) -> tuple[PyTree, PyTree]:
@@ -167,7 +179,7 @@ def visit_rows(memory: PyTree, cross: PyTree, num_batches: int) -> tuple[PyTree,
     return estimate, fresh
 
 
-def settled(memory: Memory) -> PyTree:
+def settled(memory: SAGAState) -> PyTree:
     """The N components with the pending row in place, leaves [N, *leaf.shape] (a copy)."""
     return jax.tree.map(
         lambda rows, row: tables.write_row(rows, row, memory.pending_id),

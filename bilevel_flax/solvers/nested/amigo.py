@@ -21,17 +21,17 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
+from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     SampledOracles,
     axpy,
     first,
-    optimizer_step,
     split,
 )
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm, ratio
+from bilevel_flax.solvers.step import optimizer_step
+from bilevel_flax.tree import filter_inexact, norm, ratio
 
 
 def amigo(
@@ -100,10 +100,10 @@ def amigo(
                 opt_state,
                 v,
                 inner_opt_state=inner_opt_state,
-                inner_params=learnable(z),
+                inner_params=filter_inexact(z),
                 adjoint_residual=ratio(norm(d_v), length),
                 value=inner_out[0],
-                grad=learnable(d_v),
+                grad=filter_inexact(d_v),
                 outer_params=x,
             )
             return carry, None
@@ -124,7 +124,7 @@ def amigo(
         name="amigo",
         inner=inner,
         outer=outer,
-        adjoint=adjoint or inner,
+        adjoint=like_inner_optimizer(inner) if adjoint is None else adjoint,
         batches=(inner_steps + adjoint_steps + 1, 1),
         units=inner_steps + adjoint_steps + 2,
         inner_weights=inner_weights,

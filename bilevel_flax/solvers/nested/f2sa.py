@@ -25,7 +25,7 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.minibatches import scaled
+from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -35,11 +35,10 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     completed,
     difference,
     first,
-    optimizer_step,
     split,
 )
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm
+from bilevel_flax.solvers.step import optimizer_step, tolerant
+from bilevel_flax.tree import filter_inexact, norm
 
 
 class F2SAState(NamedTuple):
@@ -97,14 +96,14 @@ def f2sa(
     """
     check_count("inner_steps", inner_steps)
     check_positive("penalty", penalty)
-    second = optax.with_extra_args_support(penalised or inner)
+    second = tolerant(penalised or inner)
 
     def start(variables):
-        return F2SAState(variables.inner, second.init(learnable(variables.inner)))
+        return F2SAState(variables.inner, second.init(filter_inexact(variables.inner)))
 
     def step(sampled: SampledOracles, state, inner, outer):
         z, _, x = state.variables
-        scale = at_step(penalty, state.step)
+        weight = at_step(penalty, state.step)
         loops, last = zip(
             *(split(minibatches, inner_steps, 1) for minibatches in (inner, outer)), strict=True
         )
@@ -116,12 +115,12 @@ def f2sa(
             _, grad_y = sampled.inner_grad(y, x, inner_batch)
             grads = sampled.outer_grads(y, x, outer_batch, out[1])
             grad_y = sampled.constrain(grad_y)
-            product = scaled(difference(grad_y, sampled.constrain(grad_z)), scale)
-            d_y = axpy(scale, grad_y, grads.inner)
+            product = scale(difference(grad_y, sampled.constrain(grad_z)), weight)
+            d_y = axpy(weight, grad_y, grads.inner)
             if penalised is None:
-                d_y = scaled(d_y, 1 / scale)
+                d_y = scale(d_y, 1 / weight)
             z, opt_z = sampled.inner_step(z, opt_z, x, inner_batch, out[0], grad_z)
-            extra = {"value": out[0], "grad": learnable(d_y), "outer_params": x}
+            extra = {"value": out[0], "grad": filter_inexact(d_y), "outer_params": x}
             y, opt_y = optimizer_step(second, d_y, opt_y, y, **extra)
             return (z, opt_z, y, opt_y, product, grads.inner), (out, norm(grad_z))
 
@@ -135,8 +134,8 @@ def f2sa(
         gap = difference(
             sampled.inner_grad_outer(y, x, inner_batch), sampled.inner_grad_outer(z, x, inner_batch)
         )
-        d_x = axpy(scale, gap, completed(grads.outer, x))
-        v = scaled(difference(y, z), scale)
+        d_x = axpy(weight, gap, completed(grads.outer, x))
+        v = scale(difference(y, z), weight)
         state = state.replace(
             inner_params=z, adjoint=v, inner_opt_state=opt_z, estimator_state=F2SAState(y, opt_y)
         )

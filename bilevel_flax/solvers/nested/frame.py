@@ -23,6 +23,7 @@ from bilevel_flax.base import (
     BilevelSolver,
     Finite,
     Info,
+    Method,
     Metrics,
     Oracles,
     Problem,
@@ -31,19 +32,24 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.checks import require_ids
-from bilevel_flax.minibatches import share_factors
+from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.freezing import frozen_state, muted_unless
+from bilevel_flax.solvers.inner_optimiser import trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     Minibatch,
     SampledOracles,
     axpy,
     first,
-    optimizer_step,
 )
-from bilevel_flax.solvers.single_loop import init_state
+from bilevel_flax.solvers.step import (
+    all_finite,
+    init_state,
+    move_outer,
+    rollback_unless_finite,
+    tolerant,
+)
 from bilevel_flax.tree import norm, rows_at
 
 
@@ -178,12 +184,10 @@ def nested(
             f"outer is a row-sparse optimiser, but {name}'s direction of x is dense: use a dense "
             "one, e.g. optax.adam"
         )
-    transforms = Variables(
-        *(optax.with_extra_args_support(t) for t in (inner, adjoint or optax.identity(), outer))
-    )
+    transforms = Variables(*(tolerant(t) for t in (inner, adjoint or optax.identity(), outer)))
     factors = {
-        "inner": share_factors("inner_weights", inner_weights),
-        "outer": share_factors("outer_weights", outer_weights),
+        "inner": importance_factors("inner_weights", inner_weights),
+        "outer": importance_factors("outer_weights", outer_weights),
     }
     by_id = fixed_keys and problem.stateful
     needed = {side: by_id or factor is not None for side, factor in factors.items()}
@@ -207,9 +211,10 @@ def nested(
             )
             for side in ("inner", "outer")
         ]
-        sampled = SampledOracles(problem, transforms, state.model_state)
+        moving = trainable(transforms.inner, state.inner_opt_state, state.inner_params)
+        sampled = SampledOracles(problem, transforms, state.model_state, moving)
         start = first(minibatches[0])
-        checks.outer_is_used(
+        checks.losses(
             problem,
             state.variables,
             Batch(inner=start.data),
@@ -220,15 +225,9 @@ def nested(
         new, report = step(sampled, state, *minibatches)
         norms = Variables(jnp.atleast_1d(report.inner_norms), report.adjoint_norm, norm(report.d_x))
         finite = Finite(*(jnp.isfinite(value).all() for value in norms))
-        alive = finite.inner & finite.adjoint & finite.outer
         d_x = report.d_x
         if not moves_outer:
-            d_x = (
-                muted_unless(alive, d_x) if sparse_outer else rows.densify(d_x, state.outer_params)
-            )
-            x, opt_state = optimizer_step(
-                transforms.outer, d_x, state.outer_opt_state, state.outer_params
-            )
+            x, opt_state, d_x = move_outer(transforms.outer, d_x, all_finite(finite), state)
             new = new.replace(outer_params=x, outer_opt_state=opt_state)
         if problem.stateful:
             outer_last = problem.outer_updates_state and not report.inner_last
@@ -245,6 +244,6 @@ def nested(
             oracle_units=jnp.asarray(units if report.units is None else report.units, jnp.float32),
             metrics={**metrics, **report.metrics},
         )
-        return frozen_state(alive, new.replace(step=state.step + 1), state, d_x), info
+        return rollback_unless_finite(finite, new.replace(step=state.step + 1), state, d_x), info
 
-    return BilevelSolver(init, update, batches=batches, units=float(units), name=name)
+    return BilevelSolver(init, update, method=Method(name, float(units), batches=batches))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import tree
 from bilevel_flax.base import Metrics, PyTree, TrainState
-from bilevel_flax.minibatches import scaled
+from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.nested.minres import minres
 from bilevel_flax.solvers.nested.sampled_oracles import (
     Minibatch,
@@ -67,7 +67,7 @@ def neumann(step: Any, times: int | None = None):
             return (term, axpy(1.0, term, total)), None
 
         (_, total), _ = scan(body, (grad, grad), minibatches, times)
-        return scaled(total, -step), {}
+        return scale(total, -step), {}
 
     return solve
 
@@ -88,7 +88,7 @@ def randomised_neumann(step: Any, count: int, factors: jax.Array):
 
         # Without a factor there is no Minibatch to index, not even at trace time.
         term = jax.lax.fori_loop(0, factors, body, grad) if count > 1 else grad
-        return scaled(term, -count * step), {}
+        return scale(term, -count * step), {}
 
     return solve
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem, PyTree, Variables
-from bilevel_flax.minibatches import scaled
-from bilevel_flax.solvers.step import learnable
-from bilevel_flax.tree import norm
+from bilevel_flax.minibatches import scale
+from bilevel_flax.solvers.step import optimizer_step
+from bilevel_flax.tree import filter_inexact, is_inexact, norm
 
 
 class Minibatch(NamedTuple):
@@ -42,7 +42,7 @@ def axpy(factor: Any, tree: PyTree, other: PyTree) -> PyTree:
     """Factor · tree + other on the float leaves, in the dtypes of `other`."""
 
     def leaf(a, b):
-        if not oracles.is_inexact(b):
+        if not is_inexact(b):
             return b
         return b + jnp.asarray(factor, b.dtype) * a
 
@@ -62,12 +62,6 @@ def completed(grad: PyTree, x: PyTree) -> PyTree:
         x,
         is_leaf=lambda node: node is None,
     )
-
-
-def optimizer_step(transform, direction: PyTree, opt_state: PyTree, point: PyTree, **extra):
-    """One Optax update: `(point, opt_state)`."""
-    step, opt_state = transform.update(learnable(direction), opt_state, learnable(point), **extra)
-    return rows.apply_updates(point, step), opt_state
 
 
 def split(minibatches: Minibatch, *sizes: int) -> list[Minibatch]:
@@ -132,20 +126,20 @@ class SampledOracles:
         out, grad = oracles.inner_value_and_grad(
             self.problem, z, x, minibatch.data, self.model_state, minibatch.rng
         )
-        return out, scaled(grad, minibatch.factor)
+        return out, scale(grad, minibatch.factor)
 
     def inner_grad_outer(self, z, x, minibatch: Minibatch) -> PyTree:
         """∇₂G, dense."""
         grad = oracles.inner_grad_outer(
             self.problem, z, x, minibatch.data, self.model_state, minibatch.rng
         )
-        return rows.densify(scaled(grad, minibatch.factor), x)
+        return rows.densify(scale(grad, minibatch.factor), x)
 
     def hvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₁₁G v."""
         point = Variables(z, v, x)
         product = oracles.hvp(self.problem, point, minibatch.data, self.model_state, minibatch.rng)
-        return self.constrain(scaled(product, minibatch.factor))
+        return self.constrain(scale(product, minibatch.factor))
 
     def cross_jvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₂₁G v; per-sample leaves are `Rows`."""
@@ -153,7 +147,7 @@ class SampledOracles:
         product = oracles.cross_jvp(
             self.problem, point, minibatch.data, self.model_state, minibatch.rng
         )
-        return scaled(product, minibatch.factor)
+        return scale(product, minibatch.factor)
 
     def state_for_outer(self, after: Aux | None) -> PyTree:
         """The model state for F: the one that G returned (`after`) if F updates it further."""
@@ -167,7 +161,7 @@ class SampledOracles:
         out, *grads = oracles.outer_value_and_grads(
             self.problem, z, x, minibatch.data, state, minibatch.rng
         )
-        grad_z, grad_x = scaled(tuple(grads), minibatch.factor)
+        grad_z, grad_x = scale(tuple(grads), minibatch.factor)
         return OuterGrads(out, self.constrain(grad_z), grad_x)
 
     def direction(self, z, v, x, minibatch: Minibatch, outer: OuterGrads):
@@ -179,7 +173,7 @@ class SampledOracles:
         _, _, product, cross = oracles.inner_products(
             self.problem, Variables(z, v, x), minibatch.data, self.model_state, minibatch.rng
         )
-        product, cross = scaled((product, cross), minibatch.factor)
+        product, cross = scale((product, cross), minibatch.factor)
         return self.constrain(product), rows.add(cross, outer.outer)
 
     def inner_step(self, z, opt_state, x, minibatch: Minibatch, value, direction):
@@ -193,7 +187,7 @@ class SampledOracles:
                 is_leaf=lambda node: node is None,
             )
             (value, _), grad = self.inner_grad(merged, x, minibatch)
-            return value, learnable(grad)
+            return value, filter_inexact(grad)
 
         return optimizer_step(
             self.transforms.inner,
@@ -201,7 +195,7 @@ class SampledOracles:
             opt_state,
             z,
             value=value,
-            grad=learnable(direction),
+            grad=filter_inexact(direction),
             value_fn=lambda params: at(params)[0],
             grad_fn=lambda params, _: at(params)[1],
             outer_params=x,

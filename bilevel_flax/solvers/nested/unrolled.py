@@ -25,9 +25,10 @@ import optax
 from bilevel_flax import oracles
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
-from bilevel_flax.minibatches import scaled
+from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first
+from bilevel_flax.solvers.step import tolerant
 
 # Where a gradient is smaller than this its square, and what optimisers make of it, is no float32.
 _SMALLEST = 1e-15
@@ -41,7 +42,7 @@ def differentiable(
     Roots of squares, as in Adam and in clipping by a norm, have none there (0 · ∞): theirs are
     taken beside it. The steps are the optimiser's own, bit for bit.
     """
-    inner = optax.with_extra_args_support(transform)
+    inner = tolerant(transform)
 
     def update(updates, state, params=None, **extra_args):
         def away_from_zero(g):
@@ -120,7 +121,7 @@ def unrolled(
         )
         state = state.replace(inner_params=z_end, inner_opt_state=opt_state)
         zero, one = jnp.float32(0.0), jnp.float32(1.0)
-        d_x = scaled(d_x, last.factor)
+        d_x = scale(d_x, last.factor)
         return state, StepReport(inner_out, out, norms, zero, one, d_x)
 
     return nested(

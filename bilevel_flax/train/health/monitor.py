@@ -19,7 +19,7 @@ from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train.actions import Schedule
 from bilevel_flax.train.task import Task
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import is_inexact, norm
 
 _PROBES = 10  # of a run, at most
 # Minibatches of a side. With fewer the values say more about the minibatches than about the run:
@@ -138,5 +138,5 @@ def _check(task: Task, state: TrainState, minibatches: int, products: int) -> di
 
 
 def _root_mean_square(tree: PyTree) -> jax.Array:
-    entries = sum(leaf.size for leaf in jax.tree.leaves(tree) if oracles.is_inexact(leaf))
+    entries = sum(leaf.size for leaf in jax.tree.leaves(tree) if is_inexact(leaf))
     return norm(tree) / np.sqrt(max(entries, 1))

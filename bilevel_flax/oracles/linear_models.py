@@ -11,32 +11,44 @@ penalties p and q are the same for every minibatch and need no memory at all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.minibatches import example_mask, masked_mean
+from bilevel_flax.oracles.mixed_precision import LoweredLoss
+from bilevel_flax.oracles.wrapped_loss import WrappedLoss
 
 
-class LinearModel(NamedTuple):
-    """The parts of a problem that is linear in its features.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearLoss(WrappedLoss):
+    """A loss of logits that are linear in z, taken apart.
 
     Attributes:
         logits: `logits(inner_params, batch) -> [batch, ...]`, linear (or affine) in the parameters.
-        inner_data: `inner_data(logits, outer_params, batch) -> scalar`, the mean of l.
-        outer_data: the same for k.
-        inner_penalty: `inner_penalty(inner_params, outer_params) -> scalar`, p; None: 0.
-        outer_penalty: q.
+        data: `data(logits, outer_params, batch) -> scalar`, the mean of the examples' losses.
+        penalty: `penalty(inner_params, outer_params) -> scalar`; None: 0.
     """
 
     logits: Callable[[PyTree, PyTree], jax.Array]
-    inner_data: Callable[[jax.Array, PyTree, PyTree], jax.Array]
-    outer_data: Callable[[jax.Array, PyTree, PyTree], jax.Array]
-    inner_penalty: Callable[[PyTree, PyTree], jax.Array] | None
-    outer_penalty: Callable[[PyTree, PyTree], jax.Array] | None
+    data: Callable[[jax.Array, PyTree, PyTree], jax.Array]
+    penalty: Callable[[PyTree, PyTree], jax.Array] | None
+
+
+def linear_loss(loss: Any) -> LinearLoss | None:
+    """What is known about a loss of linear logits, whatever else is wrapped around it."""
+    if isinstance(loss, LinearLoss):
+        return loss
+    if not isinstance(loss, WrappedLoss):
+        return None
+    model = linear_loss(loss.loss)
+    if model is not None and isinstance(loss, LoweredLoss):
+        return dataclasses.replace(model, logits=loss.lowered(model.logits))
+    return model
 
 
 def linear_problem(
@@ -46,10 +58,7 @@ def linear_problem(
     *,
     inner_penalty: Callable[[PyTree, PyTree], jax.Array] | None = None,
     outer_penalty: Callable[[PyTree, PyTree], jax.Array] | None = None,
-    per_sample: PyTree = None,
-    derivatives: str = "forward_over_reverse",
-    microbatches: int = 1,
-    compute_dtype: Any = None,
+    **settings: Any,
 ) -> Problem:
     """A `Problem` made of logits that are linear in z, losses of each example, and penalties.
 
@@ -65,10 +74,7 @@ def linear_problem(
         inner_penalty: `inner_penalty(inner_params, outer_params) -> scalar`, the part of G that is
             the same for every minibatch; without per-sample leaves.
         outer_penalty: the same for F.
-        per_sample: as in `Problem`.
-        derivatives: as in `Problem`.
-        microbatches: as in `Problem`; the compact memory does without.
-        compute_dtype: as in `Problem`; the compact memory computes the logits in it.
+        **settings: `per_sample` and `derivatives`, as in `Problem`.
 
     Raises:
         TypeError: a loss or penalty is no function; at trace time, losses that are not [batch].
@@ -91,16 +97,14 @@ def linear_problem(
         if not (callable(function) or (function is None and name.endswith("penalty"))):
             raise TypeError(f"{name} must be a function, got {function!r}")
 
-    inner_data = _mean_of("inner_losses", inner_losses)
-    outer_data = _mean_of("outer_losses", outer_losses)
+    def loss(name, losses, penalty):
+        data = _mean_of(name, losses)
+        return LinearLoss(_sum_of(logits, data, penalty), logits, data, penalty)
+
     return Problem(
-        _loss(logits, inner_data, inner_penalty),
-        _loss(logits, outer_data, outer_penalty),
-        per_sample=per_sample,
-        derivatives=derivatives,
-        microbatches=microbatches,
-        compute_dtype=compute_dtype,
-        linear=LinearModel(logits, inner_data, outer_data, inner_penalty, outer_penalty),
+        loss("inner_losses", inner_losses, inner_penalty),
+        loss("outer_losses", outer_losses, outer_penalty),
+        **settings,
     )
 
 
@@ -117,7 +121,7 @@ def _mean_of(name: str, losses: Callable) -> Callable:
     return mean
 
 
-def _loss(logits: Callable, data: Callable, penalty: Callable | None) -> Callable:
+def _sum_of(logits: Callable, data: Callable, penalty: Callable | None) -> Callable:
     def loss(z, x, batch):
         value = data(logits(z, batch), x, batch)
         return value if penalty is None else value + penalty(z, x)

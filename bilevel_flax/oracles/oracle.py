@@ -1,0 +1,220 @@
+"""What an estimator is handed: the oracles on one pair of minibatches, at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_flax import per_sample as rows
+from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, TrainState, Variables
+from bilevel_flax.oracles.derivatives import inner_value_and_grad
+from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual
+from bilevel_flax.oracles.importance import importance_weighted
+from bilevel_flax.oracles.residual_codes import evaluate_linear
+from bilevel_flax.tree import add, filter_inexact, is_inexact
+
+
+def directions(oracles: Oracles) -> Variables:
+    """(D_z, D_v, D_x) from the five quantities; None where one of its terms was left out."""
+    z, hvp, cross, outer_inner, outer_outer = oracles
+    v = None if hvp is None else add(hvp, outer_inner)
+    return Variables(z, v, None if cross is None else rows.add(cross, outer_outer))
+
+
+def difference(now: Variables, before: Variables, keep: Any, lazy: bool) -> Variables:
+    """D(now) - keep · D(before); `Rows` too, unless `lazy`: these stay those of `now`.
+
+    `keep` None: D(now) alone, so that nothing of `before` is computed.
+    """
+    if keep is None:
+        return now
+
+    def leaf(node, other):
+        if rows.is_rows(node):
+            return node if lazy else Rows(node.index, leaf(node.values, other.values))
+        return node - jnp.asarray(keep, node.dtype) * other if is_inexact(node) else node
+
+    return jax.tree.map(leaf, now, before, is_leaf=rows.is_rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Oracle:
+    """The oracles on one pair of minibatches, scaled by N·w_i.
+
+    So the objective is the plain average of N components, and no estimator needs to know of
+    minibatches of unequal sizes.
+
+    Attributes:
+        problem: the problem, its losses times N·w_i.
+        batch: the pair of minibatches.
+        model_state: mutable state of a stateful problem.
+        rngs: the keys of (G, F).
+        factors: (N·w_i, M·w_j), or None for equal minibatches.
+        trainable: a tree of z's with False for leaves that z's optimiser never moves; they are no
+            part of the linear system that v solves. None: all of them move.
+    """
+
+    problem: Problem
+    batch: Batch
+    model_state: PyTree
+    rngs: tuple[Any, Any]
+    factors: tuple[Any, Any] = (None, None)
+    trainable: PyTree = None
+
+    def at(self, point: Variables, evaluate: Callable[..., Evaluation] = evaluate_all):
+        """The `Evaluation` at a point, with its `oracles`.
+
+        Args:
+            point: (z, v, x).
+            evaluate: which of the quantities, e.g. `oracles.evaluate_inner`.
+        """
+        if self.problem.evaluate is None or evaluate is evaluate_linear:
+            return self._finish(evaluate(self.problem, point, *self._context))
+        return self._finish(self.problem.evaluate(self._shared(evaluate), (point,), None))
+
+    def directions(self, point: Variables, evaluate: Callable[..., Evaluation] = evaluate_all):
+        """The `Evaluation` at a point, with its `directions` (on many devices, these alone)."""
+        if self.problem.evaluate is None:
+            evaluation = self._finish(evaluate(self.problem, point, *self._context))
+            return evaluation._replace(directions=directions(evaluation.oracles))
+        return self._finish(self.problem.evaluate(self._shared(evaluate), (point,), self._combine))
+
+    def difference(
+        self, now: Variables, before: Variables, keep: Any = 1.0, lazy: bool = False
+    ) -> Evaluation:
+        """The `Evaluation` at `now` with D(now) - keep · D(before) for its `directions`.
+
+        Args:
+            now: a point.
+            before: another one.
+            keep: scalar; or three of them, for (D_z, D_v, D_x), None for D(now) alone.
+            lazy: `Rows` of x stay those at `now`.
+        """
+        keeps = keep if isinstance(keep, Variables) else Variables(keep, keep, keep)
+
+        def combine(*oracles: Oracles) -> Variables:
+            both = [self._combine(part) for part in oracles]
+            parts = zip(*both, keeps, strict=True)
+            return Variables(*(difference(new, old, k, lazy) for new, old, k in parts))
+
+        if self.problem.evaluate is None:
+            first, second = (evaluate_all(self.problem, p, *self._context) for p in (now, before))
+            return self._finish(first)._replace(directions=combine(first.oracles, second.oracles))
+        return self._finish(
+            self.problem.evaluate(self._shared(evaluate_all), (now, before), combine)
+        )
+
+    def inner_value_and_grad(self, z: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
+        """`(G, ∇₁G)` on the inner minibatch, for optimisers that look around (line searches)."""
+        (loss, _), grad = inner_value_and_grad(
+            self.problem, z, x, self.batch.inner, self.model_state, self.rngs[0]
+        )
+        return loss, filter_inexact(grad)
+
+    @property
+    def _context(self) -> tuple:
+        return self.batch, self.model_state, self.rngs
+
+    def _shared(self, evaluate: Callable[..., Evaluation]) -> Shared:
+        def movable(*args):
+            evaluation = evaluate(*args)
+            return evaluation._replace(oracles=self._movable(evaluation.oracles))
+
+        chosen = evaluate if self.trainable is None else movable
+        return Shared(self.problem, chosen, *self._context)
+
+    def _combine(self, oracles: Oracles) -> Variables:
+        return directions(self._movable(oracles))
+
+    def _movable(self, oracles: Oracles) -> Oracles:
+        """Without the entries of D_v that belong to parameters which never move."""
+        if self.trainable is None:
+            return oracles
+
+        def only(tree):
+            if tree is None:
+                return None
+            return jax.tree.map(
+                lambda leaf, moves: leaf if moves else jnp.zeros_like(leaf), tree, self.trainable
+            )
+
+        return oracles._replace(
+            hvp=only(oracles.hvp), outer_grad_inner=only(oracles.outer_grad_inner)
+        )
+
+    def _finish(self, evaluation: Evaluation) -> Evaluation:
+        """With the losses as the user wrote them, and the residual."""
+        oracles = self._movable(evaluation.oracles)
+        by_inner, by_outer = self.factors
+        relative = evaluation.residual
+        if relative is None and oracles.hvp is not None and oracles.outer_grad_inner is not None:
+            relative = residual(oracles)
+        return evaluation._replace(
+            oracles=oracles,
+            inner_loss=_unscaled(evaluation.inner_loss, by_inner),
+            outer_loss=_unscaled(evaluation.outer_loss, by_outer),
+            residual=relative,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """What `Problem.evaluate` is asked to do in shares of the minibatch; fields as `Oracle`'s."""
+
+    problem: Problem
+    evaluate: Callable[..., Evaluation]
+    batch: Batch
+    model_state: PyTree
+    rngs: tuple[Any, Any]
+
+
+def bind(
+    problem: Problem,
+    state: TrainState,
+    batch: Batch,
+    *,
+    factors: tuple[Any, Any] = (None, None),
+    fixed_keys: bool = False,
+    trainable: PyTree = None,
+) -> Oracle:
+    """The oracle of one step.
+
+    Args:
+        problem: the problem.
+        state: gives the model state, and the key that every step folds its number into.
+        batch: the pair of minibatches; one side may be None.
+        factors: ([N], [M]) of `importance_factors`, or None for equal minibatches.
+        fixed_keys: a minibatch's id takes the place of the step in its key, so that a minibatch
+            is the same at every visit.
+        trainable: as in `Oracle`.
+    """
+
+    def key(side: int, seed: Any) -> Any:
+        if not problem.stateful or seed is None:
+            return None
+        return jax.random.fold_in(jax.random.fold_in(state.rng, side), seed)
+
+    def factor(table: Any, data: PyTree, position: Any) -> Any:
+        return None if table is None or data is None else row_of(table, position)
+
+    seeds = (batch.inner_id, batch.outer_id) if fixed_keys else (state.step, state.step)
+    rngs = key(0, seeds[0]), key(1, seeds[1])
+    inner = factor(factors[0], batch.inner, batch.inner_id)
+    outer = factor(factors[1], batch.outer, batch.outer_id)
+    weighted = importance_weighted(problem, inner, "inner_loss")
+    weighted = importance_weighted(weighted, outer, "outer_loss")
+    return Oracle(weighted, batch, state.model_state, rngs, (inner, outer), trainable)
+
+
+def row_of(table: jax.Array, position: Any) -> jax.Array:
+    """`table[position]`; NaN outside of it, which stops the run, never another's entry."""
+    inside = (position >= 0) & (position < table.shape[0])
+    return jnp.where(inside, table[jnp.where(inside, position, 0)], jnp.nan)
+
+
+def _unscaled(loss: Any, factor: Any) -> Any:
+    return loss if loss is None or factor is None else loss / factor

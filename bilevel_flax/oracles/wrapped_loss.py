@@ -1,0 +1,48 @@
+"""Losses with a structure that the oracles can make use of, and how to wrap around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bilevel_flax.base import Problem
+
+SIDES = ("inner_loss", "outer_loss")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WrappedLoss:
+    """A loss that carries what is known about it; called, it is the loss.
+
+    Attributes:
+        loss: the function.
+    """
+
+    loss: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """The loss."""
+        return self.loss(*args)
+
+
+def wrap_losses(
+    problem: Problem,
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]],
+    sides: Sequence[str] = SIDES,
+) -> Problem:
+    """The problem with a transformation of its losses, under what is known about them.
+
+    Args:
+        problem: the problem.
+        transform: of a loss; the result takes and returns the same.
+        sides: the losses in question.
+    """
+
+    def wrapped(loss):
+        if isinstance(loss, WrappedLoss):
+            return dataclasses.replace(loss, loss=wrapped(loss.loss))
+        return transform(loss)
+
+    losses = {name: wrapped(getattr(problem, name)) for name in sides}
+    return dataclasses.replace(problem, **losses)
