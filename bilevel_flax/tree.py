@@ -37,9 +37,16 @@ def split(tree: PyTree) -> Split:
         return treedef.unflatten(out)
 
     def complete(new):
-        return rebuild(new, [None if is_inexact(x) else jnp.zeros_like(x) for x in leaves])
+        return rebuild(new, [None if is_inexact(x) else _zero(x) for x in leaves])
 
     return Split([leaves[i] for i in chosen], lambda new: rebuild(new, leaves), complete)
+
+
+def _zero(leaf: Any) -> jax.Array:
+    """Zeros for a leaf of a direction or of v; of integers where its own dtype cannot be added."""
+    dtype = jnp.result_type(leaf)
+    plain = jnp.issubdtype(dtype, jnp.number)  # no bool, no PRNG key
+    return jnp.zeros(jnp.shape(leaf), dtype if plain else jnp.int32)
 
 
 def depends_on(function: Callable, *args: Any) -> list[bool]:
@@ -79,10 +86,10 @@ def add(tree: PyTree, other: PyTree) -> PyTree:
 
 
 def zeros_like(tree: PyTree) -> PyTree:
-    """Zeros of every leaf's (or shape's) dtype; `Rows` that point at no row."""
+    """Zeros in the place of every leaf (or shape), int32 for bools and keys; `Rows` at no row."""
 
     def zeros(node):
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), node)
+        empty = jax.tree.map(_zero, node)
         return nowhere(empty) if isinstance(node, Rows) else empty
 
     return jax.tree.map(zeros, tree, is_leaf=lambda node: isinstance(node, Rows))

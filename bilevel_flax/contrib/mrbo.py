@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -35,7 +34,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     split,
 )
 from bilevel_flax.solvers.storm import check_eta
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import norm, zeros_like
 
 
 class MRBOState(NamedTuple):
@@ -50,7 +49,7 @@ class MRBOState(NamedTuple):
 def start(variables) -> MRBOState:
     """Previous = initial point: the first difference is zero."""
     z, v, x = variables
-    return MRBOState(z, x, v, jax.tree.map(jnp.zeros_like, x))
+    return MRBOState(z, x, v, zeros_like(x))
 
 
 def momentum_decay(t):

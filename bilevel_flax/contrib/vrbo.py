@@ -49,7 +49,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     split,
 )
 from bilevel_flax.solvers.step import optimizer_step, rollback_unless
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import norm, zeros_like
 
 
 class VRBOState(NamedTuple):
@@ -68,7 +68,7 @@ class VRBOState(NamedTuple):
 
 def init_memory(variables) -> VRBOState:
     """No direction yet, a full pass due at once."""
-    z, x = (jax.tree.map(jnp.zeros_like, tree) for tree in (variables.inner, variables.outer))
+    z, x = (zeros_like(tree) for tree in (variables.inner, variables.outer))
     zero = jnp.int32(0)
     return VRBOState(z, x, zero, zero, zero, z, x, z, z)
 
@@ -77,7 +77,7 @@ def _stage_over(memory: VRBOState, step, eta, products: int, period: int) -> VRB
     """The memory once the last minibatch of a stage is in."""
     gradients, last = memory.stage == 0, memory.stage == products + 1
     choose = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
-    zero_z, zero_x = (jax.tree.map(jnp.zeros_like, tree) for tree in memory[:2])
+    zero_z, zero_x = (zeros_like(tree) for tree in memory[:2])
     next_term = axpy(-eta, memory.mean_inner, memory.term)
     total = choose(gradients, memory.term, axpy(1.0, next_term, memory.total))
     return VRBOState(
@@ -235,7 +235,7 @@ def vrbo(
         mean_z, mean_x, term = memory.mean_inner, memory.mean_outer, memory.term
         if batch.inner is not None:
             minibatch = refresh_minibatch(problem, state, batch, "inner", factors["inner"])
-            no_z, no_x = (jax.tree.map(jnp.zeros_like, tree) for tree in (z, x))
+            no_z, no_x = (zeros_like(tree) for tree in (z, x))
 
             def cross():
                 v = scale(memory.total, -eta)

@@ -15,7 +15,7 @@ import optax
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
-from bilevel_flax.tree import split
+from bilevel_flax.tree import is_inexact, split
 
 # Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
 FORWARD_UNITS = 5 / 3
@@ -180,7 +180,7 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
 
 
 def check_adjoint(z: PyTree, v: PyTree) -> None:
-    """Raises unless v has z's tree, shapes and dtypes.
+    """Raises unless v has z's tree, and the shapes and dtypes of its float leaves.
 
     Raises:
         ValueError: names the first difference.
@@ -192,7 +192,10 @@ def check_adjoint(z: PyTree, v: PyTree) -> None:
             "start from `solver.init`, or jax.tree.map(jnp.zeros_like, inner_params)"
         )
     for (path, a), b in zip(jax.tree.leaves_with_path(z), jax.tree.leaves(v), strict=True):
-        if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
+        if is_inexact(a) and (jnp.shape(a), jnp.result_type(a)) != (
+            jnp.shape(b),
+            jnp.result_type(b),
+        ):
             raise ValueError(
                 f"the adjoint's leaf {jax.tree_util.keystr(path)} is "
                 f"{jnp.result_type(b)}{jnp.shape(b)}, inner_params' is "

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax.base import Problem, PyTree, Rows
+from bilevel_flax.base import Metrics, Problem, PyTree, Rows
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles.wrapped_loss import WrappedLoss
 from bilevel_flax.per_sample import is_rows
@@ -94,6 +94,7 @@ def whole(
         )
         key = None if rng is None else jax.random.fold_in(rng, number)
         (loss, aux), *trees = quantity(problem, chosen, state, key)
+        check_scalars(aux.metrics, f"microbatches={count}")
         metrics = {k: jnp.asarray(v, _wide(v * 1.0)) for k, v in aux.metrics.items()}
         return (loss, aux._replace(model_state=None, metrics=metrics), trees), (
             aux.model_state if threaded else state
@@ -132,6 +133,24 @@ def whole(
         joined, by_example, totals, shapes, is_leaf=lambda node: node is None or is_rows(node)
     )
     return (loss, aux._replace(model_state=state)), *trees
+
+
+def check_scalars(metrics: Metrics, splits: str) -> None:
+    """Raises unless all metrics are scalars, which can be averaged over the parts of a minibatch.
+
+    Args:
+        metrics: of a part.
+        splits: what cuts the minibatch into parts, for the error.
+
+    Raises:
+        ValueError: names the first that is none.
+    """
+    for name, value in metrics.items():
+        if jnp.shape(value):
+            raise ValueError(
+                f"the metric {name!r} has shape {jnp.shape(value)}, but {splits} averages metrics "
+                "over the parts of a minibatch: return scalars, e.g. its mean"
+            )
 
 
 def _in_parts(path, leaf, count: int):

@@ -15,7 +15,7 @@ from bilevel_flax.oracles.derivatives import inner_value_and_grad
 from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual
 from bilevel_flax.oracles.importance import importance_weighted
 from bilevel_flax.oracles.residual_codes import evaluate_linear
-from bilevel_flax.tree import add, filter_inexact, is_inexact
+from bilevel_flax.tree import add, filter_inexact, is_inexact, rows_at
 
 
 def directions(oracles: Oracles) -> Variables:
@@ -199,7 +199,7 @@ def bind(
         return jax.random.fold_in(jax.random.fold_in(state.rng, side), seed)
 
     def factor(table: Any, data: PyTree, position: Any) -> Any:
-        return None if table is None or data is None else row_of(table, position)
+        return None if table is None or data is None else rows_at(table, position)
 
     seeds = (batch.inner_id, batch.outer_id) if fixed_keys else (state.step, state.step)
     rngs = key(0, seeds[0]), key(1, seeds[1])
@@ -208,12 +208,6 @@ def bind(
     weighted = importance_weighted(problem, inner, "inner_loss")
     weighted = importance_weighted(weighted, outer, "outer_loss")
     return Oracle(weighted, batch, state.model_state, rngs, (inner, outer), trainable)
-
-
-def row_of(table: jax.Array, position: Any) -> jax.Array:
-    """`table[position]`; NaN outside of it, which stops the run, never another's entry."""
-    inside = (position >= 0) & (position < table.shape[0])
-    return jnp.where(inside, table[jnp.where(inside, position, 0)], jnp.nan)
 
 
 def _unscaled(loss: Any, factor: Any) -> Any:

@@ -32,6 +32,7 @@ from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
 from bilevel_flax.minibatches import example_mask
+from bilevel_flax.oracles.microbatches import check_scalars
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import whole
 from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
@@ -236,6 +237,7 @@ def _weighted(evaluation: Any, problem: Problem, real: dict[str, Any]) -> Any:
     inner, outer = real["inner"], real["outer"]
     values = evaluation.oracles
     moved = outer if problem.outer_updates_state else inner
+    check_scalars(evaluation.metrics, "data_parallel")
     metrics = {
         name: _times(jnp.asarray(value, jnp.result_type(value, jnp.float32)), real[name[:5]])
         for name, value in evaluation.metrics.items()

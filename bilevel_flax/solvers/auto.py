@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import BilevelSolver, Estimator, Problem
-from bilevel_flax.checks import as_count
+from bilevel_flax.checks import as_count, optimizer
 from bilevel_flax.deprecated import renamed_keywords
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.solvers import adjoint_optimisers, cheap_steps
@@ -124,6 +124,7 @@ def auto(
         enables stochastic and global variance reduction algorithms. NeurIPS 2022.
     """
     steps = as_count("steps", steps)
+    optimizer("inner", inner)
     if not 0 <= warmup < 1:
         raise ValueError(
             f"warmup={warmup} must lie in [0, 1): the share of the steps with x frozen"
@@ -157,7 +158,7 @@ def auto(
         triangle = 2 / max(moves - frozen, 1)
         outer = robust_sgd(
             decay_to_zero(triangle * learning_rate, moves, frozen),
-            most=decay_to_zero(triangle * travel, moves, frozen),
+            max_learning_rate=decay_to_zero(triangle * travel, moves, frozen),
             dense_learning_rate=decay_to_zero(dense_learning_rate * update_every, moves, frozen),
             catch_up=_LONGEST_VISIT,
         )

@@ -52,7 +52,7 @@ def init_state(
     if problem.stateful and model_state is None:
         model_state = {}
     z, x = checks.copied(inner_params), checks.copied(outer_params)
-    v = jax.tree.map(jnp.zeros_like, z)
+    v = zeros_like(z)
     by_rows = isinstance(transforms.outer, RowTransformation)
     x_floats = filter_inexact(x)
     x_floats = rows.marked(problem.per_sample, x_floats) if by_rows else x_floats

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import bilevel_flax as bf
 from bilevel_flax import data, oracles, outer
@@ -151,8 +152,34 @@ def of_module(model, x, batch):
 
 SABA = {"num_inner_batches": 3, "num_outer_batches": 2}
 IDS = {"inner_id": 0, "outer_id": 0}
+state_of_flax = TrainState.create(apply_fn=lambda p: p, params=Z, tx=SGD)
+
 ROWS_OF_MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
     # --- the solver
+    "optimiser not called": (make(inner=optax.sgd), TypeError, r"inner=.*sgd.*call it.*inner=sgd"),
+    "optimiser is a number": (make(inner=0.1), TypeError, r"inner=0.1 .*inner=optax.sgd\(0.1\)"),
+    "outer not called": (make(outer=optax.adam), TypeError, r"outer=.*adam.*outer=adam\("),
+    "adjoint is a NumPy number": (
+        make(adjoint=np.float32(0.5)),
+        TypeError,
+        r"adjoint=.*0.5.*adjoint=optax.sgd",
+    ),
+    "optimiser is a TrainState": (
+        make(inner=state_of_flax),
+        TypeError,
+        r"inner=TrainState.*inner=state.tx",
+    ),
+    "optimiser is a name": (make(inner="sgd"), TypeError, r"inner='sgd' .*inner=optax.adam"),
+    "optimiser is a schedule": (
+        make(inner=optax.cosine_decay_schedule(0.1, 10)),
+        TypeError,
+        r"inner=<function.*a schedule goes into an optimiser",
+    ),
+    "auto: optimiser not called": (
+        make(bf.auto, inner=optax.adamw, outer=None, steps=9),
+        TypeError,
+        r"inner=.*adamw.*call it",
+    ),
     "nested: optimiser not called": (
         make(bf.amigo, inner=optax.sgd),
         TypeError,
@@ -344,6 +371,20 @@ ROWS_OF_MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
         TypeError,
         r"logits must be a function, got 3",
     ),
+    "a metric for each example, in parts": (
+        step(
+            oracles.microbatched(
+                losses(
+                    lambda *a: (inner(*a[:3]), bf.Aux({}, {"each": errors_of(a[0], a[2])})),
+                    lambda *a: (outer_loss(*a[:3]), bf.Aux()),
+                    stateful=True,
+                ),
+                2,
+            )
+        ),
+        ValueError,
+        r"the metric 'each' has shape \(2,\), but microbatches=2 averages.*scalars",
+    ),
     # --- the start
     "an NNX module as z": (
         step(z=nnx.Linear(3, 1, rngs=nnx.Rngs(0))),
@@ -373,6 +414,14 @@ ROWS_OF_MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "nothing as x": (step(x={}), ValueError, r"outer_params has no floating-point leaf"),
     # --- the minibatches
+    "a tuple": (step(batch=(DATA, DATA)), TypeError, r"batch is a tuple.*bf.Batch\("),
+    "a dict": (step(batch=DATA), TypeError, r"batch is a dict.*bf.Batch\("),
+    "no validation minibatch": (
+        step(batch=bf.Batch(DATA)),
+        ValueError,
+        r"batch.outer is None.*bf.Batch\(training_minibatch, validation_minibatch\)",
+    ),
+    "no training minibatch": (step(batch=bf.Batch(outer=DATA)), ValueError, r"batch.inner is None"),
     "nested: a list": (
         step(batch=[DATA, DATA], method=bf.amigo, inner_steps=2, adjoint_steps=2),
         TypeError,
@@ -643,7 +692,7 @@ ROWS_OF_MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
         r"adjoint's leaf \['w'\] is float32\(4,\), inner_params' is float32\(3,\)",
     ),
     "parts that do not divide": (
-        lambda: oracles.evaluate_block(
+        lambda: oracles.evaluate_subsample(
             PLAIN, bf.Variables(Z, Z, X), bf.Batch(DATA, DATA), block=0, parts=3
         ),
         ValueError,

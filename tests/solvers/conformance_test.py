@@ -95,7 +95,8 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 def nest(tree: dict, names: tuple[str, str]) -> Any:
     """The two leaves of a quadratic's variable, in a pytree with some depth."""
-    return {"deep": {names[0]: tree[names[0]]}, "list": [(tree[names[1]],)]}
+    others = (jax.random.key(0), jax.random.PRNGKey(1), jnp.array([True]), jnp.arange(2), None)
+    return {"deep": {names[0]: tree[names[0]]}, "list": [(tree[names[1]],)], "others": others}
 
 
 def flat(tree: Any, names: tuple[str, str]) -> dict:
@@ -204,6 +205,22 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
+@every_method
+def test_leaves_that_are_no_floats_stay_as_they_are(name):
+    """Keys, bools, integers and None beside the floats of z and x."""
+    run = run_of(name)
+    before = nest(data(False).inner_params, INNER)["others"]
+    after = run.advance(run.init(), 2)
+    for variable in (after.inner_params, after.outer_params):
+        for a, b in zip(jax.tree.leaves(variable["others"]), jax.tree.leaves(before), strict=True):
+            assert a.dtype == b.dtype
+            a, b = (
+                jax.random.key_data(leaf) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else leaf
+                for leaf in (a, b)
+            )
+            np.testing.assert_array_equal(a, b)
 
 
 @every_method

@@ -135,7 +135,7 @@ def test_a_step_that_starts_too_small_grows_with_the_distance_gone_and_never_pas
 
     def travelled(start, agree=True, most=right):
         rate = optax.linear_schedule(2 * start / steps, 0.0, steps)
-        outer = bf.outer.robust_sgd(rate, catch_up=9.0, most=most)
+        outer = bf.outer.robust_sgd(rate, catch_up=9.0, max_learning_rate=most)
         x = jnp.full(n, -2.0)
         state = outer.init(bf.Table(x))
         update = jax.jit(outer.update)
@@ -158,7 +158,7 @@ def test_a_step_that_starts_too_small_grows_with_the_distance_gone_and_never_pas
 
 
 def test_the_spread_that_x_starts_with_is_no_distance_gone():
-    outer = bf.outer.robust_sgd(0.01, catch_up=9.0, most=1.0)
+    outer = bf.outer.robust_sgd(0.01, catch_up=9.0, max_learning_rate=1.0)
     x = jnp.asarray(np.random.default_rng(0).normal(size=400), jnp.float32)
     index = jnp.arange(400)
     step, _ = outer.update(bf.Rows(index, jnp.ones(400)), outer.init(bf.Table(x)), x)

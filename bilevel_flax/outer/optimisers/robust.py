@@ -10,10 +10,10 @@ the typical entry, and no entry counts for more than `clip` of them:
 One number for each leaf, so within the clip the geometry is SGD's. The mean runs over the rows
 that the minibatch visited. γ is how far a typical entry moves when it is visited.
 
-With `most`, γ is only where the step of rows starts. Rows whose visits agree have gone some way d
-from where they started, and then a visit moves them by as much again:
+With `max_learning_rate`, γ_max, γ is only where the step of rows starts. Rows whose visits agree
+have gone some way d from where they started, and then a visit moves them by as much again:
 
-    γ_t = min(max(γ, 2 d_t), most)        d_t = running mean |x - x_0| over the visited rows
+    γ_t = min(max(γ, 2 d_t), γ_max)        d_t = running mean |x - x_0| over the visited rows
 
 A start that is too small by a factor r is made up for in about log_3 r visits. Steps that grow with
 the distance gone are how parameter-free methods do without a learning rate (there d_t / √t).
@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import deprecated
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Rows, Table
 from bilevel_flax.per_sample import RowTransformation
@@ -66,6 +67,7 @@ def mean_over_rows(node: Any, leaf: jax.Array, size: Callable[[jax.Array], jax.A
     return jnp.sum(jnp.where(real, by_row, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
 
+@deprecated.renamed_arguments(most="max_learning_rate")
 def robust_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -73,7 +75,7 @@ def robust_sgd(
     decay: float = 0.99,
     clip: float = 1.0,
     catch_up: float = 0.0,
-    most: optax.ScalarOrSchedule | None = None,
+    max_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> RowTransformation:
     """Row-sparse SGD with each leaf's direction in units of its typical entry, clipped.
 
@@ -86,8 +88,8 @@ def robust_sgd(
         catch_up: rows are visited in a share b/n of the steps only. Where this is not 0 their γ is
             n/b times as long, but at most `catch_up`: Σ_t γ_t is then how far a row travels in
             the run, whatever n, the minibatch b and the number of epochs.
-        most: what the γ of rows may grow to, made longer by `catch_up` as γ is; None: it does not
-            grow. Where γ is larger, `most` takes its place.
+        max_learning_rate: what the γ of rows may grow to, made longer by `catch_up` as γ is; None:
+            it does not grow. Where γ is larger, this takes its place.
 
     Raises:
         ValueError: `decay` is outside [0, 1), `clip` is not positive, `catch_up` is negative.
@@ -141,9 +143,10 @@ def robust_sgd(
         def row_rate(node, leaf, spread, distance):
             rate = now(learning_rate)
             longer = leaf.shape[0] / len(node.index) if catch_up else 1.0
-            if most is not None:
+            if max_learning_rate is not None:
                 far = jnp.maximum(distance / correction - spread, 0.0)
-                rate = jnp.minimum(jnp.maximum(rate, 2 * far / longer), now(most))
+                limit = now(max_learning_rate)
+                rate = jnp.minimum(jnp.maximum(rate, 2 * far / longer), limit)
             return jnp.minimum(rate * longer, catch_up) if catch_up else rate
 
         def move(values, size, rate):

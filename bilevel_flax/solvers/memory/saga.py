@@ -134,6 +134,7 @@ def visit(
                 f"{rows.shape[1:]}: example_batch must have the shapes of the minibatches"
             )
     num_batches = leaves[0].shape[0]
+    position = jnp.asarray(position, jnp.int32)  # N need not fit into the id's own integers
     inside = (position >= 0) & (position < num_batches)
     table = jax.tree.map(
         lambda rows, row: tables.write_row(rows, row, memory.pending_id),

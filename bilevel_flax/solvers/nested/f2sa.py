@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
@@ -38,7 +37,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     split,
 )
 from bilevel_flax.solvers.step import optimizer_step, tolerant
-from bilevel_flax.tree import filter_inexact, norm
+from bilevel_flax.tree import filter_inexact, norm, zeros_like
 
 
 class F2SAState(NamedTuple):
@@ -124,7 +123,7 @@ def f2sa(
             y, opt_y = optimizer_step(second, d_y, opt_y, y, **extra)
             return (z, opt_z, y, opt_y, product, grads.inner), (out, norm(grad_z))
 
-        zero = jax.tree.map(jnp.zeros_like, z)
+        zero = zeros_like(z)
         carry = (z, state.inner_opt_state, *state.estimator_state, zero, zero)
         carry, (outs, norms) = jax.lax.scan(body, carry, loops)
         z, opt_z, y, opt_y, product, grad_y = carry

@@ -57,7 +57,7 @@ def difference(tree: PyTree, other: PyTree) -> PyTree:
 def completed(grad: PyTree, x: PyTree) -> PyTree:
     """∇₂F in x's tree: zero for the per-sample leaves."""
     return jax.tree.map(
-        lambda term, leaf: jnp.zeros_like(leaf) if term is None else term,
+        lambda term, leaf: None if leaf is None else jnp.zeros_like(leaf) if term is None else term,
         grad,
         x,
         is_leaf=lambda node: node is None,
