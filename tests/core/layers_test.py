@@ -18,11 +18,12 @@ PACKAGE = ROOT / "bilevel_flax"
 
 # Lowest first; a file may import its own room and those below, never one beside or above it.
 LAYERS = (
-    {"base", "deprecated", "distribution"},
+    {"deprecated"},
+    {"base", "distribution"},
     {"tree", "data"},
     {"minibatches"},
     {"per_sample"},
-    {"oracles", "linear_models"},
+    {"oracles"},
     {"checks"},
     {"outer"},
     {"solvers"},

@@ -90,13 +90,13 @@ METHODS = {
     "darts2": Method(contrib.darts2, units=4, response=0.3),
 }
 
+SGD = optax.sgd(0.1)
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def nest(tree: dict, names: tuple[str, str]) -> Any:
     """The two leaves of a quadratic's variable, in a pytree with some depth."""
-    others = (jax.random.key(0), jax.random.PRNGKey(1), jnp.array([True]), jnp.arange(2), None)
-    return {"deep": {names[0]: tree[names[0]]}, "list": [(tree[names[1]],)], "others": others}
+    return {"deep": {names[0]: tree[names[0]]}, "list": [(tree[names[1]],)]}
 
 
 def flat(tree: Any, names: tuple[str, str]) -> dict:
@@ -209,18 +209,41 @@ def on_host(tree: Any) -> Any:
 
 @every_method
 def test_leaves_that_are_no_floats_stay_as_they_are(name):
-    """Keys, bools, integers and None beside the floats of z and x."""
+    """Keys, bools, integers and None beside the floats of z and x; traced, for all methods."""
+    others = (jax.random.key(0), jax.random.PRNGKey(1), jnp.array([True]), jnp.arange(2), None)
     run = run_of(name)
-    before = nest(data(False).inner_params, INNER)["others"]
-    after = run.advance(run.init(), 2)
+    problem = nested_problem()
+    among = lambda loss: lambda z, x, batch: loss(z["floats"], x["floats"], batch)
+    problem = bf.Problem(among(problem.inner_loss), among(problem.outer_loss))
+    sgd = optax.sgd(0.1, momentum=0.1)
+    solver = run.method.make(problem, inner=sgd, outer=sgd)
+    found = data(False)
+    z, x = nest(found.inner_params, INNER), nest(found.outer_params, OUTER)
+    before = solver.init({"floats": z, "others": others}, {"floats": x, "others": others})
+    after, _ = jax.eval_shape(solver.update, before, run.batch(0))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+@pytest.mark.parametrize("name", ["soba", "saba", "f2sa"])
+def test_leaves_that_are_no_floats_keep_their_values(name):
+    others = {"key": jax.random.key(0), "flag": jnp.array([True]), "count": jnp.arange(2)}
+    loss = lambda z, x, batch: jnp.mean((z["w"] - x["w"] * batch) ** 2)
+    kind = {"num_inner_batches": 2, "num_outer_batches": 2} if name == "saba" else {}
+    kind |= {"inner_steps": 1} if name == "f2sa" else {}
+    solver = getattr(bf, name)(bf.Problem(loss, loss), inner=SGD, outer=SGD, **kind)
+    start = {"w": jnp.ones(2), **others}
+    batch = bf.Batch(
+        *(jnp.ones((k, 2)) for k in solver.batches), jnp.zeros(2, int)[0], jnp.int32(0)
+    )
+    if solver.batches == (1, 1):
+        batch = batch._replace(inner=batch.inner[0], outer=batch.outer[0])
+    else:
+        batch = batch._replace(inner_id=None, outer_id=None)
+    after, _ = solver.update(solver.init(start, {**start, "w": 2 * jnp.ones(2)}), batch)
     for variable in (after.inner_params, after.outer_params):
-        for a, b in zip(jax.tree.leaves(variable["others"]), jax.tree.leaves(before), strict=True):
-            assert a.dtype == b.dtype
-            a, b = (
-                jax.random.key_data(leaf) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else leaf
-                for leaf in (a, b)
-            )
-            np.testing.assert_array_equal(a, b)
+        assert (jax.random.key_data(variable["key"]) == jax.random.key_data(others["key"])).all()
+        assert bool(variable["flag"][0]) and variable["count"].tolist() == [0, 1]
 
 
 @every_method

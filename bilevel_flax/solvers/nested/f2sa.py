@@ -134,7 +134,7 @@ def f2sa(
             sampled.inner_grad_outer(y, x, inner_batch), sampled.inner_grad_outer(z, x, inner_batch)
         )
         d_x = axpy(weight, gap, completed(grads.outer, x))
-        v = scale(difference(y, z), weight)
+        v = axpy(weight, difference(y, z), zeros_like(state.adjoint))
         state = state.replace(
             inner_params=z, adjoint=v, inner_opt_state=opt_z, estimator_state=F2SAState(y, opt_y)
         )
