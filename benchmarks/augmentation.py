@@ -30,7 +30,7 @@ from examples.augmentation import compared, images, signals, task
 from examples.augmentation.model import make_model
 
 CONFIG = Path(__file__).parent.parent / "configs" / "augmentation.py"
-CHEAP = ["solver.every=4", "solver.adjoint_every=2"]
+CHEAP = ["solver.update_every=4", "solver.adjoint_update_every=2"]
 # Overrides, seeds, and what else is measured.
 PARTS = {
     "rotate": (["planted=rotate", "model=mlp"], 3, "scan"),

@@ -1,7 +1,7 @@
 """One run of `bf.auto` on MNIST hypercleaning, with any of its settings changed.
 
     python benchmarks/auto.py --data ../shared/data/mnist --model mlp --steps 2500 \
-        --set learning_rate=1 every=2
+        --set learning_rate=1 update_every=2
 
 prints one line of JSON: validation and test error, the AUC of finding wrong labels. DIR holds the
 four original MNIST files. Choose settings by validation error only.

@@ -25,9 +25,9 @@ from examples.mnist_hypercleaning.model import make_model
 
 SETTINGS = {
     "exact": {},
-    "every=4 adjoint_every=2": {"every": 4, "adjoint_every": 2},
-    "adjoint_every=8": {"adjoint_every": 8},
-    "fraction=.25": {"fraction": 0.25},
+    "update_every=4 adjoint_update_every=2": {"update_every": 4, "adjoint_update_every": 2},
+    "adjoint_update_every=8": {"adjoint_update_every": 8},
+    "subsample=.25": {"subsample": 0.25},
 }
 COUNT, BATCH = 4096, 64
 

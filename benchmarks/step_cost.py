@@ -259,8 +259,8 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
         ("auto", 1, {}),
         ("auto, microbatches=2", 2, {}),
         ("auto, microbatches=4", 4, {}),
-        ("auto, fraction=.5", 1, {"fraction": 0.5}),
-        ("auto, fraction=.25", 1, {"fraction": 0.25}),
+        ("auto, subsample=.5", 1, {"subsample": 0.5}),
+        ("auto, subsample=.25", 1, {"subsample": 0.25}),
     ):
         solver = bf.auto(problem(count), inner=optimizer, steps=100, **settings)
         state = jax.eval_shape(solver.init, params, x)

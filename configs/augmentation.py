@@ -11,7 +11,8 @@ on bursts in noise with one planted invariance for each of two classes:
     bilevel-flax train --config configs/augmentation.py --config.data.name=signals \
         --config.per_class=True --workdir runs/signals
 
-`--config.solver.every=4 --config.solver.adjoint_every=2` is the cheap setting (docs/auto.md).
+`--config.solver.update_every=4 --config.solver.adjoint_update_every=2` is the cheap setting
+(docs/auto.md).
 
 Hardware: any CPU; the search and five trainings that it is compared with take some two minutes on 2
 quiet cores. Expected results: benchmarks/README.md, "Augmentation learning".

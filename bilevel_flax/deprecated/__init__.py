@@ -81,7 +81,7 @@ def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:
     """Lets a function take arguments by their old names too, one release long.
 
     Args:
-        **new_names: `old="new"`.
+        **new_names: `old="new"`; the decorated function has them as its `old_arguments`.
     """
 
     def decorate(function: _F) -> _F:
@@ -93,6 +93,7 @@ def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
+        wrapper.old_arguments = new_names  # pyright: ignore[reportAttributeAccessIssue]
         return wrapper  # pyright: ignore[reportReturnType]
 
     return decorate
@@ -128,20 +129,3 @@ def wrap_old_settings(problem: Any, remat: Any, microbatches: Any, compute_dtype
     wrapped = wrappers.configured(problem, settings)
     for name in ("inner_loss", "outer_loss"):
         object.__setattr__(problem, name, getattr(wrapped, name))
-
-
-def renamed_keywords(**new_names: str) -> Callable[[Callable], Callable]:
-    """Lets a function take keywords under their old names: `renamed_keywords(old="new")`."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any, **keywords: Any) -> Any:
-            for old, new in new_names.items():
-                if old in keywords:
-                    _warn(f"{function.__name__}({old}=)", f"{function.__name__}({new}=)")
-                    keywords[new] = keywords.pop(old)
-            return function(*args, **keywords)
-
-        return call
-
-    return decorate

@@ -20,7 +20,7 @@ from bilevel_flax.tree import norm
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
-# δ between 1e-26 and 1e26: δv stays a float32.
+# κ between 1e-26 and 1e26.
 _LOG_LIMIT = 60.0
 
 
@@ -122,7 +122,7 @@ def damped(
 class SelfDampedState(NamedTuple):
     """State of `self_damped`."""
 
-    log_damping: jax.Array  # float32, log δ
+    log_damping: jax.Array  # float32, log κ
     inner: PyTree  # the state of the transformation
 
 
@@ -133,26 +133,32 @@ def self_damped(
     rate: float = 0.1,
     initial: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Feeds D_v + δv to an optimiser of v, with the δ that the adjoint's residual asks for.
+    """Takes back a share of v in every step, as large as the adjoint's residual asks for.
+
+    With U the step of an optimiser of v,
+
+        v⁺ = (v + U) / (1 + κ)
+
+    which for SGD with step ρ is a backward Euler step of the damping κ/ρ: v solves
+    (H + κ/ρ I)v = -∇₁F, and no κ can make it unstable, whatever ρ.
 
     At v = 0 the residual r = ‖Hv + ∇₁F‖ / ‖∇₁F‖ of a minibatch is 1. Above, v makes things worse:
-    the noise of Hv, or negative curvature, has the better of it, and δ grows; below, δ falls:
+    the noise of Hv, or negative curvature, has the better of it, and κ grows; below, κ falls:
 
-        log δ += η · clip(log(r / target), ±1)
+        log κ += η · clip(log(r / target), ±1)
 
-    A noiseless convex problem drives δ to 0, and v to the exact adjoint; deep networks end where
-    δ is about ‖Hv‖ / ‖v‖.
+    A noiseless convex problem drives κ to 0, and v to the exact adjoint.
 
     Args:
-        transform: the optimiser; it sees D_v + δv.
+        transform: the optimiser; it sees D_v.
         target: r to hold, > 1.
         rate: η, in (0, 1].
-        initial: δ to start from, > 0. It need not be known: a factor of 10 off costs some 200
+        initial: κ to start from, > 0. It need not be known: a factor of 10 off costs some 200
             steps from above, fewer from below.
 
     Returns:
         A transformation whose `update` needs the extra argument `adjoint_residual`, as
-        `single_loop` hands it on; where that is not finite (F without a gradient), δ stays.
+        `single_loop` hands it on; where that is not finite (F without a gradient), κ stays.
 
     Raises:
         ValueError: an argument out of range.
@@ -175,9 +181,14 @@ def self_damped(
 
     def update(updates, state, params=None, **extra_args):
         (residual,) = _needed(extra_args, "adjoint_residual")
-        delta = jnp.exp(state.log_damping)
-        updates = jax.tree.map(lambda d, v: d + delta.astype(d.dtype) * v, updates, params)
         moved, inner = step.update(updates, state.inner, params, **extra_args)
+        share = jax.nn.sigmoid(state.log_damping)  # κ / (1 + κ)
+
+        def take_back(u, v):
+            s = share.astype(u.dtype)
+            return u - s * (v + u)
+
+        moved = jax.tree.map(take_back, moved, params)
         usable = jnp.isfinite(residual) & (residual > 0)
         excess = jnp.log(jnp.where(usable, residual, target).astype(jnp.float32) / target)
         excess = jnp.where(residual == 0, -1.0, jnp.clip(excess, -1.0, 1.0))

@@ -21,7 +21,7 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Estimator, Problem
 from bilevel_flax.checks import as_count, optimizer
-from bilevel_flax.deprecated import renamed_keywords
+from bilevel_flax.deprecated import renamed_arguments
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.solvers import adjoint_optimisers, cheap_steps
 from bilevel_flax.solvers.single_loop import single_loop
@@ -53,7 +53,7 @@ def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
     return schedule
 
 
-@renamed_keywords(fraction="subsample", every="update_every", adjoint_every="adjoint_update_every")
+@renamed_arguments(fraction="subsample", every="update_every", adjoint_every="adjoint_update_every")
 def auto(
     problem: Problem,
     *,

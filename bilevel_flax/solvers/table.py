@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 # p and d: entries of z and x; N and M: inner and outer minibatches; T inner and S adjoint steps.
 ROWS = (
-    Row("auto", "1+3s/k", "as soba", "deep networks: nothing to tune; fraction=s, every=k"),
+    Row("auto", "1+3s/k", "as soba", "deep networks: nothing to tune; subsample=s, update_every=k"),
     Row("soba", "4", "-", "the start: any network, BatchNorm, augmentation, streams"),
     Row(
         "saba",
@@ -63,8 +63,8 @@ _HOMES = {
 
 COST = """\
 cost: a gradient, a Hessian-vector product and a cross-JVP count 1 unit each; plain training is 1.
-  auto: 4 units; 2.5 with fraction=.5 or every=2, 1.75 with fraction=.25 or every=4;
-  the cheap setting for weights of examples, every=4 adjoint_every=2, is 1.46.
+  auto: 4 units; 2.5 with subsample=.5 or update_every=2, 1.75 with subsample=.25 or update_every=4;
+  the cheap setting for weights of examples, update_every=4 adjoint_update_every=2, is 1.46.
   `train` prints the cost of its config, summary.json has gradient_units_per_step (full passes
   included) and seconds_per_step (measured)."""
 

@@ -61,14 +61,15 @@ def resolve(node: Any, **provided: Any) -> Any:
             raise ConfigError(f'"{node[CALL]}" cannot be called: it is {function!r:.60}')
         signature = inspect.signature(function)
         accepted = signature.parameters
+        new_names = getattr(function, "old_arguments", {})
         any_name = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        unknown = [key for key in values if key not in accepted and not any_name]
+        unknown = [key for key in values if key not in {*accepted, *new_names} and not any_name]
         if unknown:
             near = nearest(unknown[0], list(accepted))
             raise ConfigError(f"{node[CALL]} takes no argument {unknown[0]!r}{near}")
         values = {k: v for k, v in provided.items() if k in accepted} | values
         try:
-            signature.bind(**values)
+            signature.bind(**{new_names.get(k, k): v for k, v in values.items()})
         except TypeError as error:
             raise ConfigError(f"{node[CALL]}: {error}") from error
         return function(**values)

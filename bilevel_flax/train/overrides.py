@@ -105,9 +105,15 @@ def _options(config: Config, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, ml_collections.ConfigDict):
             options |= _options(value, f"{prefix}{key}.")
     if CALL in config:
-        for name, parameter in inspect.signature(imported(config[CALL])).parameters.items():
-            if name not in config and parameter.default is not parameter.empty:
-                options[f"{prefix}{name}"] = parameter.default
+        function = imported(config[CALL])
+        parameters = inspect.signature(function).parameters
+        names = dict(zip(parameters, parameters, strict=True)) | getattr(
+            function, "old_arguments", {}
+        )
+        for name, now in names.items():
+            default = parameters[now].default
+            if name not in config and default is not inspect.Parameter.empty:
+                options[f"{prefix}{name}"] = default
     return options
 
 

@@ -500,7 +500,7 @@ def test_what_rests_is_not_copied():
 
 
 def test_old_names_of_cheap_steps_go_on_with_a_warning():
-    with pytest.warns(DeprecationWarning, match="auto\\(every=\\) is now auto\\(update_every=\\)"):
+    with pytest.warns(DeprecationWarning, match="auto\\(every=\\) is now update_every="):
         solver = bf.auto(quadratic(), inner=optax.sgd(0.1), steps=10, every=2)
     assert solver.units == 2.5
 
