@@ -24,6 +24,7 @@ from bilevel_flax.tree import depends_on, filter_inexact
 _STEPS = (0, 1, 10, 1000)
 _LONGEST_SIDE = 3
 _ROUNDING = 1e-3
+_NO_STEP = 1e-5  # of the step from parameters that are not 0
 
 
 def trainable(transform: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> PyTree:
@@ -195,12 +196,19 @@ def _probe(transform: optax.GradientTransformation, params: PyTree) -> bool:
                 "and v, which would go through the same, is no parameter: pass adjoint=, e.g. the "
                 "same optimiser without that part"
             )
-    if all(_near(at(step, point, nothing), nothing) for step in _STEPS):
+    from_zero, from_point = (
+        max(_largest(at(step, point, start)) for step in _STEPS) for start in (nothing, point)
+    )
+    if from_zero <= _NO_STEP * from_point:
         raise ValueError(
             "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where "
             "it would stay: pass adjoint=, e.g. optax.adam"
         )
     return not (decays and normalises)
+
+
+def _largest(tree: PyTree) -> float:
+    return max(float(jnp.max(jnp.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(tree))
 
 
 def _finite(tree: PyTree) -> bool:
