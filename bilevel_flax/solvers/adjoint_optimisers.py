@@ -16,11 +16,11 @@ import optax
 from bilevel_flax.base import PyTree
 from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint
 from bilevel_flax.solvers.step import tolerant
-from bilevel_flax.tree import norm
+from bilevel_flax.tree import norm, ratio
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
-# κ between 1e-26 and 1e26.
+# δ between 1e-26 and 1e26: ρδ stays a float32.
 _LOG_LIMIT = 60.0
 
 
@@ -122,7 +122,7 @@ def damped(
 class SelfDampedState(NamedTuple):
     """State of `self_damped`."""
 
-    log_damping: jax.Array  # float32, log κ
+    log_damping: jax.Array  # float32, log δ
     inner: PyTree  # the state of the transformation
 
 
@@ -133,32 +133,32 @@ def self_damped(
     rate: float = 0.1,
     initial: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes back a share of v in every step, as large as the adjoint's residual asks for.
+    """Damps v's system by a δ that the adjoint's residual asks for: (H + δI)v = -∇₁F.
 
-    With U the step of an optimiser of v,
+    With U the optimiser's step along D_v, the damping is a backward Euler step of it,
 
-        v⁺ = (v + U) / (1 + κ)
+        v⁺ = (v + U) / (1 + ρδ)        ρ = ‖U‖ / ‖D_v‖
 
-    which for SGD with step ρ is a backward Euler step of the damping κ/ρ: v solves
-    (H + κ/ρ I)v = -∇₁F, and no κ can make it unstable, whatever ρ.
+    so that no δ makes v unstable where U alone is stable, however long z's steps are.
 
     At v = 0 the residual r = ‖Hv + ∇₁F‖ / ‖∇₁F‖ of a minibatch is 1. Above, v makes things worse:
-    the noise of Hv, or negative curvature, has the better of it, and κ grows; below, κ falls:
+    the noise of Hv, or negative curvature, has the better of it, and δ grows; below, δ falls:
 
-        log κ += η · clip(log(r / target), ±1)
+        log δ += η · clip(log(r / target), ±1)
 
-    A noiseless convex problem drives κ to 0, and v to the exact adjoint.
+    A noiseless convex problem drives δ to 0, and v to the exact adjoint; deep networks end where
+    δ is about ‖Hv‖ / ‖v‖.
 
     Args:
         transform: the optimiser; it sees D_v.
         target: r to hold, > 1.
         rate: η, in (0, 1].
-        initial: κ to start from, > 0. It need not be known: a factor of 10 off costs some 200
+        initial: δ to start from, > 0. It need not be known: a factor of 10 off costs some 200
             steps from above, fewer from below.
 
     Returns:
         A transformation whose `update` needs the extra argument `adjoint_residual`, as
-        `single_loop` hands it on; where that is not finite (F without a gradient), κ stays.
+        `single_loop` hands it on; where that is not finite (F without a gradient), δ stays.
 
     Raises:
         ValueError: an argument out of range.
@@ -182,11 +182,11 @@ def self_damped(
     def update(updates, state, params=None, **extra_args):
         (residual,) = _needed(extra_args, "adjoint_residual")
         moved, inner = step.update(updates, state.inner, params, **extra_args)
-        share = jax.nn.sigmoid(state.log_damping)  # κ / (1 + κ)
+        length = jnp.exp(state.log_damping) * ratio(norm(moved), norm(updates))  # ρδ
+        share = length / (1 + length)
 
         def take_back(u, v):
-            s = share.astype(u.dtype)
-            return u - s * (v + u)
+            return u - share.astype(u.dtype) * (v + u)
 
         moved = jax.tree.map(take_back, moved, params)
         usable = jnp.isfinite(residual) & (residual > 0)
