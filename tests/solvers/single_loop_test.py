@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import traceback
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -529,3 +532,27 @@ def test_learned_weights_tell_wrong_labels_apart():
     found = np.asarray(weights.weights(state.outer_params))
     wrong = np.isin(np.arange(8), [2, 5])
     assert found[wrong].max() < 0.2 < 0.5 < found[~wrong].min()
+
+
+def test_the_way_from_the_step_to_its_derivative_is_short(monkeypatch):
+    """What a reader goes through from `solver.update` to `jax.jvp`."""
+    frames, derive = [], jax.jvp
+
+    def recorded(*args, **kwargs):
+        stack = traceback.extract_stack()[:-1]
+        frames.append([(f.filename, f.name) for f in stack if "/bilevel_flax/" in f.filename])
+        return derive(*args, **kwargs)
+
+    monkeypatch.setattr(jax, "jvp", recorded)
+    solver = bf.soba(bf.Problem(quadratic, quadratic), inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    batch = {"a": jnp.ones(2)}
+    start = solver.init(jnp.ones(2), {"used": jnp.ones(2)})
+    jax.eval_shape(solver.update, start, bf.Batch(batch, batch))
+    (way,) = frames
+    assert [name for _, name in way][0] == "update"
+    assert len(way) <= 6 and len({file for file, _ in way}) <= 5
+
+
+def test_the_records_are_small():
+    assert len(dataclasses.fields(bf.Problem)) <= 7
+    assert len(bf.Estimator._fields) <= 6 and len(bf.BilevelSolver._fields) <= 6
