@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax.base import PyTree
 from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint
 from bilevel_flax.solvers.step import tolerant
@@ -66,11 +67,12 @@ def like_inner_optimizer(
         >>> [round(float(value), 3) for value in update]
         [-0.1, 0.2]
     """
+    checks.optimizer("inner", inner)
     step = tolerant(inner)
 
     def update(updates, state, params=None, **extra_args):
         opt_state, z = _needed(extra_args, "inner_opt_state", "inner_params")
-        if not applies_to_adjoint(inner, opt_state, z):
+        if not applies_to_adjoint(inner, opt_state, z, extra_args.get("outer_params")):
             params = jax.tree.map(jnp.zeros_like, params)
         return step.update(updates, share_step_count(state, opt_state), params, **extra_args)
 
@@ -182,8 +184,10 @@ def self_damped(
     def update(updates, state, params=None, **extra_args):
         (residual,) = _needed(extra_args, "adjoint_residual")
         moved, inner = step.update(updates, state.inner, params, **extra_args)
-        length = jnp.exp(state.log_damping) * ratio(norm(moved), norm(updates))  # ρδ
-        share = length / (1 + length)
+        # Momentum goes on where D_v is 0, and says nothing about ρ there.
+        length = norm(updates)
+        rho = jnp.where(length > 0, ratio(norm(moved), length), 0.0)
+        share = 1 - 1 / (1 + rho * jnp.exp(state.log_damping))
 
         def take_back(u, v):
             return u - share.astype(u.dtype) * (v + u)

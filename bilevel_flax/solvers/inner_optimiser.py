@@ -8,7 +8,7 @@ probing that update with small arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,12 @@ _ROUNDING = 1e-3
 _NO_STEP = 1e-5  # of the step from parameters that are not 0
 
 
-def trainable(transform: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> PyTree:
+def trainable(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> PyTree:
     """For each leaf whether the transformation can move it; None: it can move all of them.
 
     A leaf is frozen where its update does not depend on any gradient: `optax.set_to_zero` under
@@ -37,6 +42,7 @@ def trainable(transform: optax.GradientTransformation, opt_state: PyTree, params
         transform: z's optimiser.
         opt_state: its state, or shapes.
         params: z, or shapes.
+        outer_params: x, for transformations that are handed it.
 
     Returns:
         A tree like `params` of booleans; leaves that are no floats are True. None where all are, or
@@ -53,7 +59,7 @@ def trainable(transform: optax.GradientTransformation, opt_state: PyTree, params
         {'body': False, 'head': True}
     """
     floats = filter_inexact(params)
-    update = functools.partial(_update, transform)
+    update = functools.partial(_update, transform, _shaped(outer_params))
     jaxpr = jax.make_jaxpr(update)(floats, opt_state, floats)
     count = len(jax.tree.leaves(floats))
     rest = len(jaxpr.jaxpr.invars) - count
@@ -69,8 +75,18 @@ def trainable(transform: optax.GradientTransformation, opt_state: PyTree, params
     )
 
 
+def _shaped(tree: PyTree) -> PyTree:
+    """Zeros in the shapes of a tree whose values do not matter."""
+    return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), tree)
+
+
 def _update(
-    transform: Any, gradient: PyTree, state: PyTree, params: PyTree, value: Any = 0.0
+    transform: Any,
+    outer_params: PyTree,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    value: Any = 0.0,
 ) -> PyTree:
     """The update, with stand-ins for what a training loop hands over beside the gradient."""
     value = jnp.asarray(value)
@@ -82,7 +98,7 @@ def _update(
         grad=gradient,
         value_fn=lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
         grad_fn=lambda params, _: gradient,
-        outer_params=value,
+        outer_params=outer_params,
     )
     return updates
 
@@ -111,7 +127,10 @@ def _reached(jaxpr: Any, sources: Sequence[bool]) -> list[bool]:
 
 
 def applies_to_adjoint(
-    transform: optax.GradientTransformation, opt_state: PyTree, params: PyTree
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
 ) -> bool:
     """Whether v, too, may be handed to z's transformation as its parameters.
 
@@ -125,27 +144,32 @@ def applies_to_adjoint(
         transform: z's optimiser.
         opt_state: its state, or shapes.
         params: z, or shapes.
+        outer_params: x, for transformations that are handed it.
 
     Raises:
         ValueError: it projects or clips parameters (`optax.keep_params_nonnegative` ...): what that
             means for v depends on which constraints are active.
     """
     floats = filter_inexact(params)
-    update = functools.partial(_update, transform)
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with jax.ensure_compile_time_eval():
+        update = functools.partial(_update, transform, _shaped(shapes))
     used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
     with jax.ensure_compile_time_eval():
         if used[-1]:
-            _refuse_values_of_the_loss(transform, floats)
+            _refuse_values_of_the_loss(transform, update, floats)
         if not any(used[-1 - len(jax.tree.leaves(floats)) : -1]):
             return True
-        return _probe(transform, floats)
+        return _probe(transform, update, floats)
 
 
-def _refuse_values_of_the_loss(transform: optax.GradientTransformation, params: PyTree) -> None:
+def _refuse_values_of_the_loss(
+    transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
+) -> None:
     """Raises where the first step's length depends on G's value, which is not what v minimises."""
     point = jax.tree.map(_small, params)
     state = transform.init(point)
-    steps = [_update(transform, point, state, point, jnp.float32(value)) for value in (1.0, 8.0)]
+    steps = [update(point, state, point, jnp.float32(value)) for value in (1.0, 8.0)]
     if not _near(*steps):
         raise ValueError(
             "inner takes steps by the value of the loss (Polyak, MoMo), and v, which would go "
@@ -161,7 +185,9 @@ def _small(leaf: Any) -> jax.Array:
     return jnp.asarray(values.reshape(shape), leaf.dtype)
 
 
-def _probe(transform: optax.GradientTransformation, params: PyTree) -> bool:
+def _probe(
+    transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
+) -> bool:
     def scaled(tree, factor):
         return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), tree)
 
@@ -173,7 +199,7 @@ def _probe(transform: optax.GradientTransformation, params: PyTree) -> bool:
             ),
             transform.init(params),
         )
-        return _update(transform, gradient, state, params)
+        return update(gradient, state, params)
 
     point = jax.tree.map(_small, params)
     nothing = scaled(point, 0.0)

@@ -136,7 +136,7 @@ def single_loop(
         return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
 
     def oracle_of(state: TrainState, batch: Batch):
-        moving = trainable(tx.inner, state.inner_opt_state, state.inner_params)
+        moving = trainable(tx.inner, state.inner_opt_state, *state.variables[::2])
         keys = {"factors": factors, "fixed_keys": estimator.fixed_keys}
         return bind(problem, state, batch, trainable=moving, **keys)
 

@@ -83,8 +83,12 @@ def test_a_retraining_sees_all_of_mnist_and_the_search_its_parts(monkeypatch):
     ("command", "arguments", "says"),
     [
         (retrain, ["--genotype", "nowhere.json"], "error: --genotype=nowhere.json: no such file"),
-        (retrain, ["--genotype", "g.json", "--seeds", "0"], "error: --seeds=0"),
-        (random_cells, ["--cells", "0"], "error: --cells=0"),
+        (
+            retrain,
+            ["--genotype", "g.json", "--seeds", "0"],
+            "error: --seeds must be an integer >= 1, got 0",
+        ),
+        (random_cells, ["--cells", "0"], "error: --cells must be an integer >= 1, got 0"),
         (random_cells, ["--against", "nowhere"], "error: --against=nowhere"),
         (
             retrain,

@@ -71,6 +71,14 @@ def test_a_long_step_on_a_flat_problem_does_not_run_away(step):
     assert float(residual.max()) < 2 and float(state.log_damping) < -10
 
 
+def test_a_direction_of_zero_leaves_momentum_alone():
+    transform = bf.adjoint.self_damped(optax.sgd(0.1, momentum=0.9))
+    v, state = jnp.ones(3), transform.init(jnp.ones(3))
+    for d_v in (jnp.ones(3), jnp.zeros(3)):
+        update, state = transform.update(d_v, state, v, adjoint_residual=jnp.float32(0.5))
+    np.testing.assert_allclose(update, -0.09 * jnp.ones(3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("residual", [np.inf, np.nan])
 def test_an_outer_loss_without_gradient_leaves_the_damping(residual):
     transform = bf.adjoint.self_damped(optax.sgd(0.1), initial=0.5)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.minibatches import scale
@@ -95,6 +96,7 @@ def f2sa(
     """
     check_count("inner_steps", inner_steps)
     check_positive("penalty", penalty)
+    checks.optimizer("inner", inner)
     second = tolerant(penalised or inner)
 
     def start(variables):

@@ -211,7 +211,7 @@ def nested(
             )
             for side in ("inner", "outer")
         ]
-        moving = trainable(transforms.inner, state.inner_opt_state, state.inner_params)
+        moving = trainable(transforms.inner, state.inner_opt_state, *state.variables[::2])
         sampled = SampledOracles(problem, transforms, state.model_state, moving)
         start = first(minibatches[0])
         checks.losses(
