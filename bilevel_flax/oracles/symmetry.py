@@ -55,14 +55,14 @@ def _share(part, whole):
     return jnp.where(part > 0, part / jnp.where(whole > 0, whole, part), 0.0)
 
 
-def _moving(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+def _moving(closed: Any) -> Any:
     """The function with every `stop_gradient` taken out, inside loops and branches too."""
 
     def rewrite(value):
-        if isinstance(value, core.ClosedJaxpr):
-            return _moving(value)
-        if isinstance(value, core.Jaxpr):
+        if isinstance(value, core.Jaxpr):  # since jax 0.12 a closed one is one of these, too
             return value.replace(eqns=[equation(eqn) for eqn in value.eqns])
+        if isinstance(value, core.ClosedJaxpr):
+            return core.ClosedJaxpr(rewrite(value.jaxpr), value.consts)
         if type(value) in (tuple, list):
             return type(value)(rewrite(item) for item in value)
         return value
@@ -72,18 +72,15 @@ def _moving(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
             return eqn.replace(primitive=copy_p, params={})
         return eqn.replace(params={name: rewrite(value) for name, value in eqn.params.items()})
 
-    jaxpr: Any = rewrite(closed.jaxpr)
-    return core.ClosedJaxpr(jaxpr, closed.consts)
+    return rewrite(closed)
 
 
 def _dtypes(value: Any) -> set:
     """The floating-point types that a jaxpr computes in."""
-    if isinstance(value, core.ClosedJaxpr):
-        return _dtypes(value.jaxpr)
     if type(value) in (tuple, list):
         return set().union(*map(_dtypes, value))
     if not isinstance(value, core.Jaxpr):
-        return set()
+        return _dtypes(value.jaxpr) if isinstance(value, core.ClosedJaxpr) else set()
     variables = (*value.invars, *(variable for eqn in value.eqns for variable in eqn.outvars))
     dtypes = [getattr(variable.aval, "dtype", jnp.int32) for variable in variables]
     own = {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
