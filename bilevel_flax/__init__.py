@@ -32,6 +32,7 @@ from bilevel_flax.solvers import (
 from bilevel_flax.solvers import (
     amigo,
     auto,
+    directions,
     f2sa,
     implicit,
     saba,
@@ -68,6 +69,7 @@ __all__ = [
     "contrib",
     "data",
     "diagnostics",
+    "directions",
     "f2sa",
     "implicit",
     "linear_problem",

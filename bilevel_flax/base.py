@@ -371,7 +371,8 @@ class BilevelSolver(NamedTuple):
 
     Attributes:
         init: see `Init`; no two leaves of the state share a buffer, so it can be donated.
-        update: `update(state, batch) -> (state, info)`.
+        update: `update(state, batch) -> (state, info)`; single-loop methods made with `inner=None`
+            take a host's z each time, `update(state, batch, inner_params=z)`, `refresh` too.
         refresh: `refresh(state, batch) -> state`, one minibatch of a scheduled full pass. It moves
             no iterate.
         next_refresh: `next_refresh(state) -> int32`: a pass is due when it is <= `state.step`.
@@ -382,8 +383,8 @@ class BilevelSolver(NamedTuple):
     """
 
     init: Init
-    update: Callable[[TrainState, Batch], tuple[TrainState, Info]]
-    refresh: Callable[[TrainState, Batch], TrainState] = _no_refresh
+    update: Callable[..., tuple[TrainState, Info]]
+    refresh: Callable[..., TrainState] = _no_refresh
     next_refresh: Callable[[TrainState], jax.Array] = _never
     refresh_cursor: Callable[[TrainState], jax.Array] = _never
     method: Method = Method()

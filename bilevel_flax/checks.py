@@ -16,7 +16,7 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
-from bilevel_flax.oracles.derivatives import NOT_TWICE, inner_products
+from bilevel_flax.oracles.derivatives import NOT_TWICE, check_adjoint, inner_products
 from bilevel_flax.oracles.losses import checked_call, outer
 from bilevel_flax.tree import depends_on, is_inexact, primitives
 
@@ -165,6 +165,33 @@ def optimizer(name: str, value: Any) -> None:
     elif callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
         return
     raise TypeError(f"{name}={value!r:.60} is no optimiser: {fix}")
+
+
+def host_moves_z(inner: Any, adjoint: Any) -> None:
+    """Raises where z's optimiser is not known, and v has none of its own.
+
+    Raises:
+        UserError: both are None.
+    """
+    if inner is None and adjoint is None:
+        raise UserError(
+            "inner=None leaves z to a host whose optimiser is not known here, and v needs one: "
+            "pass adjoint=, best the same as the host's, e.g. adjoint=optax.adam(1e-3)"
+        )
+
+
+def hosts_z(inner: Any, inner_params: PyTree, state: Any) -> None:
+    """Raises unless the host's z may come in, and is one that the state's v was made for.
+
+    Raises:
+        UserError: the solver moves z itself, or the trees differ.
+    """
+    if inner is not None:
+        raise UserError(
+            "inner_params= hands over a z that a host moves, but inner= moves it here: make the "
+            "solver with inner=None, or leave inner_params out"
+        )
+    check_adjoint(inner_params, state.adjoint)
 
 
 def batch(value: Any, *, sides: tuple[str, ...] = ("inner", "outer")) -> None:

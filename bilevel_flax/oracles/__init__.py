@@ -45,6 +45,8 @@ from bilevel_flax.oracles.evaluate import (
 from bilevel_flax.oracles.linear_models import linear_problem
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
+from bilevel_flax.oracles.trainable import trainable
+from bilevel_flax.oracles.weighted_sums import weighted_sums
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 from bilevel_flax.oracles.wrappers import configured, microbatched, remat
 
@@ -76,6 +78,8 @@ __all__ = [
     "outer_value_and_grads",
     "remat",
     "residual",
+    "trainable",
     "unrolled_value_and_grad",
+    "weighted_sums",
     "wrap_losses",
 ]

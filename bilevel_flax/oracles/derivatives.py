@@ -36,7 +36,7 @@ def inner_products(problem: Problem, variables: Variables, batch, model_state=No
     """
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: inner_products(problem, variables, *args)
-        return whole(part, problem, "inner_loss", batch, model_state, rng)
+        return whole(part, problem, "inner_loss", variables[::2], batch, model_state, rng)
     z, v, x = variables
     check_adjoint(z, v)
     loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
@@ -74,7 +74,7 @@ def inner_grad_and_cross(problem: Problem, variables: Variables, batch, model_st
         )
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: inner_grad_and_cross(problem, variables, *args)
-        return whole(part, problem, "inner_loss", batch, model_state, rng)
+        return whole(part, problem, "inner_loss", variables[::2], batch, model_state, rng)
     z, v, x = variables
     check_adjoint(z, v)
     loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
@@ -94,7 +94,7 @@ def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=No
     """`((loss, aux), ∇₁G)` (1 unit)."""
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: inner_value_and_grad(problem, z, x, *args)
-        return whole(part, problem, "inner_loss", batch, model_state, rng)
+        return whole(part, problem, "inner_loss", (z, x), batch, model_state, rng)
     loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
     out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
     return out, z_split.complete(grad)
@@ -113,7 +113,7 @@ def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) 
         out, grad = jax.value_and_grad(loss, 1, has_aux=True)(z_split.leaves, x_split.leaves)
         return out, as_outer(grad)
 
-    return whole(value_and_grad, problem, "inner_loss", batch, model_state, rng)[1]
+    return whole(value_and_grad, problem, "inner_loss", (z, x), batch, model_state, rng)[1]
 
 
 def hvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:
@@ -130,7 +130,7 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
     """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
     if in_parts(problem.outer_loss):
         part = lambda problem, *args: outer_value_and_grads(problem, z, x, *args)
-        return whole(part, problem, "outer_loss", batch, model_state, rng)
+        return whole(part, problem, "outer_loss", (z, x), batch, model_state, rng)
     loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
     out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
         z_split.leaves, x_split.leaves
@@ -172,7 +172,7 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
         part = value
         if in_parts(problem.outer_loss):
             part = lambda problem, *args: jax.checkpoint(lambda *rest: value(problem, *rest))(*args)
-        ((loss, aux),) = whole(part, problem, "outer_loss", batch, model_state, rng)
+        ((loss, aux),) = whole(part, problem, "outer_loss", (z, x), batch, model_state, rng)
         return loss, (aux, (z, extra))
 
     (value, (aux, results)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Aux, Batch, Metrics, Oracles, Problem, PyTree, Variables
-from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles.derivatives import (
     inner_grad_and_cross,
     inner_products,
@@ -16,6 +16,7 @@ from bilevel_flax.oracles.derivatives import (
     outer_grads,
     outer_value_and_grads,
 )
+from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.tree import add, is_inexact, norm, ratio
 
 NOTHING = Oracles(None, None, None, None, None)
@@ -128,8 +129,15 @@ def evaluate_subsample(
     (inner_loss, inner_aux), grad = inner_value_and_grad(
         problem, z, x, batch.inner, model_state, rngs[0]
     )
-    inner_part, inner_share = _block(batch.inner, block, parts)
-    outer_part, outer_share = _block(batch.outer, block, parts)
+
+    def block_of(side, minibatch, rng):
+        count = lambda part: amount(
+            problem, side, (z, x), part, (model_state, rng), f"a subsample of 1/{parts}"
+        )
+        return _block(minibatch, block, parts, count)
+
+    inner_part, inner_share = block_of("inner_loss", batch.inner, rngs[0])
+    outer_part, outer_share = block_of("outer_loss", batch.outer, rngs[1])
     _, _, product, cross = inner_products(problem, variables, inner_part, model_state, rngs[0])
     state = inner_aux.model_state if problem.outer_updates_state else model_state
     (outer_loss, outer_aux), outer_inner, outer_outer = outer_value_and_grads(
@@ -193,8 +201,8 @@ def _merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:
     return last.model_state, {**_named("inner", inner), **_named("outer", outer)}
 
 
-def _block(batch: PyTree, block: jax.Array, parts: int) -> tuple[PyTree, Any]:
-    """Block number `block` of `parts` equal ones, and what makes its masked mean unbiased."""
+def _block(batch: PyTree, block: jax.Array, parts: int, count: Callable) -> tuple[PyTree, Any]:
+    """Block number `block` of `parts` equal ones, and what makes its weighted mean unbiased."""
 
     def cut(leaf):
         if leaf.ndim == 0 or leaf.shape[0] % parts:
@@ -205,11 +213,10 @@ def _block(batch: PyTree, block: jax.Array, parts: int) -> tuple[PyTree, Any]:
         size = leaf.shape[0] // parts
         return jax.lax.dynamic_slice_in_dim(leaf, block * size, size)
 
-    chosen, mask = jax.tree.map(cut, batch), example_mask(batch, f"a subsample of 1/{parts}")
-    if mask is None:
+    chosen, total = jax.tree.map(cut, batch), count(batch)
+    if total is None:
         return chosen, None
-    total = jnp.sum(mask)
-    return chosen, jnp.sum(cut(mask)) * parts / jnp.where(total > 0, total, 1)
+    return chosen, count(chosen) * parts / jnp.where(total > 0, total, 1)
 
 
 def _weigh(tree: PyTree, share: Any) -> PyTree:

@@ -36,9 +36,13 @@ def _times(loss: Any, factor: jax.Array) -> Callable[..., Any]:
         return dataclasses.replace(loss, loss=_times(loss.loss, factor))
 
     def weighted(*args):
-        out = loss(*args)
-        if isinstance(out, tuple):
-            return (out[0] * factor.astype(jnp.result_type(out[0])), *out[1:])
-        return out * factor.astype(jnp.result_type(out))
+        return _first_times(loss(*args), factor)
 
     return weighted
+
+
+def _first_times(out: Any, factor: jax.Array) -> Any:
+    """What a loss returned with its value times a scalar: it stands first, in every form."""
+    if isinstance(out, tuple):
+        return (_first_times(out[0], factor), *out[1:])
+    return out * factor.astype(jnp.result_type(out))

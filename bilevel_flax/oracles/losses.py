@@ -34,7 +34,8 @@ def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context
         if isinstance(out, tuple):
             raise TypeError(
                 f"{name} returned a tuple; a loss returns a scalar, or (loss, "
-                "bf.Aux(model_state, metrics)) with Problem(stateful=True)"
+                "bf.Aux(model_state, metrics)) with Problem(stateful=True), or (sum, weight) under "
+                "bf.oracles.weighted_sums"
             )
         value, aux = out, Aux()
     if jnp.shape(value) != () or not is_inexact(value):

@@ -5,7 +5,7 @@ mean of the parts' quantities, weighted by each part's share of the real example
 
     q(minibatch) = sum_i s_i q(part_i)        s_i = sum(mask_i) / sum(mask),  1/k without a mask
 
-with the mask of `minibatches.example_mask`.
+with the mask of `minibatches.example_mask`; parts of a (sum, weight) loss count by their weight.
 
 A scan adds them up; activations, and the tangents beside them, live for one part at a time. Part i
 holds the examples i, i + k, i + 2k ...: where the minibatch is sharded over devices by its leading
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Metrics, Problem, PyTree, Rows
-from bilevel_flax.minibatches import example_mask
+from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.oracles.wrapped_loss import WrappedLoss
 from bilevel_flax.per_sample import is_rows
 from bilevel_flax.tree import is_inexact
@@ -48,6 +48,7 @@ def whole(
     quantity: Callable[..., tuple],
     problem: Problem,
     side: str,
+    point: tuple[PyTree, PyTree],
     batch: PyTree,
     model_state: PyTree,
     rng: Any,
@@ -59,6 +60,7 @@ def whole(
             means over the examples; `Rows` in the trees belong to one example each.
         problem: its loss may be `Microbatched`; `quantity` is handed it without.
         side: "inner_loss" or "outer_loss", the loss in question.
+        point: (z, x), of which a loss's weight may know the shapes.
         batch: the minibatch; leaves [batch, ...], which the number of parts divides. Scalars go to
             every part.
         model_state: mutable state. G's parts, and F's where it updates the state, are each handed
@@ -81,18 +83,26 @@ def whole(
     if not any(jnp.ndim(leaf) for leaf in jax.tree.leaves(batch)):
         return quantity(problem, batch, model_state, rng)
     threaded = side == "inner_loss" or problem.outer_updates_state
-    mask = example_mask(batch, f"microbatches={count}")
     batch = jax.tree_util.tree_map_with_path(lambda path, leaf: _in_parts(path, leaf, count), batch)
-    shares = _shares(mask, count)
 
-    def part(number, state):
+    def part_of(number):
         chosen = jax.tree.map(
             lambda leaf: (
                 jax.lax.dynamic_index_in_dim(leaf, number, 1, keepdims=False) if leaf.ndim else leaf
             ),
             batch,
         )
-        key = None if rng is None else jax.random.fold_in(rng, number)
+        return chosen, None if rng is None else jax.random.fold_in(rng, number)
+
+    def amount_of(number):
+        chosen, key = part_of(number)
+        splits = f"microbatches={count}"
+        return amount(problem, side, point, chosen, (model_state, key), splits)
+
+    shares = _shares(amount_of, count)
+
+    def part(number, state):
+        chosen, key = part_of(number)
         (loss, aux), *trees = quantity(problem, chosen, state, key)
         check_scalars(aux.metrics, f"microbatches={count}")
         metrics = {k: jnp.asarray(v, _wide(v * 1.0)) for k, v in aux.metrics.items()}
@@ -167,12 +177,12 @@ def _in_parts(path, leaf, count: int):
     return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:])
 
 
-def _shares(mask: jax.Array | None, count: int) -> jax.Array:
-    """Each part's share of the real examples, [count]."""
+def _shares(amount_of: Callable[[Any], Any], count: int) -> jax.Array:
+    """Each part's share of what counts, [count]."""
     equal = jnp.full(count, 1 / count)
-    if mask is None:
+    if jax.eval_shape(amount_of, jnp.int32(0)) is None:
         return equal
-    real = mask.astype(equal.dtype).reshape(-1, count).sum(0)
+    real = jax.lax.map(amount_of, jnp.arange(count)).astype(equal.dtype)
     total = real.sum()
     return jnp.where(total > 0, real / jnp.where(total > 0, total, 1), equal)
 

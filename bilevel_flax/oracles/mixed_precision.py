@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem
+from bilevel_flax.oracles.weighted_sums import weighted_sum
 from bilevel_flax.oracles.wrapped_loss import SIDES, WrappedLoss
+from bilevel_flax.tree import depends_on
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 
@@ -27,9 +29,13 @@ class LoweredLoss(WrappedLoss):
 
     def __call__(self, z: Any, x: Any, batch: Any, *context: Any) -> Any:
         """The loss, in float32 at least, and the model state in the dtypes that it came in."""
-        out = self.loss(
-            cast_to_compute(z, self.dtype), x, cast_to_compute(batch, self.dtype), *context
-        )
+        lowered = cast_to_compute(batch, self.dtype)
+        if pair := weighted_sum(self.loss):  # what is counted stays whole
+            counted = depends_on(lambda batch: pair.weight(z, x, batch, *context), batch)
+            leaves = zip(jax.tree.leaves(batch), jax.tree.leaves(lowered), counted, strict=True)
+            leaves = [leaf if kept else cast for leaf, cast, kept in leaves]
+            lowered = jax.tree.unflatten(jax.tree.structure(batch), leaves)
+        out = self.loss(cast_to_compute(z, self.dtype), x, lowered, *context)
         if not context:
             return _widened(out)
         value, aux = out

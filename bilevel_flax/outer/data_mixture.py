@@ -69,7 +69,7 @@ class Selected(NamedTuple):
 
 
 def _domains(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """The examples' domains [batch], 0 for padding, and which examples are real (None: all)."""
+    """The domains [batch] or [batch, tokens], 0 for padding, and what is real (None: all)."""
     if "domain" not in batch:
         raise ValueError(
             'domain weights need batch["domain"] (int32 [batch]); '
@@ -80,7 +80,8 @@ def _domains(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
         raise TypeError(f'batch["domain"] must be integers, got {domain.dtype}')
     if mask is None:
         return domain, None
-    return jnp.where(mask > 0, domain, 0), mask > 0
+    real = jnp.expand_dims(mask > 0, tuple(range(1, domain.ndim)))
+    return jnp.where(real, domain, 0), real
 
 
 def domain_weights(

@@ -31,8 +31,8 @@ from jax.sharding import Mesh, PartitionSpec
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
-from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles.microbatches import check_scalars
+from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import whole
 from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
@@ -132,15 +132,17 @@ def _evaluate(
             )
             for point in points
         ]
-        real, data = {}, dict(data)
-        for side, part in data.items():
-            real[side] = _share(part, axes, mesh)
+        data = dict(data)
         if by_row:
             count = data["inner"]["index"].shape[0]
             data["inner"] = {**data["inner"], "index": jnp.arange(count, dtype=jnp.int32)}
         part = Batch(data["inner"], data["outer"])
         if axes:
             rngs = jax.tree.map(lambda key: jax.random.fold_in(key, lax.axis_index(axes)), rngs)
+        real = {
+            side: _share(problem, side, points[0], data[side], (model_state, rng), axes, mesh)
+            for side, rng in zip(("inner", "outer"), rngs, strict=True)
+        }
         several = [
             _weighted(_labelled(evaluation, labels, counts), problem, real)
             for point in points
@@ -209,13 +211,20 @@ def _labelled(evaluation: Any, labels: list, counts: list) -> Any:
     return evaluation._replace(oracles=evaluation.oracles._replace(cross_jvp=cross))
 
 
-def _share(part: PyTree, axes: tuple[str, ...], mesh: Mesh) -> Any:
-    """This device's share of the real examples; a number where there is no mask."""
+def _share(
+    problem: Problem,
+    side: str,
+    point: Variables,
+    part: PyTree,
+    context: tuple,
+    axes: tuple[str, ...],
+    mesh: Mesh,
+) -> Any:
+    """This device's share of what counts; a number where all parts count alike."""
     if not axes or part is None:
         return 1.0
-    mask = example_mask(part, "data_parallel")
-    if mask is not None:
-        mine = jnp.sum(mask.astype(jnp.float32))
+    mine = amount(problem, f"{side}_loss", point[::2], part, context, "data_parallel")
+    if mine is not None:
         total = lax.psum(mine, axes)
         return mine / jnp.where(total > 0, total, 1)
     return 1.0 / batch_share(mesh)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bilevel_flax.base import Batch, Problem, PyTree
-from bilevel_flax.minibatches import example_mask
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.mixed_precision import is_lowered
+from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import bound
 from bilevel_flax.tree import is_inexact
@@ -49,31 +49,31 @@ def decomposition(
     if batch_share(mesh) == 1:
         return ""
 
-    def evaluated(make, side, z, x, model_state, rng):
+    def evaluated(name, side, z, x, model_state, rng):
+        make = losses.inner if name == "inner_loss" else losses.outer
+
         def loss(part):
             value, z_split, x_split, *_ = make(problem, z, x, part, model_state, rng)
-            return value(z_split.leaves, x_split.leaves)[0].astype(jnp.float32)
+            count = amount(problem, name, (z, x), part, (model_state, rng), "the mesh")
+            value = value(z_split.leaves, x_split.leaves)[0].astype(jnp.float32)
+            return value, jnp.float32(1.0) if count is None else count.astype(jnp.float32)
 
-        shares = tuple(mesh.shape[name] for name in BATCH_AXES)
+        shares = tuple(mesh.shape[axis] for axis in BATCH_AXES)
         parts = jax.tree.map(
             lambda leaf: leaf.reshape(*shares, -1, *leaf.shape[1:]) if leaf.ndim else leaf, side
         )
         in_axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, side)
         each = loss
-        for name in reversed(BATCH_AXES):
-            each = jax.vmap(each, (in_axes,), axis_name=name)
-        mask = example_mask(side, "the mesh")
-        weight = jnp.ones(shares) if mask is None else mask.reshape(*shares, -1).sum(-1)
+        for axis in reversed(BATCH_AXES):
+            each = jax.vmap(each, (in_axes,), axis_name=axis)
+        values, weight = each(parts)
         # Where a share is padding alone its loss may be anything.
-        values = jnp.where(weight > 0, each(parts) * weight, 0.0)
-        return bound(loss, BATCH_AXES)(side), values.sum() / weight.sum()
+        values = jnp.where(weight > 0, values * weight, 0.0)
+        return bound(loss, BATCH_AXES)(side)[0], values.sum() / weight.sum()
 
-    for name, make, side in (
-        ("inner_loss", losses.inner, batch.inner),
-        ("outer_loss", losses.outer, batch.outer),
-    ):
+    for name, side in (("inner_loss", batch.inner), ("outer_loss", batch.outer)):
         run = jax.jit(evaluated, static_argnums=0)
-        whole, mean = map(float, run(make, side, inner_params, outer_params, model_state, rng))
+        whole, mean = map(float, run(name, side, inner_params, outer_params, model_state, rng))
         coarse = is_lowered(getattr(problem, name)) or any(
             leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(inner_params) if is_inexact(leaf)
         )

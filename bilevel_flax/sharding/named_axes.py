@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel_flax.base import Problem
+from bilevel_flax.oracles.wrapped_loss import wrap_losses
 from bilevel_flax.sharding.mesh import BATCH_AXES
 
 
@@ -63,7 +63,4 @@ def whole(problem: Problem) -> Problem:
     Args:
         problem: whose losses may name the axes `data` and `fsdp`.
     """
-    losses = {
-        name: bound(getattr(problem, name), BATCH_AXES) for name in ("inner_loss", "outer_loss")
-    }
-    return dataclasses.replace(problem, **losses)
+    return wrap_losses(problem, lambda loss: bound(loss, BATCH_AXES))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import BilevelSolver, Estimator, Problem
-from bilevel_flax.checks import as_count, optimizer
+from bilevel_flax.checks import as_count, host_moves_z, optimizer
 from bilevel_flax.deprecated import renamed_arguments
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.solvers import adjoint_optimisers, cheap_steps
@@ -57,7 +57,7 @@ def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
 def auto(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | None,
     steps: int,
     learning_rate: float = 10.0,
     travel: float = 10.0,
@@ -77,7 +77,8 @@ def auto(
 
     Args:
         problem: the bilevel problem.
-        inner: z's optimiser, as in a loop without hyperparameters.
+        inner: z's optimiser, as in a loop without hyperparameters; None: a host moves z, as in
+            `Common`, and `adjoint` is required.
         steps: updates in the run; the step of x falls to 0 there.
         learning_rate: of per-sample leaves of x, in units of x: how far a typical entry would
             travel in the whole run with the step that it starts with, whatever the number of
@@ -124,7 +125,9 @@ def auto(
         enables stochastic and global variance reduction algorithms. NeurIPS 2022.
     """
     steps = as_count("steps", steps)
-    optimizer("inner", inner)
+    host_moves_z(inner, adjoint)
+    if inner is not None:
+        optimizer("inner", inner)
     if not 0 <= warmup < 1:
         raise ValueError(
             f"warmup={warmup} must lie in [0, 1): the share of the steps with x frozen"
@@ -146,7 +149,10 @@ def auto(
             "out from zero; leave one of them out"
         )
 
-    moves_v = adjoint_optimisers.like_inner_optimizer(inner) if adjoint is None else adjoint
+    moves_v = adjoint
+    if moves_v is None:
+        assert inner is not None
+        moves_v = adjoint_optimisers.like_inner_optimizer(inner)
     moves_v = adjoint_optimisers.bounded(moves_v, _ADJOINT_LIMIT)
     if damping is None:
         moves_v = adjoint_optimisers.self_damped(moves_v)

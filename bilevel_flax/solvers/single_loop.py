@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-import jax.numpy as jnp
 import optax
 
 from bilevel_flax import checks
@@ -18,21 +17,20 @@ from bilevel_flax.base import (
     Batch,
     BilevelSolver,
     Estimator,
-    Finite,
     Info,
     Method,
     Problem,
+    PyTree,
     TrainState,
     Variables,
 )
-from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import Evaluation
-from bilevel_flax.oracles.oracle import Oracle, bind
+from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
+from bilevel_flax.solvers.evaluator import Evaluator
 from bilevel_flax.solvers.inner_optimiser import trainable
 from bilevel_flax.solvers.step import (
     all_finite,
-    direction_norms,
     init_state,
     make_info,
     move_outer,
@@ -49,7 +47,9 @@ class Common(TypedDict, total=False):
 
     Attributes:
         inner: optimiser of z, fed D_z = ∇₁G; required. It is handed `value=`, `grad=`, `value_fn=`,
-            `grad_fn=` and `outer_params=` if it takes them.
+            `grad_fn=` and `outer_params=` if it takes them. None: a host moves z and hands it over,
+            `solver.update(state, batch, inner_params=z)` and `solver.refresh` likewise; v and x
+            alone move here, and `adjoint` is required.
         outer: optimiser of x, fed D_x; required. Per-sample leaves reach it as `Rows` if it is
             row-sparse (`outer.lazy_adam` ...), dense otherwise.
         adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`, see
@@ -61,7 +61,7 @@ class Common(TypedDict, total=False):
         outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
     """
 
-    inner: optax.GradientTransformation
+    inner: optax.GradientTransformation | None
     outer: optax.GradientTransformation
     adjoint: optax.GradientTransformation | None
     inner_weights: Any
@@ -89,7 +89,7 @@ def single_loop(
     problem: Problem,
     estimator: Estimator,
     *,
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | None,
     outer: optax.GradientTransformation,
     adjoint: optax.GradientTransformation | None = None,
     inner_weights: Any = None,
@@ -113,44 +113,40 @@ def single_loop(
         is not finite the state stays as it was and `info.finite` tells which one.
 
     Raises:
-        ValueError: weights that are no shares; at trace time ids missing from a batch, an outer
-            leaf that the inner loss never uses, or whatever the oracles refuse.
+        ValueError: weights that are no shares; no `adjoint` where `inner` is None; at trace time
+            ids missing from a batch, an outer leaf that the inner loss never uses, or whatever the
+            oracles refuse.
     """
-    for optimiser, value in (("inner", inner), ("outer", outer), ("adjoint", adjoint or inner)):
+    checks.host_moves_z(inner, adjoint)
+    moves_z = optax.set_to_zero() if inner is None else inner
+    for optimiser, value in (("inner", moves_z), ("outer", outer), ("adjoint", adjoint or inner)):
         checks.optimizer(optimiser, value)
     tx = Variables(
-        tolerant(inner),
-        like_inner_optimizer(inner) if adjoint is None else tolerant(adjoint),
+        tolerant(moves_z),
+        like_inner_optimizer(moves_z) if adjoint is None else tolerant(adjoint),
         tolerant(outer),
     )
-    factors = (
-        importance_factors("inner_weights", inner_weights),
-        importance_factors("outer_weights", outer_weights),
-    )
-    needed = {
-        side: estimator.needs_ids or factor is not None
-        for side, factor in zip(("inner", "outer"), factors, strict=True)
-    }
+    evaluator = Evaluator(problem, estimator, inner_weights, outer_weights, name)
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
 
-    def oracle_of(state: TrainState, batch: Batch):
-        moving = trainable(tx.inner, state.inner_opt_state, *state.variables[::2])
-        keys = {"factors": factors, "fixed_keys": estimator.fixed_keys}
-        return bind(problem, state, batch, trainable=moving, **keys)
+    def moving(state: TrainState) -> PyTree:
+        return trainable(tx.inner, state.inner_opt_state, *state.variables[::2])
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+    def at_hosts_z(state: TrainState, inner_params: PyTree) -> TrainState:
+        if inner_params is None:
+            return state
+        checks.hosts_z(inner, inner_params, state)
+        return state.replace(inner_params=inner_params)
+
+    def update(
+        state: TrainState, batch: Batch, inner_params: PyTree = None
+    ) -> tuple[TrainState, Info]:
         """One shared evaluation, three parallel Optax steps, all from the old point."""
-        checks.batch(batch)
-        checks.require_ids(batch, name, needed)
-        oracle = oracle_of(state, batch)
-        checks.losses(problem, state.variables, batch, state.model_state, oracle.rngs[0])
-
-        estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
+        state = at_hosts_z(state, inner_params)
+        oracle, estimate, norms, finite = evaluator.update(state, batch, moving(state))
         evaluation, active = estimate.evaluation, estimate.active
-        norms = estimate.norms or direction_norms(estimate.directions)
-        finite = Finite(*(jnp.isfinite(value) for value in norms))
         alive = all_finite(finite)
         # What may rest is a loop's carry: a NaN is kept out of it, for there is no way back.
         awake = Variables(*(None if moves is None else moves & alive for moves in active))
@@ -159,9 +155,9 @@ def single_loop(
         z, v, x = state.variables
         about_z = inner_extra_args(oracle, evaluation, state, d_z)
         about_v = adjoint_extra_args(evaluation, state, estimate.directions)
-        new_z, z_opt = optimizer_step(
-            tx.inner, d_z, state.inner_opt_state, z, awake.inner, **about_z
-        )
+        new_z, z_opt = z, state.inner_opt_state
+        if inner is not None:
+            new_z, z_opt = optimizer_step(tx.inner, d_z, z_opt, z, awake.inner, **about_z)
         new_v, v_opt = optimizer_step(
             tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, **about_v
         )
@@ -188,11 +184,9 @@ def single_loop(
         return BilevelSolver(init, update, method=method)
     full_pass = estimator.full_pass
 
-    def refresh(state: TrainState, batch: Batch) -> TrainState:
-        checks.require_ids(batch, name, needed)
-        oracle = oracle_of(state, batch)
-        memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
-        return state.replace(estimator_state=memory)
+    def refresh(state: TrainState, batch: Batch, inner_params: PyTree = None) -> TrainState:
+        state = at_hosts_z(state, inner_params)
+        return state.replace(estimator_state=evaluator.refresh(state, batch, moving(state)))
 
     return BilevelSolver(
         init,

@@ -46,19 +46,13 @@ def init_state(
     rng: jax.Array | None,
 ) -> TrainState:
     """A fresh TrainState: v = 0, every leaf a buffer of its own (donation needs that)."""
-    checks.parameters("inner_params", inner_params)
-    checks.parameters("outer_params", outer_params)
-    checks.per_sample(problem, outer_params)
-    if problem.stateful and model_state is None:
-        model_state = {}
-    z, x = checks.copied(inner_params), checks.copied(outer_params)
-    v = zeros_like(z)
+    point, model_state, rng = init_variables(problem, inner_params, outer_params, model_state, rng)
+    z, v, x = point
     by_rows = isinstance(transforms.outer, RowTransformation)
     x_floats = filter_inexact(x)
     x_floats = rows.marked(problem.per_sample, x_floats) if by_rows else x_floats
     points = (filter_inexact(z), filter_inexact(z), x_floats)
     states = [t.init(point) for t, point in zip(transforms, points, strict=True)]
-    rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
     return TrainState(
         step=jnp.int32(0),
         inner_params=z,
@@ -67,10 +61,25 @@ def init_state(
         inner_opt_state=checks.copied(states[0]),
         adjoint_opt_state=checks.copied(states[1]),
         outer_opt_state=checks.copied(states[2]),
-        estimator_state=checks.copied(estimator_init(Variables(z, v, x))),
-        model_state=checks.copied(model_state),
+        estimator_state=checks.copied(estimator_init(point)),
+        model_state=model_state,
         rng=rng,
     )
+
+
+def init_variables(
+    problem: Problem, inner_params: PyTree, outer_params: PyTree, model_state: PyTree, rng: Any
+) -> tuple[Variables, PyTree, jax.Array]:
+    """`((z, 0, x), model_state, rng)`, checked, every leaf a buffer of its own."""
+    checks.parameters("inner_params", inner_params)
+    checks.parameters("outer_params", outer_params)
+    checks.per_sample(problem, outer_params)
+    if problem.stateful and model_state is None:
+        model_state = {}
+    z = checks.copied(inner_params)
+    rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
+    point = Variables(z, zeros_like(z), checks.copied(outer_params))
+    return point, checks.copied(model_state), rng
 
 
 def tolerant(
