@@ -16,12 +16,12 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
-from bilevel_flax.oracles.derivatives import NOT_TWICE, check_adjoint, inner_products
-from bilevel_flax.oracles.losses import checked_call, outer
-from bilevel_flax.tree import depends_on, is_inexact, primitives
-
-# What JAX leaves in a program for the forward derivative that it does not have.
-_FORWARD_OF_CUSTOM_VJP = "custom_lin"
+from bilevel_flax.oracles.derivatives import check_adjoint
+from bilevel_flax.oracles.jaxprs import primitives
+from bilevel_flax.oracles.losses import checked_call, inner, outer
+from bilevel_flax.oracles.probe import coarser
+from bilevel_flax.oracles.stops import refusal
+from bilevel_flax.tree import depends_on, is_inexact, split
 
 
 class UserError(ValueError):
@@ -238,8 +238,10 @@ def losses(
         return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 
     jaxpr = jax.make_jaxpr(loss)(x)
-    if problem.derivatives == "forward_over_reverse":
-        _differentiable_twice(problem, z, x, batch.inner, model_state, rng, primitives(jaxpr.jaxpr))
+    if problem.derivatives == "finite_differences":
+        _differences_resolve(jaxpr, z)
+    elif any(name.startswith("custom_vjp_call") for name in primitives(jaxpr)):
+        _differentiable_twice(problem, z, x, batch.inner, model_state, rng)
     used = depends_on(lambda x: (loss(x), also(x)), x)
     for (path, leaf), alive in zip(paths, used, strict=True):
         if is_inexact(leaf) and not alive:
@@ -249,22 +251,27 @@ def losses(
             )
 
 
+def _differences_resolve(jaxpr: Any, z: PyTree) -> None:
+    """Raises where a loss rounds z, so that differences of its gradients are noise."""
+    if name := coarser(jaxpr, split(z).leaves):
+        raise ValueError(
+            f'derivatives="finite_differences" with {name} in inner_loss: differences of gradients '
+            "are noise there; lend the kernel a reference, bf.oracles.with_reference(kernel, "
+            "reference), or compute in the parameters' dtype"
+        )
+
+
 def _differentiable_twice(
-    problem: Problem, z: PyTree, x: PyTree, batch: PyTree, model_state: PyTree, rng: Any, found: set
+    problem: Problem, z: PyTree, x: PyTree, batch: PyTree, model_state: PyTree, rng: Any
 ) -> None:
-    """Raises where forward mode meets a `jax.custom_vjp` function of z or x.
+    """Raises where a kernel with a `jax.custom_vjp` cannot be differentiated as asked for.
 
     JAX itself says so when it compiles, far from the loss: under `jit` and `scan` it has no name
     left.
     """
-    if not any(name.startswith("custom_vjp_call") for name in found):
-        return
-    products = lambda z, v, x: inner_products(problem, Variables(z, v, x), batch, model_state, rng)[
-        1:
-    ]
-    jaxpr = jax.make_jaxpr(products)(z, jax.tree.map(jnp.zeros_like, z), x)
-    if _FORWARD_OF_CUSTOM_VJP in primitives(jaxpr.jaxpr):
-        raise TypeError(NOT_TWICE)
+    loss, z_split, x_split, _ = inner(problem, z, x, batch, model_state, rng)
+    if message := refusal(loss, z_split.leaves, x_split.leaves, problem.derivatives):
+        raise TypeError(message)
 
 
 def check_sum(

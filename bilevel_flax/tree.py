@@ -65,21 +65,6 @@ def filter_inexact(tree: PyTree) -> PyTree:
     return jax.tree.map(keep, tree, is_leaf=lambda node: isinstance(node, Rows))
 
 
-def primitives(jaxpr: Any) -> set[str]:
-    """The names of the primitives in a jaxpr and in those that it calls."""
-    names = set()
-    for eqn in jaxpr.eqns:
-        names.add(eqn.primitive.name)
-        called = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-        for inner in filter(_is_jaxpr, called):
-            names |= primitives(getattr(inner, "jaxpr", inner))
-    return names
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(getattr(value, "jaxpr", value), "eqns")
-
-
 def add(tree: PyTree, other: PyTree) -> PyTree:
     """Their sum on the float leaves; other leaves (integers, keys) are those of the first."""
     return jax.tree.map(lambda a, b: a + b if is_inexact(a) else a, tree, other)

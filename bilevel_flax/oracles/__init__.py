@@ -20,6 +20,11 @@ pays for a quantity that it does not use.
 """
 
 from bilevel_flax.base import Oracles
+from bilevel_flax.oracles.attention import (
+    chunked_attention,
+    dot_product_attention,
+    pallas_attention,
+)
 from bilevel_flax.oracles.derivatives import (
     FORWARD_UNITS,
     cross_jvp,
@@ -45,8 +50,10 @@ from bilevel_flax.oracles.evaluate import (
 from bilevel_flax.oracles.linear_models import linear_problem
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
+from bilevel_flax.oracles.probe import Probe, probe
 from bilevel_flax.oracles.trainable import trainable
 from bilevel_flax.oracles.weighted_sums import weighted_sums
+from bilevel_flax.oracles.with_reference import WithReference, with_reference
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 from bilevel_flax.oracles.wrappers import configured, microbatched, remat
 
@@ -55,11 +62,15 @@ __all__ = [
     "Evaluation",
     "Oracle",
     "Oracles",
+    "Probe",
     "Shared",
+    "WithReference",
     "bind",
+    "chunked_attention",
     "configured",
     "cross_jvp",
     "directions",
+    "dot_product_attention",
     "evaluate",
     "evaluate_all",
     "evaluate_inner",
@@ -76,10 +87,13 @@ __all__ = [
     "mixed_precision",
     "outer_grads",
     "outer_value_and_grads",
+    "pallas_attention",
+    "probe",
     "remat",
     "residual",
     "trainable",
     "unrolled_value_and_grad",
     "weighted_sums",
+    "with_reference",
     "wrap_losses",
 ]

@@ -15,6 +15,7 @@ import optax
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
+from bilevel_flax.oracles.stops import refusal
 from bilevel_flax.tree import is_inexact, split
 
 # Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
@@ -210,10 +211,9 @@ def _forward_over_reverse(loss, z, x, v):
 
     try:
         (grad_z, _), products, out = jax.jvp(grads, (z,), (v,), has_aux=True)
-    except TypeError as error:  # outside of jit; `checks.losses` finds it in a solver's program
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(NOT_TWICE) from error
+    except (TypeError, NotImplementedError) as error:
+        _explain(error, loss, z, x, "forward_over_reverse")
+        raise
     return out, grad_z, products
 
 
@@ -222,8 +222,21 @@ def _reverse_over_reverse(loss, z, x, v):
         out, grad_z = jax.value_and_grad(loss, has_aux=True)(z, x)
         return optax.tree.vdot(grad_z, v), (grad_z, out)
 
-    products, (grad_z, out) = jax.grad(product, (0, 1), has_aux=True)(z, x)
+    try:
+        products, (grad_z, out) = jax.grad(product, (0, 1), has_aux=True)(z, x)
+    except (TypeError, NotImplementedError) as error:
+        _explain(error, loss, z, x, "reverse_over_reverse")
+        raise
     return out, grad_z, products
+
+
+def _explain(error: Exception, loss: Callable, z: list, x: list, mode: str) -> None:
+    """Raises what tells the kernel's name in the place of JAX's error, if it is about one.
+
+    Under `jit` JAX raises when it compiles, far from the loss: `checks.losses` finds it there.
+    """
+    if message := refusal(loss, z, x, mode):
+        raise TypeError(message) from error
 
 
 def _finite_differences(loss, z, x, v):
@@ -243,10 +256,6 @@ def _finite_differences(loss, z, x, v):
     return out, grad_z, products
 
 
-NOT_TWICE = (
-    "inner_loss uses a jax.custom_vjp function, which forward mode cannot differentiate: set "
-    'Problem(..., derivatives="reverse_over_reverse")'
-)
 PRODUCTS = {
     "forward_over_reverse": _forward_over_reverse,
     "reverse_over_reverse": _reverse_over_reverse,

@@ -62,7 +62,15 @@ DERIVATIVES = {
     "hvp",
 }
 # The files of `oracles` that differentiate; its others call losses and put results together.
-DERIVATIVE_CODE = {"derivatives", "products", "symmetry", "forward", "residual_codes"}
+DERIVATIVE_CODE = {
+    "derivatives",
+    "kernel_rules",
+    "probe",
+    "residual_codes",
+    "stops",
+    "symmetry",
+    "with_reference",
+}
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,129 @@
+"""Which ways to the second derivatives work on a loss, and what stops the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
+from bilevel_flax.oracles import losses
+from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
+from bilevel_flax.oracles.kernel_rules import opaque_p
+from bilevel_flax.oracles.stops import first_order_stop, stop
+from bilevel_flax.oracles.with_reference import by_reference, disagreement
+
+FIRST_ORDER = "first_order"
+_EXACT = ("forward_over_reverse", "reverse_over_reverse")
+
+
+class Probe(NamedTuple):
+    """What `probe` found.
+
+    Attributes:
+        stopped_by: for each mode ("forward_over_reverse", "reverse_over_reverse",
+            "finite_differences", "first_order") the primitive or kernel that stops it; "" where it
+            works.
+        mode: the best one that works; the first three are values of `Problem(derivatives=)`,
+            "first_order" is all that `bf.f2sa` needs.
+    """
+
+    stopped_by: Mapping[str, str]
+    mode: str
+
+    @property
+    def message(self) -> str:
+        """One line."""
+        stopped = [f"{mode} by {name}" for mode, name in self.stopped_by.items() if name]
+        works = [mode for mode, name in self.stopped_by.items() if not name]
+        return f"inner_loss: {', '.join(works)} work" + (
+            f"; stopped are {', '.join(stopped)}" if stopped else ""
+        )
+
+
+def probe(
+    problem: Problem,
+    point: TrainState | Variables,
+    batch: Batch | Any,
+    *,
+    model_state: PyTree = None,
+    rng: jax.Array | None = None,
+) -> Probe:
+    """Finds which ways to the second derivatives work on a problem's inner loss.
+
+    The loss and its derivatives are traced, under `jit`, `scan` and `checkpoint` as they stand, and
+    not run; but where there are kernels `with_reference` in it, the loss and its gradient are
+    compared, once, with what they are on the references.
+
+    Args:
+        problem: the problem; stateful and per-sample ones too.
+        point: a `TrainState` (its model state and key are used), or `Variables`.
+        batch: an inner minibatch, or a `Batch` with one.
+        model_state: of a stateful problem; None: the state's.
+        rng: of a stateful problem; None: the state's.
+
+    Returns:
+        The best mode that works, and for each of the others what stops it.
+
+    Raises:
+        TypeError: the loss cannot be differentiated even once; names what stops it.
+        ValueError: a kernel and its reference compute different things; names the difference.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> loss = lambda z, x, batch: ((z - x - batch) ** 2).mean()
+        >>> point = bf.Variables(jnp.zeros(2), jnp.zeros(2), jnp.ones(2))
+        >>> bf.oracles.probe(bf.Problem(loss, loss), point, jnp.ones(2)).mode
+        'forward_over_reverse'
+    """
+    if isinstance(point, TrainState):
+        model_state = point.model_state if model_state is None else model_state
+        rng = point.rng if rng is None else rng
+        point = point.variables
+    if problem.stateful and rng is None:
+        rng = jax.random.PRNGKey(0)
+    minibatch = batch.inner if isinstance(batch, Batch) else batch
+    loss, z, x, _ = losses.inner(
+        problem, point.inner, point.outer, minibatch, model_state, rng if problem.stateful else None
+    )
+
+    if name := first_order_stop(loss, z.leaves, x.leaves):
+        raise TypeError(
+            f"inner_loss cannot be differentiated even once: {name} stops it; give it a "
+            "jax.custom_vjp, or write this part in ordinary JAX"
+        )
+    closed = jax.make_jaxpr(lambda leaves: loss(leaves, x.leaves)[0])(z.leaves)
+    _check_references(closed, z.leaves)
+    stopped = {mode: stop(loss, z.leaves, x.leaves, mode) for mode in _EXACT}
+    stopped["finite_differences"] = coarser(closed, z.leaves)
+    stopped[FIRST_ORDER] = ""
+    return Probe(stopped, next(mode for mode, name in stopped.items() if not name))
+
+
+def coarser(closed: Any, leaves: list) -> str:
+    """The dtype in which a program computes, if it is coarser than its arguments; else ""."""
+    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
+    worst = max(float_dtypes(closed), key=lambda dtype: jnp.finfo(dtype).eps, default=None)
+    if worst is None or float(jnp.finfo(worst).eps) <= eps:
+        return ""
+    return f"computations in {jnp.dtype(worst).name}"
+
+
+def _check_references(closed: Any, leaves: list) -> None:
+    if not any(eqn.primitive is opaque_p for eqn in equations(closed)):
+        return
+    # A gradient's part may be zero but for rounding, so all are measured by the whole.
+    names = ["inner_loss", *(f"its gradient's leaf {i}" for i in range(len(leaves)))]
+
+    def evaluate(closed: Any) -> list:
+        function: Callable = lambda leaves: jaxpr_as_fun(closed)(*leaves)[0]
+        value, grads = jax.jit(jax.value_and_grad(function))(leaves)
+        return [[value], grads]
+
+    plain = by_reference(closed)
+    found = disagreement(names, evaluate(closed), evaluate(plain), coarsest(closed))
+    if found:
+        raise ValueError(f"with_reference: a kernel and its reference differ: {found}")

@@ -1,0 +1,102 @@
+"""What in a loss stops it from being differentiated twice, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from bilevel_flax.oracles.jaxprs import primitives, sub_jaxprs
+from bilevel_flax.oracles.kernel_rules import floats, of_floats
+
+# What JAX leaves in a program for the forward derivative that it does not have.
+_FORWARD_OF_CUSTOM_VJP = "custom_lin"
+_OWN_PROGRAM = "pallas_call"  # its jaxpr is the kernel's, on references to memory
+
+
+def stop(loss: Callable, z: list, x: list, mode: str) -> str:
+    """The primitive or kernel that stops products with ∇²₁₁G and ∇²₂₁G.
+
+    Args:
+        loss: `loss(z, x) -> (scalar, aux)`, of lists of float arrays.
+        z: where.
+        x: where.
+        mode: "forward_over_reverse" or "reverse_over_reverse".
+
+    Returns:
+        A name for an error; "" where nothing stops them.
+    """
+
+    def gradient(*leaves):
+        return jax.grad(lambda z, x: loss(z, x)[0], (0, 1))(list(leaves), x)
+
+    if _traces(gradient, z, mode):
+        return ""
+    return _first(jax.make_jaxpr(gradient)(*z).jaxpr, mode) or "an operation without a name"
+
+
+def first_order_stop(loss: Callable, z: list, x: list) -> str:
+    """The same for ∇₁G itself."""
+    value = lambda *leaves: loss(list(leaves), x)[0]
+    if _traces(value, z, "reverse_over_reverse"):
+        return ""
+    closed = jax.make_jaxpr(value)(*z)
+    return _first(closed.jaxpr, "reverse_over_reverse") or "an operation without a name"
+
+
+def refusal(loss: Callable, z: list, x: list, mode: str) -> str:
+    """The error's text where `mode` is stopped; "" where it is not. Arguments as of `stop`."""
+    name, other = stop(loss, z, x, mode), "reverse_over_reverse"
+    if not name:
+        return ""
+    lend = "lend the kernel a reference, bf.oracles.with_reference(kernel, reference)"
+    if mode != other and not stop(loss, z, x, other):
+        fix = f'set Problem(..., derivatives="{other}"), or {lend}'
+    else:
+        fix = f"{lend}; bf.oracles.probe(problem, ...) tells what works without"
+    return f"inner_loss cannot be differentiated twice by {mode}, which is stopped by {name}: {fix}"
+
+
+def _traces(function: Callable[..., Any], arguments: Sequence, mode: str) -> bool:
+    def product(*leaves):
+        of = of_floats(function, leaves)
+        along = floats(leaves)
+        if mode == "forward_over_reverse":
+            return jax.jvp(of, along, along)[1]
+        out, pull = jax.vjp(of, *along)
+        return pull(out)
+
+    try:
+        traced = jax.make_jaxpr(product)(*arguments)
+    except Exception:  # whatever it is: the equation that raises it is looked for below
+        return False
+    return _FORWARD_OF_CUSTOM_VJP not in primitives(traced)
+
+
+def _first(jaxpr: Any, mode: str) -> str:
+    """The name of the first equation that cannot be differentiated in its own right."""
+    for eqn in jaxpr.eqns:
+        variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
+        alone = core.Jaxpr((), variables, eqn.outvars, [eqn], eqn.effects, jaxpr.debug_info)
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+        if _traces(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), shapes, mode):
+            continue
+        for called in () if eqn.primitive.name == _OWN_PROGRAM else sub_jaxprs(eqn):
+            if name := _first(getattr(called, "jaxpr", called), mode):
+                return name
+        return _described(eqn)
+    return ""
+
+
+def _described(eqn: Any) -> str:
+    name = eqn.primitive.name
+    known = [eqn.params.get("name"), getattr(eqn.params.get("name_and_src_info"), "name", None)]
+    for called in sub_jaxprs(eqn) if name.startswith("custom_vjp") else ():
+        known.append(getattr(called, "jaxpr", called).debug_info.func_name)
+    label = next((str(label) for label in known if label), "")
+    label = re.sub(r"\s.*", "", label)
+    kind = "jax.custom_vjp" if name.startswith("custom_vjp") else name
+    return f"{kind} {label!r}" if label else f"the primitive {name}"

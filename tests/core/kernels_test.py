@@ -1,0 +1,346 @@
+"""Kernels that JAX cannot differentiate twice: which ways work on them, and a reference's tangents.
+
+The fake kernel calls back to NumPy, so that nothing but its own `custom_vjp` can differentiate it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+)
+from jax.flatten_util import ravel_pytree
+
+import bilevel_flax as bf
+from bilevel_flax import oracles
+
+RNG = np.random.default_rng(0)
+POINT = bf.Variables(
+    {"w": RNG.normal(size=(3, 3)) / 2}, {"w": RNG.normal(size=(3, 3))}, RNG.normal(size=2)
+)
+BATCH = RNG.normal(size=(4, 3))
+
+
+def plain(a, w, times):
+    return jnp.tanh(a @ w) * times, jnp.sin(a)
+
+
+def fake_kernel(off: float = 0.0):
+    """`plain` without a second derivative; `off` is added to its first gradient in w."""
+
+    def on_host(a, w, times):
+        return tuple(np.asarray(out, a.dtype) for out in (np.tanh(a @ w) * times, np.sin(a)))
+
+    def called(a, w, times):
+        shapes = jax.eval_shape(plain, a, w, times)
+        return jax.pure_callback(on_host, shapes, a, w, times, vmap_method="sequential")
+
+    kernel = jax.custom_vjp(called)
+
+    def backward(kept, cotangents):
+        a, w, times, out = kept
+        inner = (times - out**2 / times) * cotangents[0]
+        host_cos = lambda a: np.cos(np.asarray(a))
+        cos = jax.pure_callback(host_cos, a, a, vmap_method="sequential")
+        return inner @ w.T + cos * cotangents[1], a.T @ inner + off, None
+
+    def forward(a, w, times):
+        out = kernel(a, w, times)
+        return out, (a, w, times, out[0])
+
+    kernel.defvjp(forward, backward)
+    return kernel
+
+
+def loss_of(function, around=lambda f: f, steps=2):
+    """A loss that calls `function` in a scan, with an integer argument."""
+
+    def loss(z, x, batch):
+        def body(a, _):
+            out, sine = around(function)(a, z["w"], jnp.int32(2))
+            return 0.3 * out + 0.1 * sine * x[0], jnp.sum(sine**2)
+
+        a, sums = jax.lax.scan(body, batch, None, length=steps)
+        return jnp.sum(a**3) * jnp.exp(x[1]) + sums.sum()
+
+    return loss
+
+
+def problem_of(loss, **kwargs):
+    return bf.Problem(loss, loss, **kwargs)
+
+
+AROUND = {
+    "scan": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": lambda f: jax.checkpoint(jax.jit(f)),
+    "vmap": lambda f: lambda a, *rest: jax.vmap(lambda row: f(row, *rest))(a),
+}
+
+
+@pytest.mark.parametrize(
+    ("around", "derivatives"),
+    [
+        ("scan", "forward_over_reverse"),
+        ("jit", "reverse_over_reverse"),
+        ("checkpoint", "forward_over_reverse"),
+        ("vmap", "reverse_over_reverse"),
+    ],
+)
+def test_the_oracles_on_a_kernel_are_those_of_dense_jacobians(x64, around, derivatives):
+    whole, fast = plain, oracles.with_reference(fake_kernel(), plain)
+    if around == "vmap":  # of one row
+        by_row = lambda f: lambda a, w, t: jax.tree.map(lambda o: o[0], f(a[None], w, t))
+        whole, fast = by_row(whole), by_row(fast)
+    loss, dense = loss_of(fast, AROUND[around]), loss_of(whole, AROUND[around])
+    run = jax.jit(functools.partial(oracles.evaluate, problem_of(loss, derivatives=derivatives)))
+    found = run(POINT, bf.Batch(BATCH, BATCH))
+    flat, to_z = ravel_pytree(POINT.inner)
+    v = ravel_pytree(POINT.adjoint)[0]
+    gradient = lambda z, x: jax.grad(lambda z: dense(to_z(z), x, BATCH))(z)
+    first, (hessian, cross) = jax.jit(
+        lambda z, x: (gradient(z, x), jax.jacfwd(gradient, (0, 1))(z, x))
+    )(flat, POINT.outer)
+    for ours, theirs in (
+        (found.inner_grad, first),
+        (found.hvp, hessian @ v),
+        (found.cross_jvp, cross.T @ v),
+    ):
+        np.testing.assert_allclose(ravel_pytree(ours)[0], theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_the_first_gradient_is_the_kernels_and_the_second_the_references(x64):
+    # A kernel whose backward pass is off by a constant: the gradient shows it, its derivative not.
+    fast = oracles.with_reference(fake_kernel(off=0.25), plain)
+    ours, theirs = (
+        lambda w, f=f: jnp.sum(f(BATCH, w, jnp.int32(2))[0] ** 2) for f in (fast, plain)
+    )
+    w, along = POINT.inner["w"], POINT.adjoint["w"]
+
+    @jax.jit
+    def products(w):
+        both = [jax.jvp(jax.grad(f), (w,), (along,)) for f in (ours, theirs)]
+        return *both, jax.jvp(ours, (w,), (along,))[1], jax.jvp(theirs, (w,), (along,))[1]
+
+    mine, reference, slope, expected = products(w)
+    np.testing.assert_allclose(mine[0], reference[0] + 0.25, rtol=1e-10)
+    np.testing.assert_allclose(mine[1], reference[1], rtol=1e-10)
+    np.testing.assert_allclose(slope, expected, rtol=1e-12)
+
+
+def test_a_bf16_kernel_in_a_float32_loss():
+    reference = lambda a, w: jnp.tanh(a @ w)
+
+    @jax.custom_vjp
+    def kernel(a, w):
+        return jax.pure_callback(lambda a, w: np.tanh(a @ w), jax.eval_shape(reference, a, w), a, w)
+
+    def backward(kept, cotangent):
+        a, w, out = kept
+        inner = (1 - out**2) * cotangent
+        return inner @ w.T, a.T @ inner
+
+    def forward(a, w):
+        out = kernel(a, w)
+        return out, (a, w, out)
+
+    kernel.defvjp(forward, backward)
+    half = lambda f: (
+        lambda z, x, b: jnp.mean(
+            f(b.astype(jnp.bfloat16), (z * x).astype(jnp.bfloat16)).astype(jnp.float32) ** 2
+        )
+    )
+    fast = oracles.with_reference(kernel, reference)
+    point = bf.Variables(*(jnp.asarray(a, jnp.float32) for a in (np.eye(3), np.ones((3, 3)), 1.0)))
+    batch = jnp.asarray(BATCH, jnp.float32)
+    with pytest.raises(ValueError, match=r"finite_differences.*computations in bfloat16"):
+        state = bf.soba(
+            problem_of(half(fast), derivatives="finite_differences"),
+            inner=optax.sgd(0.1),
+            outer=optax.sgd(0.1),
+        )
+        state.update(state.init(point.inner, point.outer), bf.Batch(batch, batch))
+    evaluate = lambda f: jax.jit(functools.partial(oracles.evaluate, problem_of(half(f))))(
+        point, bf.Batch(batch, batch)
+    )
+    mine, theirs = evaluate(fast), evaluate(reference)
+    assert mine.hvp.dtype == jnp.float32
+    for ours, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        assert jnp.linalg.norm(ours - other) <= 0.02 * jnp.linalg.norm(other)
+
+
+def test_probe_names_what_stops_each_mode():
+    point = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), POINT)
+    batch = jnp.asarray(BATCH, jnp.float32)
+    bare = loss_of(fake_kernel(), jax.jit)
+    found = oracles.probe(problem_of(bare), point, batch)
+    assert found.mode == "finite_differences"
+    for mode in ("forward_over_reverse", "reverse_over_reverse"):
+        assert "pure_callback" in found.stopped_by[mode]
+    assert found.stopped_by["first_order"] == ""
+    assert "\n" not in found.message
+    assert oracles.probe(problem_of(loss_of(plain)), point, batch).mode == "forward_over_reverse"
+    lent = oracles.with_reference(fake_kernel(), plain)
+    assert not any(oracles.probe(problem_of(loss_of(lent)), point, batch).stopped_by.values())
+
+    solver = bf.soba(problem_of(bare), inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    state = solver.init(point.inner, point.outer)
+    step = jax.jit(solver.update)
+    with pytest.raises(TypeError, match=r"pure_callback.*with_reference.*probe") as error:
+        step(state, bf.Batch(batch, batch))
+    assert "\n" not in str(error.value)
+    never = lambda z, x, b: jnp.sum(
+        jax.pure_callback(lambda a: np.asarray(a), z["w"], z["w"]) * x[0]
+    )
+    with pytest.raises(TypeError, match=r"not be differentiated even once: .*pure_callback"):
+        oracles.probe(problem_of(never), point, batch)
+
+
+def test_probe_sends_a_nested_custom_vjp_to_reverse_mode():
+    @jax.custom_vjp
+    def square(a):
+        return a**2
+
+    square.defvjp(lambda a: (a**2, a), lambda a, g: (2 * a * g,))
+
+    @jax.custom_vjp
+    def cube(a):
+        return a * square(a)
+
+    cube.defvjp(lambda a: (a * square(a), a), lambda a, g: (3 * square(a) * g,))
+
+    def loss(z, x, batch):
+        return jax.lax.scan(lambda a, _: (cube(a), None), z, None, length=2)[0].sum() * x
+
+    point = bf.Variables(jnp.ones(2), jnp.ones(2), jnp.float32(1.0))
+    found = oracles.probe(problem_of(loss), point, None)
+    assert found.mode == "reverse_over_reverse"
+    assert found.stopped_by["forward_over_reverse"] == "jax.custom_vjp 'square'"
+
+
+def test_a_reference_that_computes_something_else_is_refused():
+    a, w = (jnp.asarray(array, jnp.float32) for array in (BATCH, POINT.inner["w"]))
+    wrong = lambda a, w, times: (plain(a, w, times)[0] * 1.01, jnp.sin(a))
+    with pytest.raises(ValueError, match=r"differ: output 0 by 0\.00"):
+        oracles.with_reference(fake_kernel(), wrong)(a, w, jnp.int32(2))
+    with pytest.raises(ValueError, match=r"the gradient in argument \[1\] by"):
+        oracles.with_reference(fake_kernel(off=0.5), plain)(a, w, jnp.int32(2))
+    with pytest.raises(ValueError, match=r"returns shapes .* its reference"):
+        oracles.with_reference(fake_kernel(), lambda a, w, t: plain(a[:1], w, t))(
+            a, w, jnp.int32(2)
+        )
+    loss = loss_of(oracles.with_reference(fake_kernel(), wrong), jax.jit)
+    point = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), POINT)
+    with pytest.raises(ValueError, match="a kernel and its reference differ"):
+        oracles.probe(problem_of(loss), point, a)
+    closing = lambda w: oracles.with_reference(lambda a: a @ w, lambda a: a @ w)(a).sum()
+    with pytest.raises(ValueError, match="uses a traced array .* that is no argument"):
+        jax.grad(closing)(w)
+
+
+def dense_attention(q, k, v, bias=0.0, seen=True, scale=None):
+    k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], 2) for a in (k, v))
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(seen, logits + bias, -1e30)), v)
+
+
+ROWS, COLUMNS = np.arange(7)[:, None], np.arange(7)[None]
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
+MASK = RNG.random((2, 1, 7, 7)) < 0.7
+MASK |= np.eye(7, dtype=bool)
+BIAS = RNG.normal(size=(1, 4, 7, 7))
+MASKS = {
+    "window": (
+        {"local_window_size": (2, 1)},
+        {"seen": (COLUMNS >= ROWS - 2) & (COLUMNS <= ROWS + 1)},
+    ),
+    "causal, mask, bias": (
+        {"mask": MASK, "bias": BIAS, "is_causal": True},
+        {"seen": MASK & (COLUMNS <= ROWS)[None, None], "bias": BIAS},
+    ),
+    "segments, lengths": (
+        {"segment_ids": (SEGMENTS, SEGMENTS), "key_value_seq_lengths": np.array([5, 7])},
+        {
+            "seen": (SEGMENTS[:, :, None] == SEGMENTS[:, None])[:, None]
+            & (np.arange(7)[None] < np.array([[5], [7]]))[:, None, None]
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_chunked_attention_is_attention_twice_differentiable(x64, name):
+    settings, dense = MASKS[name]
+    if "seen" in dense and dense["seen"].ndim == 2:
+        dense = {**dense, "seen": dense["seen"][None, None]}
+    q = RNG.normal(size=(2, 7, 4, 3))
+    k, v = RNG.normal(size=(2, 2, 7, 2, 3))
+
+    def second(function):
+        gradient = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(function(q, k, v))), (0, 1, 2))
+        return jax.jit(lambda: (function(q, k, v), jax.jvp(gradient, (q, k, v), (q, v, k))))()
+
+    ours = second(functools.partial(oracles.chunked_attention, chunk=3, **settings))
+    theirs = second(functools.partial(dense_attention, **dense))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_chunked_attentions_memory_is_linear_in_length():
+    def temporary(function, length):
+        q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        gradient = jax.grad(lambda q: jnp.sum(function(q, q, q) ** 2))
+        product = jax.jit(lambda q: jax.jvp(gradient, (q,), (q,))[1])
+        return product.lower(q).compile().memory_analysis().temp_size_in_bytes
+
+    chunked = functools.partial(oracles.chunked_attention, is_causal=True, chunk=64)
+    whole = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    small, large = (temporary(chunked, length) for length in (256, 1024))
+    assert large < 4.5 * small
+    assert large < temporary(whole, 1024) / 4
+
+
+def test_soba_runs_on_pallas_splash_attention_in_interpret_mode():
+    heads, length, width = 2, 128, 128
+    blocks = dict.fromkeys(splash.BlockSizes.__dataclass_fields__, 128)
+    for name in ("use_fused_bwd_kernel", "q_layout", "k_layout", "v_layout"):
+        blocks.pop(name)
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
+    kernel = splash.make_splash_mha(
+        mask, head_shards=1, q_seq_shards=1, block_sizes=splash.BlockSizes(**blocks), interpret=True
+    )
+
+    def problem(attention):
+        def loss(z, x, batch):
+            a = jax.vmap(attention)(batch @ z, batch, batch)
+            return jnp.mean(a**2) * jnp.exp(x)
+
+        return problem_of(loss)
+
+    def dense(q, k, v):
+        swapped = (a.swapaxes(0, 1)[None] for a in (q, k, v))
+        seen = np.tri(length, dtype=bool)[None, None]
+        return dense_attention(*swapped, seen=seen, scale=1.0)[0].swapaxes(0, 1)
+
+    z = jnp.asarray(RNG.normal(size=(width, width)) / 20, jnp.float32)
+    point = bf.Variables(z, jnp.ones_like(z), jnp.float32(0.3))
+    batch = jnp.asarray(RNG.normal(size=(1, heads, length, width)) * 0.3, jnp.float32)
+    stopped = oracles.probe(problem(kernel), point, batch)
+    assert "pallas_call 'splash_mha_fwd" in stopped.stopped_by["forward_over_reverse"]
+    assert stopped.mode == "finite_differences"
+    lent = problem(oracles.pallas_attention(kernel, is_causal=True))
+    mine, theirs = (
+        jax.jit(functools.partial(oracles.evaluate, each))(point, bf.Batch(batch, batch))
+        for each in (lent, problem(dense))
+    )
+    for ours, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        assert jnp.linalg.norm(ours - other) <= 2e-5 * jnp.linalg.norm(other)
