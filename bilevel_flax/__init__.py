@@ -32,7 +32,6 @@ from bilevel_flax.solvers import (
 from bilevel_flax.solvers import (
     amigo,
     auto,
-    directions,
     f2sa,
     implicit,
     saba,
@@ -43,6 +42,7 @@ from bilevel_flax.solvers import (
     storm,
     unrolled,
 )
+from bilevel_flax.solvers.directions import directions
 
 if TYPE_CHECKING:
     from bilevel_flax import checkpoints, contrib, diagnostics, nnx, sharding

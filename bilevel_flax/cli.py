@@ -1,4 +1,4 @@
-"""The command line: `bilevel-flax new | train | report | bench | plan | solvers`.
+"""The command line: `bilevel-flax new | train | report | mixture | bench | plan | solvers`.
 
 What ends in one line, and what in a stack trace:
 
@@ -16,6 +16,7 @@ With BILEVEL_FLAX_TRACEBACK=1 in the environment the stack trace is always shown
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import dis
 import os
 import platform
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the sections that DIR/config.json names out of the working directory's modules",
     )
+    _add_mixture(commands)
     _add_bench(commands)
     _add_plan(commands)
     commands.add_parser("solvers", help="the methods: cost, memory, when to use which")
@@ -100,6 +102,33 @@ def _new(name: str | None, folder: Path) -> None:
     print("\n".join(map(str, files)) or f"{name} is there already, unchanged")
     there = "" if folder == Path() else f"cd {folder}\n    "
     print(f"\nnow:\n    {there}bilevel-flax train --config configs/{name}.py --workdir runs/{name}")
+
+
+def _add_mixture(commands: Any) -> None:
+    mixture = commands.add_parser(
+        "mixture",
+        help="a run's learned mixture for MaxText, Levanter or datasets (docs/mixture_export.md)",
+        description="Write the mixture that a run learned, its end point and its curriculum, in a "
+        "reader's format. Nothing in the run's folder is executed.",
+    )
+    mixture.add_argument("workdir", type=Path, metavar="RUN")
+    mixture.add_argument("--to", required=True, metavar="maxtext|levanter|datasets|json")
+    mixture.add_argument("--out", required=True, type=Path, metavar="FILE")
+    mixture.add_argument(
+        "--reader",
+        type=Path,
+        metavar="FILE",
+        help="JSON of the reader's: its domains, in its order, with its paths",
+    )
+    mixture.add_argument("--tokens", type=int, metavar="N", help="of the reader's run")
+    mixture.add_argument("--length", type=int, metavar="L", help="tokens of a sequence of it")
+    mixture.add_argument("--stages", type=int, default=8, metavar="K", help="default: %(default)s")
+    mixture.add_argument(
+        "--stage", type=int, metavar="I", help="of K, where the reader takes one; default: the end"
+    )
+    mixture.add_argument(
+        "--block-size", type=int, default=2048, metavar="B", help="Levanter's; default: %(default)s"
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -198,6 +227,16 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             )
         )
         return 0
+    if arguments.command == "mixture":
+        from bilevel_flax.train import mixture
+
+        given: dict[str, Any] = {
+            field.name: getattr(arguments, field.name)
+            for field in dataclasses.fields(mixture.Options)
+        }
+        given |= {name: v.expanduser() for name, v in given.items() if isinstance(v, Path)}
+        print(mixture.export(mixture.Options(**given)))
+        return 0
     from bilevel_flax.train import config
     from bilevel_flax.train import experiment as train
     from bilevel_flax.train import multihost as distributed
@@ -235,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # The folder the command is given in, as for `python -m`: configs name `examples...`. A report
     # is made of a folder that may be somebody else's, and one may stand in it.
-    if parsed.command != "report" or parsed.trust:
+    if parsed.command != "mixture" and (parsed.command != "report" or parsed.trust):
         sys.path.insert(0, os.getcwd())
     shipped.make_importable()
     try:

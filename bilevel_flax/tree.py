@@ -45,8 +45,10 @@ def split(tree: PyTree) -> Split:
 def _zero(leaf: Any) -> jax.Array:
     """Zeros for a leaf of a direction or of v; of integers where its own dtype cannot be added."""
     dtype = jnp.result_type(leaf)
-    plain = jnp.issubdtype(dtype, jnp.number)  # no bool, no PRNG key
-    return jnp.zeros(jnp.shape(leaf), dtype if plain else jnp.int32)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.number) else jnp.int32  # no bool, no PRNG key
+    if isinstance(leaf, jax.Array) and dtype == leaf.dtype:
+        return jnp.zeros_like(leaf)  # where the leaf lies, however it is cut
+    return jnp.zeros(jnp.shape(leaf), dtype)
 
 
 def depends_on(function: Callable, *args: Any) -> list[bool]:

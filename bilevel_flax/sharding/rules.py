@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core import meta
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.sharding.mesh import AXES
@@ -147,8 +147,9 @@ def param_specs(params: PyTree, mesh: Mesh | AbstractMesh, rules: Any = None) ->
         mesh: from `make_mesh`.
         rules: a sequence of pairs (regular expression, PartitionSpec), or a pytree of
             PartitionSpecs with z's structure (`nn.get_partition_spec`,
-            `sharding.module_specs`); None: the default. Where leaves carry logical axes, pairs
-            (logical axis, axis of the mesh or None).
+            `sharding.module_specs`), or one of NamedShardings (a host's own, on a mesh of any
+            axes); None: the default. Where leaves carry logical axes, pairs (logical axis, axis
+            of the mesh or None).
 
     Returns:
         A pytree of PartitionSpecs with z's structure.
@@ -168,7 +169,7 @@ def param_specs(params: PyTree, mesh: Mesh | AbstractMesh, rules: Any = None) ->
     """
     nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=_is_box)
     boxed = any(_is_box(node) for _, node in nodes)
-    tree = _as_tree(rules, params)
+    tree = _as_tree(rules, params, mesh)
     if tree is not None:
         specs = tree
     else:
@@ -226,21 +227,34 @@ def _as_pair(rule: Any) -> tuple[str, Any]:
     )
 
 
-def _as_tree(rules: Any, params: PyTree) -> list[PartitionSpec] | None:
-    """The rules' leaves where they are a pytree of PartitionSpecs already."""
-    is_spec = lambda node: isinstance(node, PartitionSpec)
+def _as_tree(rules: Any, params: PyTree, mesh: Mesh | AbstractMesh) -> list[PartitionSpec] | None:
+    """The rules' leaves where they are a pytree of PartitionSpecs or NamedShardings already."""
+    is_spec = lambda node: isinstance(node, (PartitionSpec, NamedSharding))
     if rules is None or (isinstance(rules, (tuple, list)) and not is_spec(rules)):
         return None
     given, structure = jax.tree.flatten(rules, is_leaf=is_spec)
     if not given or not all(is_spec(leaf) for leaf in given):
         raise ValueError(
             f"sharding rules must be pairs (regular expression, PartitionSpec) or a pytree of "
-            f"PartitionSpecs like inner_params, got {type(rules).__name__}"
+            f"PartitionSpecs or NamedShardings like inner_params, got {type(rules).__name__}"
         )
     expected = jax.tree.structure(jax.tree.map(lambda _: 0, params, is_leaf=_is_box))
     if structure != expected:
         raise ValueError(
-            f"the pytree of PartitionSpecs differs from inner_params: {structure} against "
-            f"{expected}"
+            f"the pytree of shardings differs from inner_params: {structure} against {expected}"
         )
-    return [as_spec(spec) for spec in given]
+    return [_own_spec(leaf, mesh) if _is_own(leaf) else as_spec(leaf) for leaf in given]
+
+
+def _is_own(leaf: Any) -> bool:
+    return isinstance(leaf, NamedSharding)
+
+
+def _own_spec(sharding: NamedSharding, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The specification of a host's sharding, which names axes of that very mesh."""
+    if dict(sharding.mesh.shape) != dict(mesh.shape):
+        raise ValueError(
+            f"the NamedShardings lie on a mesh {dict(sharding.mesh.shape)}, but mesh= is "
+            f"{dict(mesh.shape)}: hand over the mesh of the shardings"
+        )
+    return sharding.spec

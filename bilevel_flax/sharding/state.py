@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -10,8 +11,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bilevel_flax import per_sample as rows
-from bilevel_flax.base import Batch, Problem, PyTree, TrainState
-from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share
+from bilevel_flax.base import Batch, Problem, PyTree
+from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.rules import param_specs, path_name
 
 _log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ _OUTER_FIELDS = {"outer", "cross_jvp", "outer_grad_outer", "per_sample"}
 _HOST = "pinned_host"
 
 
-def state_specs(state: TrainState, mesh: Mesh, rules: Any = None, problem: Any = None) -> Any:
+def state_specs(state: Any, mesh: Mesh, rules: Any = None, problem: Any = None) -> Any:
     """A PartitionSpec for each leaf of a state; see `state_shardings`."""
     z = {
         path: (leaf.shape, spec)
@@ -65,19 +66,14 @@ def state_specs(state: TrainState, mesh: Mesh, rules: Any = None, problem: Any =
 
         return jax.tree.map_with_path(spec, tree)
 
-    whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
-    return state.replace(
-        step=PartitionSpec(),
-        inner_params=specs_of(state.inner_params, False),
-        adjoint=specs_of(state.adjoint, False),
-        outer_params=specs_of(state.outer_params, True),
-        inner_opt_state=specs_of(state.inner_opt_state, False),
-        adjoint_opt_state=specs_of(state.adjoint_opt_state, False),
-        outer_opt_state=specs_of(state.outer_opt_state, True),
-        estimator_state=specs_of(state.estimator_state, False),
-        model_state=whole(state.model_state),
-        rng=PartitionSpec(),
-    )
+    def specs(name):
+        tree = getattr(state, name)
+        if name in ("step", "model_state", "rng"):
+            return jax.tree.map(lambda _: PartitionSpec(), tree)
+        return specs_of(tree, name.startswith("outer_"))
+
+    names = [field.name for field in dataclasses.fields(state)]
+    return state.replace(**{name: specs(name) for name in names})
 
 
 @functools.cache  # once a run, not at each of the places that ask
@@ -100,7 +96,7 @@ def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None
     ):
         if not flag:
             continue
-        spec = PartitionSpec(AXES)
+        spec = PartitionSpec(tuple(mesh.axis_names))
         if leaf.shape[0] % mesh.size:
             _say_replicated(path_name(path), leaf.shape[0], mesh.size)
             spec = PartitionSpec()
@@ -109,8 +105,8 @@ def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None
 
 
 def state_shardings(
-    state: TrainState, mesh: Mesh, rules: Any = None, problem: Problem | None = None
-) -> TrainState:
+    state: Any, mesh: Mesh, rules: Any = None, problem: Problem | None = None
+) -> Any:
     """Where each leaf of a state lies.
 
     z by the rules; v, the optimisers' states and the estimator's memory as the leaf of z that
@@ -118,13 +114,15 @@ def state_shardings(
     memory over all devices, if these divide the number of rows; all else on every device.
 
     Args:
-        state: a state, or its shapes (`jax.eval_shape(solver.init, z, x)`).
-        mesh: from `make_mesh`.
-        rules: as for `rules.param_specs`.
+        state: a state (that of `bf.directions`, too), or its shapes
+            (`jax.eval_shape(solver.init, z, x)`).
+        mesh: from `make_mesh`, or a host's own.
+        rules: as for `rules.param_specs`; a host hands over its z's NamedShardings,
+            `jax.tree.map(lambda leaf: leaf.sharding, z)`.
         problem: tells the per-sample leaves of x; None: there are none.
 
     Returns:
-        A `TrainState` of NamedShardings, for `jax.jit(..., in_shardings=, out_shardings=)`.
+        A state of NamedShardings, for `jax.jit(..., in_shardings=, out_shardings=)`.
 
     Raises:
         ValueError: as `rules.param_specs`.

@@ -1,7 +1,6 @@
 """The methods, one a file; `contrib` has those that they are compared with."""
 
 from bilevel_flax.solvers.auto import auto
-from bilevel_flax.solvers.directions import directions
 from bilevel_flax.solvers.nested import amigo, f2sa, implicit, stocbio, unrolled
 from bilevel_flax.solvers.saba import saba
 from bilevel_flax.solvers.single_loop import single_loop
@@ -12,7 +11,6 @@ from bilevel_flax.solvers.storm import storm
 __all__ = [
     "amigo",
     "auto",
-    "directions",
     "f2sa",
     "implicit",
     "saba",

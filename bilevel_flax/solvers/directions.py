@@ -28,13 +28,14 @@ from bilevel_flax.base import (
     PyTree,
     Variables,
 )
-from bilevel_flax.solvers.evaluator import Evaluator
+from bilevel_flax.solvers.binder import Binder
 from bilevel_flax.solvers.soba import estimator as of_minibatches
 from bilevel_flax.solvers.step import (
     all_finite,
     init_variables,
     make_info,
     mask_rows,
+    norms_and_finite,
     rollback_unless,
 )
 
@@ -127,9 +128,8 @@ def directions(
 
     Args:
         problem: the bilevel problem.
-        estimator: of the directions; None: SOBA's, those of the minibatches themselves. The
-            modules `bilevel_flax.solvers.saba`, `.srba`, `.storm`, `.cheap_steps` have an
-            `estimator` each.
+        estimator: of the directions; None: SOBA's, those of the minibatches themselves. Others:
+            `from bilevel_flax.solvers.saba import estimator` (`srba`, `storm`, `cheap_steps`).
         inner_weights: float [N], as for the solvers; needs `batch.inner_id`.
         outer_weights: float [M].
         rows: hand on D_x of per-sample leaves as `Rows`, for a row-sparse optimiser
@@ -168,9 +168,10 @@ def directions(
     if not isinstance(estimator, Estimator):
         raise TypeError(
             f"estimator={estimator!r:.60} is no Estimator: leave it out for SOBA's, or call one, "
-            "e.g. bilevel_flax.solvers.saba.estimator(problem, N, M)"
+            "e.g. of `from bilevel_flax.solvers.saba import estimator`, estimator(problem, N, M)"
         )
-    evaluator = Evaluator(problem, estimator, inner_weights, outer_weights, "bf.directions")
+    binder = Binder(problem, estimator, inner_weights, outer_weights, "bf.directions")
+    full_pass = estimator.full_pass
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         point, model_state, rng = init_variables(
@@ -180,7 +181,9 @@ def directions(
         return HostState(jnp.int32(0), *point, memory, model_state, rng)
 
     def update(state, batch):
-        _, estimate, norms, finite = evaluator.update(state, batch)
+        oracle = binder.step(state, batch)
+        estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
+        norms, finite = norms_and_finite(estimate)
         evaluation, alive = estimate.evaluation, all_finite(finite)
         d_z, d_v, d_x = estimate.directions
         d_x = mask_rows(alive, d_x) if rows else by_row.densify(d_x, state.outer_params)
@@ -194,21 +197,17 @@ def directions(
         return HostStep(Variables(d_z, d_v, d_x), moved, info, estimate.active)
 
     def refresh(state, batch):
-        if estimator.full_pass is None:
+        if full_pass is None:
             return state
-        return state.replace(estimator_state=evaluator.refresh(state, batch))
+        oracle = binder.part(state, batch)
+        memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
+        return state.replace(estimator_state=memory)
 
-    def of_pass(ask: str):
-        def asked(state):
-            full_pass = estimator.full_pass
-            return (
-                jnp.int32(NEVER)
-                if full_pass is None
-                else getattr(full_pass, ask)(state.estimator_state)
-            )
+    def due(state):
+        return jnp.int32(NEVER) if full_pass is None else full_pass.due(state.estimator_state)
 
-        return asked
+    def cursor(state):
+        return jnp.int32(NEVER) if full_pass is None else full_pass.cursor(state.estimator_state)
 
-    full_pass = estimator.full_pass
     method = Method("directions", estimator.units, full_pass.units if full_pass else (0.0, 0.0))
-    return Directions(init, update, refresh, of_pass("due"), of_pass("cursor"), method)
+    return Directions(init, update, refresh, due, cursor, method)

@@ -27,13 +27,14 @@ from bilevel_flax.base import (
 from bilevel_flax.oracles.evaluate import Evaluation
 from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
-from bilevel_flax.solvers.evaluator import Evaluator
+from bilevel_flax.solvers.binder import Binder
 from bilevel_flax.solvers.inner_optimiser import trainable
 from bilevel_flax.solvers.step import (
     all_finite,
     init_state,
     make_info,
     move_outer,
+    norms_and_finite,
     optimizer_step,
     rollback_unless_finite,
     settled,
@@ -126,7 +127,7 @@ def single_loop(
         like_inner_optimizer(moves_z) if adjoint is None else tolerant(adjoint),
         tolerant(outer),
     )
-    evaluator = Evaluator(problem, estimator, inner_weights, outer_weights, name)
+    binder = Binder(problem, estimator, inner_weights, outer_weights, name)
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
@@ -145,8 +146,10 @@ def single_loop(
     ) -> tuple[TrainState, Info]:
         """One shared evaluation, three parallel Optax steps, all from the old point."""
         state = at_hosts_z(state, inner_params)
-        oracle, estimate, norms, finite = evaluator.update(state, batch, moving(state))
+        oracle = binder.step(state, batch, moving(state))
+        estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
         evaluation, active = estimate.evaluation, estimate.active
+        norms, finite = norms_and_finite(estimate)
         alive = all_finite(finite)
         # What may rest is a loop's carry: a NaN is kept out of it, for there is no way back.
         awake = Variables(*(None if moves is None else moves & alive for moves in active))
@@ -186,7 +189,9 @@ def single_loop(
 
     def refresh(state: TrainState, batch: Batch, inner_params: PyTree = None) -> TrainState:
         state = at_hosts_z(state, inner_params)
-        return state.replace(estimator_state=evaluator.refresh(state, batch, moving(state)))
+        oracle = binder.part(state, batch, moving(state))
+        memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
+        return state.replace(estimator_state=memory)
 
     return BilevelSolver(
         init,

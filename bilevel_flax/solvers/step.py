@@ -184,6 +184,12 @@ def direction_norms(directions: Variables) -> Variables:
     return Variables(*(norm(direction) for direction in directions))
 
 
+def norms_and_finite(estimate: Estimate) -> tuple[Variables, Finite]:
+    """The directions' norms, and which of them are finite."""
+    norms = estimate.norms or direction_norms(estimate.directions)
+    return norms, Finite(*(jnp.isfinite(value) for value in norms))
+
+
 def move_outer(
     transform: optax.GradientTransformationExtraArgs,
     d_x: PyTree,

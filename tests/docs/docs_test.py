@@ -48,7 +48,17 @@ def test_the_readme_is_a_screen_and_a_half_and_says_nothing_twice():
     assert len(set(lines)) == len(lines)
     links = re.findall(r"\]\(([^)]+)\)", README.read_text())
     assert len(set(links)) == len(links)
-    assert {f"docs/{page.name}" for page in DOCS[1:]} <= set(links)
+
+
+def test_every_page_is_reached_from_the_readme():
+    found, waiting = set(), [README]
+    while waiting:
+        page = waiting.pop()
+        links = re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text())
+        new = {(page.parent / link).resolve() for link in links} - found
+        found |= new
+        waiting += new
+    assert {page.resolve() for page in DOCS[1:]} <= found
 
 
 def test_the_loop_of_the_readme_jits_once_and_finds_the_wrong_example(capsys):
