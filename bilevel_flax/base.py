@@ -28,6 +28,7 @@ import numpy as np
 from flax import struct
 
 from bilevel_flax import deprecated
+from bilevel_flax.condition import Condition, is_condition
 
 PyTree = Any
 Metrics = Mapping[str, jax.Array]
@@ -148,6 +149,7 @@ class Problem:
             devices; set by `sharding.data_parallel`. `evaluate(shared, points, combine) ->
             Evaluation` with `shared` an `oracles.Shared`; None: on global arrays.
 
+    `Problem.from_condition` is for an inner problem that is given by its condition, not by a loss.
     What else a problem may be able to do is wrapped around it: `oracles.remat`,
     `oracles.microbatched`, `oracles.mixed_precision`, `sharding.data_parallel`.
 
@@ -184,7 +186,71 @@ class Problem:
             raise ValueError(
                 f"derivatives={self.derivatives!r} is unknown; choose one of {DERIVATIVES}"
             )
+        if is_condition(self.inner_loss) and self.derivatives != "reverse_over_reverse":
+            raise ValueError(
+                f"derivatives={self.derivatives!r} gives Jv, and a condition needs Jᵀv: leave "
+                "derivatives out"
+            )
         deprecated.wrap_old_settings(self, remat, microbatches, compute_dtype)
+
+    @classmethod
+    def from_condition(
+        cls,
+        condition: Callable[..., Any],
+        outer_loss: Callable[..., Any],
+        *,
+        stateful: bool = False,
+        outer_updates_state: bool = False,
+        per_sample: PyTree = None,
+    ) -> Problem:
+        """A problem whose z*(x) is where a condition is 0: a fixed point, a game, a TD target.
+
+        With c the condition and J = ∂c/∂z, not assumed to be symmetric,
+
+            D_z = c        D_v = Jᵀv + ∇₁F        D_x = (∂c/∂x)ᵀv + ∇₂F
+
+        all from one vjp of c. The iteration z -= ρ c converges for small ρ where the eigenvalues
+        of J have positive real parts, and v's then does as well. c has no value to be lowered:
+        `f2sa` and optimisers that ask for one (line searches) are refused, and
+        `Info.inner_loss` is the residual ‖c‖ (in parts of a minibatch: their mean).
+
+        Args:
+            condition: `condition(inner_params, outer_params, batch) -> tree like inner_params`, the
+                mean over the minibatch. If `stateful`: `condition(inner_params, outer_params,
+                batch, model_state, rng) -> (tree, Aux)`.
+            outer_loss: F, as in `Problem`.
+            stateful: as in `Problem`, and so are the arguments that follow.
+            outer_updates_state: whether F's new model state is kept.
+            per_sample: the leaves of x with a row for each inner example.
+
+        Raises:
+            TypeError: `condition` is no function; at trace time its output differs from z.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
+            >>> problem = bf.Problem.from_condition(
+            ...     lambda z, x, batch: z - jnp.tanh(batch @ z + x),  # z* = tanh(W z* + x)
+            ...     lambda z, x, batch: 0.5 * ((z - 0.5) ** 2).sum(),
+            ... )
+            >>> solver = bf.soba(problem, inner=optax.sgd(0.5), outer=optax.sgd(0.3))
+            >>> batch = bf.Batch(jnp.array([[0.0, 0.5], [-0.5, 0.0]]), jnp.zeros(2))
+            >>> state = solver.init(jnp.zeros(2), jnp.zeros(2))
+            >>> update = jax.jit(solver.update)
+            >>> for _ in range(200):
+            ...     state, info = update(state, batch)
+            >>> [round(float(value), 2) for value in state.inner_params]
+            [0.5, 0.5]
+        """
+        if not callable(condition):
+            raise TypeError(f"condition must be a function, got {condition!r}")
+        return cls(
+            Condition(condition),
+            outer_loss,
+            stateful=stateful,
+            outer_updates_state=outer_updates_state,
+            per_sample=per_sample,
+            derivatives="reverse_over_reverse",
+        )
 
 
 class TrainState(struct.PyTreeNode):

@@ -16,6 +16,7 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
+from bilevel_flax.condition import is_condition
 from bilevel_flax.oracles.derivatives import check_adjoint
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.losses import checked_call, inner, outer
@@ -224,6 +225,8 @@ def losses(
 ) -> None:
     """Raises when a leaf of x can influence neither G nor `also(x)`, or G cannot be derived twice.
 
+    A condition's x may have leaves for F alone (a read-out of the fixed point).
+
     Raises:
         ValueError: names the first such leaf.
         TypeError: a `jax.custom_vjp` function, which forward mode cannot differentiate.
@@ -237,12 +240,18 @@ def losses(
         context = (model_state, rng)
         return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 
+    def outer_loss(x):
+        if not is_condition(problem.inner_loss) or batch.outer is None:
+            return ()
+        args, context = (z, x, batch.outer), (model_state, rng)
+        return checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)[0]
+
     jaxpr = jax.make_jaxpr(loss)(x)
     if problem.derivatives == "finite_differences":
         _differences_resolve(jaxpr, z)
     elif any(name.startswith("custom_vjp_call") for name in primitives(jaxpr)):
         _differentiable_twice(problem, z, x, batch.inner, model_state, rng)
-    used = depends_on(lambda x: (loss(x), also(x)), x)
+    used = depends_on(lambda x: (loss(x), outer_loss(x), also(x)), x)
     for (path, leaf), alive in zip(paths, used, strict=True):
         if is_inexact(leaf) and not alive:
             raise ValueError(
@@ -298,6 +307,23 @@ def check_sum(
             f"num_{side}_batches", count, f"{side}_weights", weights.get(f"{side}_weights")
         )
     warn_unless_finite_sum(problem, name)
+
+
+def has_value(problem: Problem, name: str) -> None:
+    """Raises where the inner problem is a condition, which has no value to be lowered.
+
+    Args:
+        problem: the problem.
+        name: the method's, or the optimiser's.
+
+    Raises:
+        UserError: names the method.
+    """
+    if is_condition(problem.inner_loss):
+        raise UserError(
+            f"{name} needs the value of inner_loss, and Problem.from_condition has none: take a "
+            "method or an optimiser that uses gradients alone (soba, auto, implicit; optax.sgd)"
+        )
 
 
 def outer_loss_sees_all(

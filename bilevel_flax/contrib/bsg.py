@@ -29,14 +29,14 @@ from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.implicit import implicit_step
-from bilevel_flax.solvers.nested.linear_solves import check_damping, conjugate_gradients
+from bilevel_flax.solvers.nested.linear_solves import check_damping, krylov
 
 
 def _solver(name, problem, inner_steps, adjoint_steps, damping, same, **settings) -> BilevelSolver:
     check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps)
     check_damping(damping)
-    solve = conjugate_gradients(adjoint_steps, damping)
+    solve = krylov(problem, adjoint_steps, damping)
     return nested(
         problem,
         implicit_step(lambda state: solve, inner_steps, same=same),

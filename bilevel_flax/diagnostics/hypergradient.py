@@ -5,7 +5,8 @@
 Both are means over the same held minibatches, each evaluated as in a training step: BatchNorm on
 that minibatch, one dropout key for each, the model state as it is. Few parameters: the Hessian is
 formed and the system solved exactly. Many: MINRES, matrix-free, one Hessian-vector product with
-every held minibatch an iteration.
+every held minibatch an iteration. A condition (`Problem.from_condition`) has Jᵀ in the place of the
+Hessian, which need not be symmetric: many parameters then take GMRES.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel_flax import checks, oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
+from bilevel_flax.condition import is_condition
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
@@ -30,7 +32,8 @@ from bilevel_flax.minibatches import example_mask
 from bilevel_flax.solvers.nested import minres as krylov
 from bilevel_flax.tree import filter_inexact, is_inexact, norm, ratio
 
-METHODS = ("auto", "dense", "minres")
+METHODS = ("auto", "dense", "minres", "gmres")
+_RESTART = 50  # vectors like z that GMRES keeps
 _DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take
 
 
@@ -47,11 +50,12 @@ class HypergradientCheck(NamedTuple):
             the system has no solution (a singular H); the reference is then the least-squares
             solution of smallest length, or the best in the Krylov space.
         smallest_curvature: the smallest eigenvalue of H + damping (dense), or the smallest that
-            the Krylov space saw, which is an upper bound.
+            the Krylov space saw, which is an upper bound. Of a condition the smallest real part;
+            NaN with GMRES, which sees none.
         largest_curvature: likewise the largest, a lower bound. SGD on v needs steps below 2 over
             it.
-        iterations: products with H that the reference took.
-        method: "dense" or "minres".
+        iterations: products with H that the reference took (GMRES: that it was allowed).
+        method: "dense", "minres" or "gmres".
         symmetry: whether the inner gradient is one, on the first held minibatch. Where it is not,
             a warning has said so, and D_x and the reference are wrong alike.
         direction: D_x, in x's tree, dense. Rows of x that no held minibatch visits are 0.
@@ -116,8 +120,9 @@ def hypergradient_check(
         model_state: of a stateful problem, held fixed; None: the state's.
         rng: of a stateful problem, folded with each minibatch's number; None: the state's.
         damping: δ >= 0, or a tree like z of such numbers, added to H's diagonal in the reference.
-        method: "dense", "minres", or "auto": dense up to 500 parameters.
-        warm_start: MINRES starts from the tracked v instead of 0. It comes further in few
+        method: "dense", "minres", "gmres", or "auto": dense up to 500 parameters, then MINRES, and
+            GMRES for a condition.
+        warm_start: the iteration starts from the tracked v instead of 0. It comes further in few
             iterations, but where `converged` is False the reference leans towards the tracked v,
             and the cosine is too kind.
         trainable: a pytree prefix of z with booleans; False for parameters that z's optimiser
@@ -126,7 +131,7 @@ def hypergradient_check(
         tolerance: the relative residual at which MINRES stops, and that `converged` asks for.
 
     Raises:
-        ValueError: `method` is unknown, or a side has no data.
+        ValueError: `method` is unknown, or MINRES for a condition; a side has no data.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -145,6 +150,9 @@ def hypergradient_check(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+    nonsymmetric = is_condition(problem.inner_loss)
+    if method == "minres" and nonsymmetric:
+        raise ValueError('method="minres" needs a symmetric H, and a condition has none: "gmres"')
     if isinstance(point, TrainState):
         model_state = point.model_state if model_state is None else model_state
         rng = point.rng if rng is None else rng
@@ -168,7 +176,11 @@ def hypergradient_check(
     held = (point, *sides, model_state, rng, diagonal)
     if method == "dense" or (method == "auto" and vector.size <= _DENSE_BELOW):
         method, iterations = "dense", vector.size
-        solution, curvature = _solved(*map(np.asarray, _dense(problem, moving, *held)))
+        solve = _solved_nonsymmetric if nonsymmetric else _solved
+        solution, curvature = solve(*map(np.asarray, _dense(problem, moving, *held)))
+    elif method == "gmres" or nonsymmetric:
+        method, iterations, curvature = "gmres", max_iterations, np.zeros(0)
+        solution = _gmres(problem, moving, max_iterations, *held, warm_start, tolerance)
     else:
         method = "minres"
         args = (problem, moving, max_iterations, *held, warm_start, tolerance)
@@ -285,6 +297,26 @@ def _iterated(problem, moving, max_iterations, *args):
     allowed = tolerance * jnp.linalg.norm(target) / jnp.where(length > 0, length, 1.0)
     solution = krylov.minres(product, rest, max_iterations, allowed)
     return start + solution.vector, solution
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gmres(problem, moving, max_iterations, *args):
+    *held, warm_start, tolerance = args
+    product, target = _system(problem, moving, *held)
+    start = jnp.where(warm_start, _flat(held[0].adjoint, moving), 0.0).astype(target.dtype)
+    restart = min(_RESTART, max_iterations, target.size)
+    cycles = -(-max_iterations // restart)
+    settings = {"tol": tolerance, "restart": restart, "maxiter": cycles}
+    solve = jax.scipy.sparse.linalg.gmres
+    return solve(product, target, start, solve_method="incremental", **settings)[0]
+
+
+def _solved_nonsymmetric(rows: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The shortest least-squares solution, and the eigenvalues' real parts."""
+    exact = rows.astype(np.float64)  # row i: Jᵀ e_i
+    rounding = max(len(exact), 30) * np.finfo(rows.dtype).eps
+    solution = np.linalg.lstsq(exact.T, target.astype(np.float64), rcond=rounding)[0]
+    return solution, np.sort(np.linalg.eigvals(exact).real)
 
 
 def _solved(matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

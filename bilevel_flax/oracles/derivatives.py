@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import Problem, PyTree, Variables
+from bilevel_flax.condition import is_condition
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
 from bilevel_flax.oracles.stops import refusal
@@ -107,7 +108,16 @@ def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyT
 
 
 def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
-    """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`."""
+    """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`.
+
+    Raises:
+        ValueError: the inner problem is a condition, which is the gradient of nothing.
+    """
+    if is_condition(problem.inner_loss):
+        raise ValueError(
+            "a condition has no value, so there is no gradient of it in outer_params: take a "
+            "method with an adjoint, e.g. soba, auto or implicit"
+        )
 
     def value_and_grad(problem, batch, model_state, rng):
         loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.minibatches import example_mask, masked_mean
 from bilevel_flax.oracles.mixed_precision import LoweredLoss
-from bilevel_flax.oracles.wrapped_loss import WrappedLoss
+from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

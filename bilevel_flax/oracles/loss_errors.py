@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel_flax.wrapped_loss import WrappedLoss
+
 _STATE = (
     'the network\'s state beside its parameters, e.g. {"batch_stats": variables["batch_stats"]}'
 )
@@ -55,6 +57,8 @@ def explain(
 
 
 def _signature(loss: Callable, name: str, stateful: bool) -> str:
+    while isinstance(loss, WrappedLoss):
+        loss = loss.loss
     try:
         signature = inspect.signature(loss)
     except (TypeError, ValueError):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
+from bilevel_flax.condition import is_condition
 from bilevel_flax.minibatches import repeat_real
 from bilevel_flax.oracles.loss_errors import explain
 from bilevel_flax.tree import depends_on, is_inexact, split
@@ -16,6 +17,7 @@ from bilevel_flax.tree import depends_on, is_inexact, split
 
 def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context: tuple):
     """Runs a user's loss; checks what it returns at trace time."""
+    name = "condition" if is_condition(loss) else name
     try:
         out = loss(*args, *context) if stateful else loss(*args)
     except Exception as error:

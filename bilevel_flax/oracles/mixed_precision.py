@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem
+from bilevel_flax.condition import Condition
+from bilevel_flax.oracles.microbatches import Microbatched
 from bilevel_flax.oracles.weighted_sums import weighted_sum
-from bilevel_flax.oracles.wrapped_loss import SIDES, WrappedLoss
+from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
+from bilevel_flax.wrapped_loss import WrappedLoss
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 
@@ -47,6 +50,20 @@ class LoweredLoss(WrappedLoss):
         return lambda z, batch: _widened(logits(cast(z), cast(batch)))
 
 
+class LoweredCondition(LoweredLoss):
+    """The same for a condition, whose output is a tree like z."""
+
+    def __call__(self, z: Any, x: Any, batch: Any, *context: Any) -> Any:
+        """The condition in z's dtypes."""
+        out = self.loss(
+            cast_to_compute(z, self.dtype), x, cast_to_compute(batch, self.dtype), *context
+        )
+        if not context:
+            return _like(out, z)
+        value, aux = out
+        return _like(value, z), aux._replace(model_state=_like(aux.model_state, context[0]))
+
+
 def is_lowered(loss: Any) -> bool:
     """Whether anything in a loss computes in a dtype of its own."""
     if not isinstance(loss, WrappedLoss):
@@ -74,8 +91,15 @@ def mixed_precision(problem: Problem, compute_dtype: Any) -> Problem:
         >>> problem = bf.oracles.mixed_precision(bf.Problem(loss, loss), "bfloat16")
     """
     _check_dtype(compute_dtype, problem.derivatives)
-    losses = {name: LoweredLoss(getattr(problem, name), compute_dtype) for name in SIDES}
-    return dataclasses.replace(problem, **losses)
+
+    def lower(loss):
+        if isinstance(loss, Microbatched):  # seen as such from outside
+            return dataclasses.replace(loss, loss=lower(loss.loss))
+        if isinstance(loss, Condition):
+            return dataclasses.replace(loss, loss=LoweredCondition(loss.loss, compute_dtype))
+        return LoweredLoss(loss, compute_dtype)
+
+    return dataclasses.replace(problem, **{name: lower(getattr(problem, name)) for name in SIDES})
 
 
 def cast_to_compute(tree: Any, dtype: Any) -> Any:
@@ -96,7 +120,7 @@ def _widened(value: Any) -> Any:
 
 
 def _like(after: Any, before: Any) -> Any:
-    """The new model state in the dtypes of the old one; another tree is left to the checks."""
+    """A new tree in the dtypes of an old one; another structure is left to the checks."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         return after
     return jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, before)

@@ -6,10 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
+from bilevel_flax.condition import Condition
 from bilevel_flax.oracles.linear_models import LinearLoss
-from bilevel_flax.oracles.wrapped_loss import SIDES, WrappedLoss
+from bilevel_flax.oracles.wrapped_loss import SIDES
+from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 def trainable(problem: Problem, mask: Any) -> Problem:
@@ -38,7 +41,7 @@ def trainable(problem: Problem, mask: Any) -> Problem:
         (0.0, 2.0)
     """
 
-    def held(z: PyTree) -> PyTree:
+    def moves(z: PyTree) -> PyTree:
         flags = mask(z) if callable(mask) else mask
         try:
             each = jax.tree.map(lambda flag, node: jax.tree.map(lambda _: flag, node), flags, z)
@@ -49,12 +52,29 @@ def trainable(problem: Problem, mask: Any) -> Problem:
             ) from error
         if not any(jax.tree.leaves(each)):
             raise ValueError(f"mask={flags!r:.80} holds all of inner_params: nothing is learned")
-        return jax.tree.map(lambda flag, p: p if flag else jax.lax.stop_gradient(p), each, z)
+        return each
+
+    def held(z: PyTree) -> PyTree:
+        return jax.tree.map(lambda flag, p: p if flag else jax.lax.stop_gradient(p), moves(z), z)
 
     def first_held(function):
         return None if function is None else lambda z, *args: function(held(z), *args)
 
+    def condition_of_the_rest(condition):
+        def call(z, x, batch, *context):
+            out = condition(held(z), x, batch, *context)
+            value, *aux = out if context else (out,)
+            if jax.tree.structure(value) == jax.tree.structure(z):
+                value = jax.tree.map(
+                    lambda flag, c: c if flag else jnp.zeros_like(c), moves(z), value
+                )
+            return (value, *aux) if aux else value
+
+        return call
+
     def wrapped(loss):
+        if isinstance(loss, Condition):
+            return dataclasses.replace(loss, loss=condition_of_the_rest(loss.loss))
         if isinstance(loss, LinearLoss):
             parts = {
                 name: first_held(getattr(loss, name)) for name in ("loss", "logits", "penalty")

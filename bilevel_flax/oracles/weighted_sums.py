@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree
+from bilevel_flax.condition import Condition
 from bilevel_flax.minibatches import example_mask, repeat_real
-from bilevel_flax.oracles.wrapped_loss import SIDES, WrappedLoss
+from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
+from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ def weighted_sums(problem: Problem) -> Problem:
             the minibatch alone, and add up over its parts.
 
     Raises:
-        TypeError: at trace time, a loss returns something else.
+        TypeError: the inner problem is a condition; at trace time, a loss returns something else.
         ValueError: at trace time, a minibatch is cut and the weight depends on z, x, the model's
             state or the key.
 
@@ -83,6 +85,11 @@ def weighted_sums(problem: Problem) -> Problem:
     def wrapped(loss):
         if isinstance(loss, WeightedSum):
             return loss
+        if isinstance(loss, Condition):
+            raise TypeError(
+                "weighted_sums takes losses, and the inner problem is a condition: let it return "
+                "its mean over the minibatch"
+            )
         if isinstance(loss, WrappedLoss):
             return dataclasses.replace(loss, loss=wrapped(loss.loss))
         return WeightedSum(loss)

@@ -1,4 +1,4 @@
-"""Losses with a structure that the oracles can make use of, and how to wrap around them."""
+"""How to wrap around losses that carry what is known about them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilevel_flax.base import Problem
+from bilevel_flax.wrapped_loss import WrappedLoss
 
 SIDES = ("inner_loss", "outer_loss")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class WrappedLoss:
-    """A loss that carries what is known about it; called, it is the loss.
-
-    Attributes:
-        loss: the function.
-    """
-
-    loss: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        """The loss."""
-        return self.loss(*args)
 
 
 def wrap_losses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from bilevel_flax.base import Problem
+from bilevel_flax.oracles import wrap_losses
 
 
 def in_mesh(problem: Problem, mesh: Mesh) -> Problem:
@@ -31,8 +31,4 @@ def in_mesh(problem: Problem, mesh: Mesh) -> Problem:
 
         return call
 
-    return dataclasses.replace(
-        problem,
-        inner_loss=within(problem.inner_loss),
-        outer_loss=within(problem.outer_loss),
-    )
+    return wrap_losses(problem, within)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from bilevel_flax.base import Batch, Problem, PyTree
-from bilevel_flax.oracles import losses
+from bilevel_flax.condition import is_condition
+from bilevel_flax.oracles import inner_grad, losses
 from bilevel_flax.oracles.mixed_precision import is_lowered
 from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import bound
-from bilevel_flax.tree import is_inexact
+from bilevel_flax.tree import filter_inexact, is_inexact
 
 _TOLERANCE = 1e-4
 _COARSE = 1e-2  # of losses computed in bfloat16
@@ -53,9 +55,16 @@ def decomposition(
         make = losses.inner if name == "inner_loss" else losses.outer
 
         def loss(part):
-            value, z_split, x_split, *_ = make(problem, z, x, part, model_state, rng)
+            if name == "inner_loss" and is_condition(problem.inner_loss):
+                # Its norm is no mean of the shares' norms; its component in a direction is one.
+                condition = filter_inexact(inner_grad(problem, z, x, part, model_state, rng))
+                along = optax.tree.random_like(jax.random.PRNGKey(0), condition)
+                value = jnp.asarray(optax.tree.vdot(condition, along))
+            else:
+                value, z_split, x_split, *_ = make(problem, z, x, part, model_state, rng)
+                value = value(z_split.leaves, x_split.leaves)[0]
+            value = value.astype(jnp.float32)
             count = amount(problem, name, (z, x), part, (model_state, rng), "the mesh")
-            value = value(z_split.leaves, x_split.leaves)[0].astype(jnp.float32)
             return value, jnp.float32(1.0) if count is None else count.astype(jnp.float32)
 
         shares = tuple(mesh.shape[axis] for axis in BATCH_AXES)

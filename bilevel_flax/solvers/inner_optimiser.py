@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_flax.base import PyTree
+from bilevel_flax import checks
+from bilevel_flax.base import Problem, PyTree
+from bilevel_flax.condition import is_condition
 from bilevel_flax.solvers.step import tolerant
 from bilevel_flax.tree import depends_on, filter_inexact
 
@@ -75,6 +77,31 @@ def trainable(
     )
 
 
+def check_value(
+    problem: Problem,
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> None:
+    """Raises where the loss's value decides on the step and the inner problem is a condition.
+
+    Args: the problem; as `trainable`.
+
+    Raises:
+        UserError: a line search, Polyak's step, a plateau ...
+    """
+    if not is_condition(problem.inner_loss):
+        return
+    floats = filter_inexact(params)
+
+    def update(gradient, state, params, value):
+        return _update(transform, _shaped(outer_params), gradient, state, params, value)
+
+    if depends_on(update, floats, opt_state, floats, jnp.zeros(()))[-1]:
+        checks.has_value(problem, "inner (a line search, Polyak's step)")
+
+
 def _shaped(tree: PyTree) -> PyTree:
     """Zeros in the shapes of a tree whose values do not matter."""
     return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), tree)
@@ -96,7 +123,7 @@ def _update(
         params,
         value=value,
         grad=gradient,
-        value_fn=lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
+        value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
         grad_fn=lambda params, _: gradient,
         outer_params=outer_params,
     )

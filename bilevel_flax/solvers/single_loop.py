@@ -28,7 +28,7 @@ from bilevel_flax.oracles.evaluate import Evaluation
 from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
-from bilevel_flax.solvers.inner_optimiser import trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.step import (
     all_finite,
     init_state,
@@ -146,6 +146,7 @@ def single_loop(
     ) -> tuple[TrainState, Info]:
         """One shared evaluation, three parallel Optax steps, all from the old point."""
         state = at_hosts_z(state, inner_params)
+        check_value(problem, tx.inner, state.inner_opt_state, *state.variables[::2])
         oracle = binder.step(state, batch, moving(state))
         estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
         evaluation, active = estimate.evaluation, estimate.active

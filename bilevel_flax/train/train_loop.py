@@ -130,6 +130,8 @@ def train_loop(
         try:
             if step < run.steps:
                 messages += [_cost_line(solver), _size_line(solver, task, runner)]
+            if wrong := monitor.first_check(state) if step == 0 else "":
+                messages.append(f"warning: {wrong}")
             while step < run.steps:
                 log.flush()
                 refresh_at = int(solver.next_refresh(state))

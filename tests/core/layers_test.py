@@ -18,7 +18,8 @@ PACKAGE = ROOT / "bilevel_flax"
 
 # Lowest first; a file may import its own room and those below, never one beside or above it.
 LAYERS = (
-    {"deprecated"},
+    {"deprecated", "wrapped_loss"},
+    {"condition"},
     {"base", "distribution"},
     {"tree", "data"},
     {"minibatches"},

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_task
 from problems import finite_sums, quadratics
 
 import bilevel_flax as bf
 from bilevel_flax import data, diagnostics
+from bilevel_flax.train.experiment import train_and_evaluate
 from bilevel_flax.train.health import monitor as health
 from bilevel_flax.train.health import thresholds
 from bilevel_flax.train.report import health as report_health
@@ -269,3 +271,13 @@ def test_the_report_shows_warnings_and_curves(tmp_path):
     for title in ("Adjoint residual", "Size of x, relative to its start"):
         assert text.count(f"<h3>{title}</h3>") == 1
     assert report_health.section([{"step": 1, "inner_loss": 1.0}]) is None
+
+
+@pytest.mark.parametrize("health, said", [({"every": 20, "summary": False}, True), (None, False)])
+def test_a_run_begins_with_what_is_wrong_with_its_inner_gradient(health, said, tmp_path, capsys):
+    config = tiny_task.get_config(task={"call": "tiny_task:make_task_with_a_stopped_target"})
+    if health is not None:
+        config.health = health
+    train_and_evaluate(config, tmp_path)
+    line = "warning: the inner problem holds a stop_gradient"
+    assert (line in capsys.readouterr().err) == said

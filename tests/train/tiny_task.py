@@ -51,6 +51,17 @@ def make_task(config: Any) -> Task:
     )
 
 
+def make_task_with_a_stopped_target(config: Any) -> Task:
+    """The same with a target in G that depends on z and is held still: its gradient is none."""
+    task = make_task(config)
+
+    def inner_loss(z, x, batch):
+        target = 0.5 * jax.lax.stop_gradient(z) + x
+        return jnp.mean((z - target - batch["y"]) ** 2) / 2
+
+    return dataclasses.replace(task, problem=bf.Problem(inner_loss, task.problem.outer_loss))
+
+
 def final_metrics(state: bf.TrainState, workdir: Path, log: Any) -> dict[str, float]:
     """One number."""
     del workdir

@@ -82,7 +82,8 @@ def f2sa(
         A solver with `batches` (T + 1, T + 1).
 
     Raises:
-        ValueError: `inner_steps` or `penalty` out of range, weights that are no shares.
+        ValueError: `inner_steps` or `penalty` out of range, weights that are no shares, an inner
+            problem that is a condition.
 
     Example:
         >>> import optax, bilevel_flax as bf
@@ -94,6 +95,7 @@ def f2sa(
         >>> solver.batches, solver.units
         ((11, 11), 33.0)
     """
+    checks.has_value(problem, "f2sa")
     check_count("inner_steps", inner_steps)
     check_positive("penalty", penalty)
     checks.optimizer("inner", inner)

@@ -35,7 +35,7 @@ from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.inner_optimiser import trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     Minibatch,
@@ -211,13 +211,14 @@ def nested(
             )
             for side in ("inner", "outer")
         ]
+        check_value(problem, transforms.inner, state.inner_opt_state, *state.variables[::2])
         moving = trainable(transforms.inner, state.inner_opt_state, *state.variables[::2])
         sampled = SampledOracles(problem, transforms, state.model_state, moving)
         start = first(minibatches[0])
         checks.losses(
             problem,
             state.variables,
-            Batch(inner=start.data),
+            Batch(start.data, first(minibatches[1]).data),
             state.model_state,
             start.rng,
             functools.partial(sees_outer, sampled, state, minibatches[0]),

@@ -4,8 +4,9 @@
     then         (∇²₁₁G_j + δI) v = -∇₁F     on one more minibatch j, approximately
     then         x ← x - γ (∇²₂₁G_j v + ∇₂F)
 
-v starts from 0: either at most S steps of conjugate gradients, or S products of the Neumann series
-v = -η Σ_{k=0..S} (I - η(∇²₁₁G_j + δI))^k ∇₁F.
+v starts from 0: at most S steps of conjugate gradients or of GMRES, or S products of the Neumann
+series v = -η Σ_{k=0..S} (I - η(∇²₁₁G_j + δI))^k ∇₁F. GMRES is for systems that are not symmetric
+(`Problem.from_condition`, with Jᵀ in the place of ∇²₁₁G).
 
 Conjugate gradients need positive curvature. Where it ends, v is the vector with the smallest
 residual in the same Krylov space (MINRES). Where the system has no solution (parameters that G does
@@ -27,16 +28,18 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.condition import is_condition
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import (
     check_damping,
     conjugate_gradients,
+    gmres,
     hypergradient,
     neumann,
 )
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, axpy, first, split
 
-LINEAR_SOLVERS = ("cg", "neumann")
+LINEAR_SOLVERS = ("cg", "gmres", "neumann")
 
 
 def implicit_step(solve: Callable[[Any], Callable], inner_steps: int, *, same: bool = False):
@@ -71,7 +74,7 @@ def implicit(
     *,
     inner: optax.GradientTransformation,
     outer: optax.GradientTransformation,
-    linear_solver: str = "cg",
+    linear_solver: str | None = None,
     adjoint_step: float | optax.Schedule | None = None,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
@@ -79,15 +82,16 @@ def implicit(
     inner_weights: Any = None,
     outer_weights: Any = None,
 ) -> BilevelSolver:
-    """Implicit differentiation by CG or Neumann; T + S + 2 gradient units.
+    """Implicit differentiation by CG, GMRES or Neumann; T + S + 2 gradient units.
 
     Args:
         problem: the bilevel problem.
         inner: optimiser of z; its schedules count inner steps.
         outer: optimiser of x.
-        linear_solver: "cg" or "neumann".
+        linear_solver: "cg", "gmres" (keeps S + 1 vectors like z) or "neumann"; None: "cg", and
+            "gmres" where the inner problem is a condition.
         adjoint_step: η of the Neumann series, below 1 / (largest eigenvalue of ∇²₁₁G); None for
-            "cg".
+            the others.
         inner_steps: T, at least 1.
         adjoint_steps: S, Hessian products, at least 1.
         damping: δ, at least 0.
@@ -98,7 +102,8 @@ def implicit(
         A solver with `batches` (T + 1, 1).
 
     Raises:
-        ValueError: an argument out of range, `adjoint_step` missing or given for "cg".
+        ValueError: an argument out of range, `adjoint_step` missing or without a use, "cg" for a
+            condition.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
@@ -116,6 +121,14 @@ def implicit(
     check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps)
     check_damping(damping)
+    nonsymmetric = is_condition(problem.inner_loss)
+    if linear_solver is None:
+        linear_solver = "gmres" if nonsymmetric else "cg"
+    if linear_solver == "cg" and nonsymmetric:
+        raise ValueError(
+            'linear_solver="cg" needs a symmetric system, and a condition\'s need not be: take '
+            '"gmres"'
+        )
     if linear_solver not in LINEAR_SOLVERS:
         raise ValueError(
             f"linear_solver={linear_solver!r} is unknown; choose one of {LINEAR_SOLVERS}"
@@ -124,12 +137,14 @@ def implicit(
         check_positive("adjoint_step", adjoint_step)
     elif adjoint_step is not None:
         raise ValueError(
-            f'adjoint_step={adjoint_step!r} has no use with linear_solver="cg": drop it'
+            f'adjoint_step={adjoint_step!r} has no use with linear_solver="{linear_solver}": drop '
+            "it"
         )
 
     def solve(state):
-        if linear_solver == "cg":
-            return conjugate_gradients(adjoint_steps, damping)
+        if linear_solver != "neumann":
+            method = gmres if linear_solver == "gmres" else conjugate_gradients
+            return method(adjoint_steps, damping)
         series = neumann(at_step(adjoint_step, state.step), adjoint_steps)
 
         def on_one(hvp, grad, minibatch):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax import tree
-from bilevel_flax.base import Metrics, PyTree, TrainState
+from bilevel_flax.base import Metrics, Problem, PyTree, TrainState
+from bilevel_flax.condition import is_condition
 from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.nested.minres import minres
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -25,6 +26,8 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     axpy,
     scan,
 )
+
+_SOLVED = 0.1  # residual of GMRES, relative to that of v = 0
 
 
 class Hypergradient(NamedTuple):
@@ -133,27 +136,58 @@ def conjugate_gradients(steps: int, damping: float):
     """
 
     def solve(hvp, grad, minibatch: Minibatch):
-        floats = tree.split(grad)
-
-        def product(leaves):
-            # Sums are taken in float32 at least, products in z's own dtypes.
-            own = [u.astype(leaf.dtype) for u, leaf in zip(leaves, floats.leaves, strict=True)]
-            image = tree.split(hvp(floats.complete(own), minibatch)).leaves
-            return [
-                a.astype(u.dtype) + jnp.asarray(damping, u.dtype) * u
-                for a, u in zip(image, leaves, strict=True)
-            ]
-
-        target = [
-            -leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in floats.leaves
-        ]
+        product, target, complete = _system(hvp, grad, minibatch, damping)
         eps = min(float(jnp.finfo(leaf.dtype).eps) for leaf in target)
         solution = minres(product, target, steps, tolerance=eps)
-        own = zip(solution.conjugate, floats.leaves, strict=True)
-        v = floats.complete([u.astype(leaf.dtype) for u, leaf in own])
-        return v, {"adjoint_singular": solution.singular.astype(jnp.float32)}
+        singular = solution.singular.astype(jnp.float32)
+        return complete(solution.conjugate), {"adjoint_singular": singular}
 
     return solve
+
+
+def gmres(steps: int, damping: float):
+    """(Jᵀ + δI) v = -∇₁F for a J that need not be symmetric, from v = 0 by `steps` products.
+
+    GMRES: the vector with the smallest residual in the Krylov space, which is kept (`steps` + 1
+    copies of z). `info.metrics["adjoint_unsolved"]` is 1 where that residual is above a tenth of
+    ‖∇₁F‖ (or no number): more steps, or a damping, are needed.
+    """
+
+    def solve(hvp, grad, minibatch: Minibatch):
+        product, target, complete = _system(hvp, grad, minibatch, damping)
+        eps = min(float(jnp.finfo(leaf.dtype).eps) for leaf in target)
+        v, _ = jax.scipy.sparse.linalg.gmres(
+            product, target, tol=eps, restart=steps, maxiter=1, solve_method="incremental"
+        )
+        rest = tree.norm(jax.tree.map(jnp.subtract, product(v), target))
+        solved = rest <= _SOLVED * tree.norm(target)
+        return complete(v), {"adjoint_unsolved": 1.0 - solved.astype(jnp.float32)}
+
+    return solve
+
+
+def krylov(problem: Problem, steps: int, damping: float):
+    """Conjugate gradients, or GMRES where the inner problem is a condition."""
+    return (gmres if is_condition(problem.inner_loss) else conjugate_gradients)(steps, damping)
+
+
+def _system(hvp, grad, minibatch: Minibatch, damping: float):
+    """(v -> (H + δI) v, -∇₁F, way back to a tree like z); lists of leaves in float32 at least."""
+    floats = tree.split(grad)
+
+    def in_own_dtypes(leaves):
+        own = zip(leaves, floats.leaves, strict=True)
+        return floats.complete([u.astype(leaf.dtype) for u, leaf in own])
+
+    def product(leaves):
+        image = tree.split(hvp(in_own_dtypes(leaves), minibatch)).leaves
+        return [
+            a.astype(u.dtype) + jnp.asarray(damping, u.dtype) * u
+            for a, u in zip(image, leaves, strict=True)
+        ]
+
+    target = [-leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in floats.leaves]
+    return product, target, in_own_dtypes
 
 
 def draw_factors(rng: jax.Array, step: jax.Array, count: int) -> jax.Array:

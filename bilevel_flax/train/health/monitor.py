@@ -7,6 +7,7 @@ not it was interrupted.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from bilevel_flax import data, diagnostics, oracles
 from bilevel_flax.base import PyTree, TrainState
+from bilevel_flax.condition import is_condition
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train.actions import Schedule
 from bilevel_flax.train.task import Task
@@ -61,6 +63,20 @@ class Monitor:
             sides = (task.problem, task.inner, task.outer)
             self._residual = diagnostics.probe_estimator(*sides, _HELD)
             self._losses = None if task.held_out is None else _outer_losses(task)
+
+    def first_check(self, state: TrainState) -> str:
+        """What is wrong with the inner gradient at the start of a run, in one line; "" if nothing.
+
+        Args:
+            state: where the run begins.
+        """
+        if not self.schedule.every:
+            return ""
+        whole, first = distributed.gather_to_host(state), np.array(0)
+        minibatch = data.gather(self._task.inner, first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return diagnostics.check_symmetry(self._task.problem, whole, minibatch).message
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """The probe's values, by name; those that cannot be had are left out."""
@@ -123,7 +139,7 @@ def _check(task: Task, state: TrainState, minibatches: int, products: int) -> di
         state,
         data.subsample(task.inner, minibatches),
         data.subsample(task.outer, minibatches),
-        method="minres",
+        method="gmres" if is_condition(task.problem.inner_loss) else "minres",
         # From 0 so few products would not reach a v to compare with.
         warm_start=True,
         max_iterations=products,
