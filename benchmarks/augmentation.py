@@ -61,13 +61,13 @@ def load(config):
 
 def build(config) -> Part:
     """Compiles nothing yet; the first call does."""
-    made = task.make_task(config)
+    built = task.make_task(config)
     kind = "signals" if config.data.name == task.SIGNALS else "images"
     examples = load(config)
-    weights = made.inner.weights if made.inner.ragged else None
-    solver = make_solver(config.solver, made)
+    weights = built.inner.weights if built.inner.ragged else None
+    solver = make_solver(config.solver, built)
     plain = inner_only(
-        made.problem, inner=configs.resolve(config.solver.inner), inner_weights=weights
+        built.problem, inner=configs.resolve(config.solver.inner), inner_weights=weights
     )
 
     def pick(batches, i):
@@ -103,10 +103,10 @@ class Seed:
         with part.config.unlocked():
             part.config.seed = seed
         self.part, self.examples = part, load(part.config)
-        made = task.make_task(part.config, self.examples)
+        built = task.make_task(part.config, self.examples)
         rng, self.rng = jax.random.split(jax.random.PRNGKey(seed))
-        self.start = made.init(rng)
-        sides = (made.inner, made.outer)
+        self.start = built.init(rng)
+        sides = (built.inner, built.outer)
         self.batches = tuple(jax.tree.map(jnp.asarray, side.batches) for side in sides)
         steps = part.config.steps
         self.ids = tuple(
@@ -133,9 +133,9 @@ class Seed:
         state = jax.block_until_ready(compiled(*args))
         spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
         error, loss = self.part.measure(state, self.examples.validation)
-        found = {"validation_error": error, "validation_loss": loss, **spent}
-        found["test_error"], found["test_loss"] = self.part.measure(state, self.examples.test)
-        return state, found
+        measured = {"validation_error": error, "validation_loss": loss, **spent}
+        measured["test_error"], measured["test_loss"] = self.part.measure(state, self.examples.test)
+        return state, measured
 
 
 def scan(seed: Seed, learned: Any, names: tuple[str, ...], save) -> None:
@@ -200,8 +200,8 @@ def main() -> None:
             seed = Seed(part, number)
 
             def search(seed=seed, part=part):
-                state, found = seed.run()
-                return found | {"learned": part.policy.learned(state.outer_params)}
+                state, measured = seed.run()
+                return measured | {"learned": part.policy.learned(state.outer_params)}
 
             save("search", search)
             learned = part.policy.at(own["search"]["learned"])

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
     steps, usual = options.steps or STEPS[options.model], inner_peak(options.inner, options.model)
     variables = dict(model.init(jax.random.PRNGKey(seed), sets["held"]["image"][:1], train=False))
     params = variables.pop("params")
-    kept = variables if model.stateful else None
+    statistics = variables if model.stateful else None
     draws = np.random.default_rng(seed + 77)
 
     def ids(count):
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
     def train(make, pairs):
         def start(pair):
             state = make(pair).init(
-                params, weights.init(), model_state=kept, rng=jax.random.PRNGKey(seed + 1)
+                params, weights.init(), model_state=statistics, rng=jax.random.PRNGKey(seed + 1)
             )
             return state, jnp.inf, (state.inner_params, state.model_state)
 
@@ -129,11 +129,11 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
 
             state, _ = jax.lax.scan(body, state, ids)
             now = (state.inner_params, state.model_state)
-            found = error(now, held)
+            reached = error(now, held)
             finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(now)]))
-            better = finite & (found < lowest)
+            better = finite & (reached < lowest)
             best = jax.tree.map(functools.partial(jnp.where, better), now, best)
-            return state, jnp.where(better, found, lowest), best
+            return state, jnp.where(better, reached, lowest), best
 
         began = time.perf_counter()
         carry = jax.jit(jax.vmap(start))(pairs)
@@ -150,16 +150,16 @@ def run(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]
         return zip(lowest.tolist(), tested.tolist(), aucs, seconds, strict=True)
 
     case = (options.model, options.inner, options.size, p, seed, steps)
-    found = [
+    lines = [
         (*case, "soba", usual * rho, rate, *values)
         for (rho, rate), values in zip(PAIRS, train(soba, jnp.array(PAIRS)), strict=True)
     ]
     alone = jnp.array(INNER_FACTORS)[:, None]
-    found += [
+    lines += [
         (*case, "auto", usual * rho, "", *values)
         for rho, values in zip(INNER_FACTORS, train(auto, alone), strict=True)
     ]
-    return [dict(zip(CASE + FOUND, row, strict=True)) for row in found]
+    return [dict(zip(CASE + FOUND, row, strict=True)) for row in lines]
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:

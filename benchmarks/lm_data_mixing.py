@@ -58,22 +58,22 @@ def write(out: Path, settings: list[list[str]]) -> None:
     parts = []
     for inside, target in itertools.product(settings[0], settings[1]):
         files = [out / f"{target}-{inside}-{seed}" / "summary.json" for seed in settings[2]]
-        found = [read_json(file) for file in files if file.exists()]
-        if not found:
+        runs = [read_json(file) for file in files if file.exists()]
+        if not runs:
             continue
         where = "in the pool as well" if inside == "true" else "not in the pool"
         lines = [
-            f"Target {target}, its text {where}; {len(found)} seeds, {found[0]['tokens']:,} bytes",
+            f"Target {target}, its text {where}; {len(runs)} seeds, {runs[0]['tokens']:,} bytes",
             "",
             "| | " + " | ".join(COLUMNS) + " |",
             "|---|" + "---|" * len(COLUMNS),
         ]
         for when in ("before", "after"):
-            cells = [shown([numbers(summary)[name][when] for summary in found]) for name in COLUMNS]
+            cells = [shown([numbers(summary)[name][when] for summary in runs]) for name in COLUMNS]
             lines.append(f"| {when} fine-tuning | " + " | ".join(cells) + " |")
-        names = sorted(found[0]["mixture"], key=lambda name: -found[0]["mixture"][name])
+        names = sorted(runs[0]["mixture"], key=lambda name: -runs[0]["mixture"][name])
         for key in ("mixture", "dds_mixture"):
-            shares = [f"{name} {shown([s[key][name] for s in found], 2)}" for name in names]
+            shares = [f"{name} {shown([s[key][name] for s in runs], 2)}" for name in names]
             lines += ["", f"{key}: " + ", ".join(shares)]
         parts.append("\n".join(lines))
     text = "\n\n".join(parts) + "\n"

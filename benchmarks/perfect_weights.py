@@ -35,9 +35,9 @@ def main() -> None:
     examples = task.load_examples(config)
     if config.steps is None:
         config.steps = round(config.epochs * -(-len(examples.given_labels) // config.batch_size))
-    with np.load(options.run / "learned.npz", allow_pickle=False) as found:
-        learned, wrong = found["weights"], found["is_wrong"]
-        if not np.array_equal(found["given_label"], examples.given_labels):
+    with np.load(options.run / "learned.npz", allow_pickle=False) as learned_file:
+        learned, wrong = learned_file["weights"], learned_file["is_wrong"]
+        if not np.array_equal(learned_file["given_label"], examples.given_labels):
             raise SystemExit(f"--run={options.run} has other labels: pass the settings of that run")
     model = make_model(config.model, examples.num_classes)
     weights = task.PARAMETRISATIONS["sigmoid"](len(wrong))

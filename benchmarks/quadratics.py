@@ -83,10 +83,10 @@ def first(rows, level: float = LEVEL) -> float:
 
 def since(rows, level: float = LEVEL) -> float:
     """Units since when ‖∇h‖² stays below the level; infinite if it does not."""
-    found = math.inf
+    reached = math.inf
     for row in rows:
-        found = math.inf if not row[1] < level else min(found, row[0])
-    return found
+        reached = math.inf if not row[1] < level else min(reached, row[0])
+    return reached
 
 
 def tail(rows) -> float:
@@ -104,22 +104,22 @@ class Log:
 
     def __call__(self, kind: str, name: str, pair, rows) -> dict[str, float]:
         """One row of the file; returns what it says."""
-        found = {"first": first(rows), "since": since(rows), "tail": tail(rows)}
-        found |= {"lowest": min(row[1] for row in rows), "to 1e-20": since(rows, 1e-20)}
-        self._writer.writerow([kind, name, *pair, *found.values()])
+        results = {"first": first(rows), "since": since(rows), "tail": tail(rows)}
+        results |= {"lowest": min(row[1] for row in rows), "to 1e-20": since(rows, 1e-20)}
+        self._writer.writerow([kind, name, *pair, *results.values()])
         self._file.flush()
-        return found
+        return results
 
 
 def tune(name: str, studies: list[Quadratics], options, log: Log) -> None:
     """Question 1 for one method, then question 2."""
-    loop, found = None, {}
+    loop, results = None, {}
     for pair in grid(options.pairs):
         rows, loop = studies[0].run(name, pair, options.units, loop)
         loop.rewind()
-        found[pair] = log("grid", name, pair, rows)
+        results[pair] = log("grid", name, pair, rows)
     for key in ("first", "since"):
-        best = sorted(found, key=lambda pair: found[pair][key])[: options.confirm]
+        best = sorted(results, key=lambda pair: results[pair][key])[: options.confirm]
         medians = {}
         for pair in best:
             runs = []
@@ -133,7 +133,7 @@ def tune(name: str, studies: list[Quadratics], options, log: Log) -> None:
                 f"{name:6} {key:5} below {LEVEL:g}: {medians[pair]:.3g} units, {pair}", flush=True
             )
     if options.long_units:
-        pair = min(found, key=lambda pair: found[pair]["tail"])
+        pair = min(results, key=lambda pair: results[pair]["tail"])
         rows, _ = studies[0].run(name, pair, options.long_units, None)
         end = log("long", name, pair, rows)
         print(

@@ -254,7 +254,7 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
         return bf.oracles.microbatched(bf.Problem(loss, outer), microbatches)
 
     opt_state = jax.eval_shape(optimizer.init, params)
-    found = {"plain": mebibytes(plain, (0, 1), params, opt_state, x, tokens)}
+    sizes = {"plain": mebibytes(plain, (0, 1), params, opt_state, x, tokens)}
     for name, count, settings in (
         ("auto", 1, {}),
         ("auto, microbatches=2", 2, {}),
@@ -264,8 +264,8 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
     ):
         solver = bf.auto(problem(count), inner=optimizer, steps=100, **settings)
         state = jax.eval_shape(solver.init, params, x)
-        found[name] = mebibytes(solver.update, (0,), state, bf.Batch(tokens, tokens))
-    return found
+        sizes[name] = mebibytes(solver.update, (0,), state, bf.Batch(tokens, tokens))
+    return sizes
 
 
 def main() -> None:
@@ -278,9 +278,9 @@ def main() -> None:
     key = jax.random.key(0)
     inner, outer = images(20_000, 64), images(5_000, 64)
     params = {"kernel": jnp.zeros((784, 10))}
-    found = timed({"SOBA": Bilevel(linear, params, inner, outer, 0.2)}, repeats)
+    results = timed({"SOBA": Bilevel(linear, params, inner, outer, 0.2)}, repeats)
     print("linear 784x10, 20,000 weights, batch 64 + 64")
-    print(f"  SOBA   {found['SOBA'][0]:7.0f} us wall  {found['SOBA'][1]:7.0f} us CPU a step")
+    print(f"  SOBA   {results['SOBA'][0]:7.0f} us wall  {results['SOBA'][1]:7.0f} us CPU a step")
 
     inner, outer = images(20_000, 128), images(5_000, 128)
     params = {
@@ -288,7 +288,7 @@ def main() -> None:
         "bias": jnp.zeros(256),
         "second": jax.random.normal(key, (256, 10)) / 16,
     }
-    found = timed(
+    results = timed(
         {
             "SOBA": Bilevel(mlp, params, inner, outer, 1e-4),
             "plain": Plain(mlp, params, inner, 1e-4),
@@ -296,8 +296,8 @@ def main() -> None:
         repeats,
     )
     print("MLP 784-256-10, 20,000 weights, batch 128 + 128")
-    for name, (wall, cpu) in found.items():
-        ratio, cpu_ratio = wall / found["plain"][0], cpu / found["plain"][1]
+    for name, (wall, cpu) in results.items():
+        ratio, cpu_ratio = wall / results["plain"][0], cpu / results["plain"][1]
         print(
             f"  {name:6s} {wall:7.0f} us wall  {cpu:7.0f} us CPU a step"
             f"  ({ratio:.2f} x plain, CPU {cpu_ratio:.2f} x)"
@@ -308,9 +308,9 @@ def main() -> None:
         print(f"  {name:24s} {ratio:.3f}")
 
     print("6-layer transformer, rematerialised blocks, batch 32, temporary MiB of a step")
-    found = remat_memory()
-    for name, size in found.items():
-        print(f"  {name:24s} {size:7.1f}  ({size / found['plain']:.2f} x plain)")
+    results = remat_memory()
+    for name, size in results.items():
+        print(f"  {name:24s} {size:7.1f}  ({size / results['plain']:.2f} x plain)")
 
 
 if __name__ == "__main__":

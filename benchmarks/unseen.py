@@ -33,9 +33,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "mnist_hypercleaning.py"
 def read_digits(folder: Path | None):
     """(images uint8 [n, 8, 8, 1], labels, names, (train, validation))."""
     del folder
-    found = load_digits()
-    images = (found.images * 15.9375).astype(np.uint8)[..., None]
-    return images, found.target, tuple("0123456789"), (1000, 400)
+    digits = load_digits()
+    images = (digits.images * 15.9375).astype(np.uint8)[..., None]
+    return images, digits.target, tuple("0123456789"), (1000, 400)
 
 
 def read_cifar10(folder: Path):
@@ -121,8 +121,8 @@ def main() -> None:
     )
     with config.unlocked():
         config.task = {"call": "benchmarks.unseen:make_task"}
-    found = train_and_evaluate(config, options.workdir)
-    shown = {name: round(found[name], 4) for name in task.HEADLINE}
+    summary = train_and_evaluate(config, options.workdir)
+    shown = {name: round(summary[name], 4) for name in task.HEADLINE}
     print(f"{bf.__name__} {options.name} {options.model} seed {options.seed}: {shown}")
 
 

@@ -167,17 +167,17 @@ def main() -> None:
     for size in sizes:
         command = [sys.executable, __file__, "--memory-of", str(size), "--solver", args.solver]
         command += ["--optimiser", args.optimiser]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        needed = found["needed"]
+        results = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        needed = results["needed"]
         print(
             f"n = {size:.0e}: table, moments, counts {needed / 1e6:.1f} MB; resident "
-            f"{found['resident'] / 1e6:.1f} MB = {found['resident'] / needed:.3f} x, peak "
-            f"{found['peak'] / 1e6:.1f} MB; temporary {found['temporary'] / 1e6:.2f} MB",
+            f"{results['resident'] / 1e6:.1f} MB = {results['resident'] / needed:.3f} x, peak "
+            f"{results['peak'] / 1e6:.1f} MB; temporary {results['temporary'] / 1e6:.2f} MB",
             flush=True,
         )
-    found = times(sizes, args.solver, args.optimiser, args.rounds)
-    for size, values in found.items():
-        ratio = np.median(values / found[sizes[0]], axis=0)
+    results = times(sizes, args.solver, args.optimiser, args.rounds)
+    for size, values in results.items():
+        ratio = np.median(values / results[sizes[0]], axis=0)
         (wall, cpu), least = 1e6 * np.median(values, axis=0), 1e6 * values[:, 0].min()
         print(
             f"n = {size:.0e}: {wall:.0f} us wall (least {least:.0f}), {cpu:.0f} us CPU a step; "

@@ -16,7 +16,7 @@ import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles.derivatives import check_adjoint
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.losses import checked_call, inner, outer
@@ -235,8 +235,8 @@ def losses(
     paths = jax.tree.leaves_with_path(x)
 
     def loss(x):
-        seen = rows.gather(problem.per_sample, x, batch.inner)
-        args = (z, seen, batch.inner)
+        visible = rows.gather(problem.per_sample, x, batch.inner)
+        args = (z, visible, batch.inner)
         context = (model_state, rng)
         return checked_call(problem.inner_loss, "inner_loss", problem.stateful, args, context)[0]
 

@@ -14,13 +14,14 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -31,29 +32,25 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
 from bilevel_flax.solvers.step import optimizer_step
 
 
+@takes(Common)
 def bsa(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """BSA: randomised v, one outer step, T inner steps; T + 2 + (K - 1) / 2 units on average.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z; its schedules count inner steps.
-        outer: optimiser of x; no row-sparse one.
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         inner_steps: T, at least 1.
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+            one.
 
     Returns:
         A solver with `batches` (K + T, 1).
@@ -105,11 +102,8 @@ def bsa(
         problem,
         step,
         name="bsa",
-        inner=inner,
-        outer=outer,
         batches=(adjoint_steps + inner_steps, 1),
         units=inner_steps + 2 + (adjoint_steps - 1) / 2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         moves_outer=True,
+        **common,
     )

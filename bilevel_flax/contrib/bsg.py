@@ -21,12 +21,11 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
-import optax
+from typing import Unpack
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.implicit import implicit_step
 from bilevel_flax.solvers.nested.linear_solves import check_damping, krylov
@@ -47,28 +46,24 @@ def _solver(name, problem, inner_steps, adjoint_steps, damping, same, **settings
     )
 
 
+@takes(Common)
 def bsg(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
     damping: float = 0.0,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """BSG: z minimises one minibatch's loss; T + S + 2 gradient units.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, T times on the same minibatch.
-        outer: optimiser of x; the source's step is α₀ / (t + 1).
         inner_steps: T, at least 1.
         adjoint_steps: S, steps of conjugate gradients, at least 1.
         damping: added to the Hessian's diagonal, at least 0.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`. `inner` steps T times on the same
+            minibatch; the source's step of x is α₀ / (t + 1).
 
     Returns:
         A solver with `batches` (1, 1).
@@ -89,30 +84,17 @@ def bsg(
         >>> state.outer_params.tolist()
         [2.0, 2.0]
     """
-    return _solver(
-        "bsg",
-        problem,
-        inner_steps,
-        adjoint_steps,
-        damping,
-        True,
-        inner=inner,
-        outer=outer,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-    )
+    return _solver("bsg", problem, inner_steps, adjoint_steps, damping, True, **common)
 
 
+@takes(Common)
 def bsgo(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
     damping: float = 0.0,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """BSGo: z minimises the full inner loss; T + S + 2 gradient units, `batches` (T + 1, 1).
 
@@ -130,15 +112,4 @@ def bsgo(
         >>> bf.contrib.bsgo(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1)).batches
         (11, 1)
     """
-    return _solver(
-        "bsgo",
-        problem,
-        inner_steps,
-        adjoint_steps,
-        damping,
-        False,
-        inner=inner,
-        outer=outer,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-    )
+    return _solver("bsgo", problem, inner_steps, adjoint_steps, damping, False, **common)

@@ -20,35 +20,26 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
-import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, completed, first
 from bilevel_flax.solvers.nested.unrolled import unrolled
 from bilevel_flax.tree import norm
 
 
-def darts1(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
-) -> BilevelSolver:
+@takes(Common)
+def darts1(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
     """First-order DARTS: x follows ∇₂F alone, at the same point as z (2 gradient units a step).
 
     Args:
         problem: the bilevel problem; its outer loss has to use every float leaf of x.
-        inner: optimiser of z.
-        outer: optimiser of x.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A solver whose v stays 0 (its residual is 1).
@@ -87,32 +78,21 @@ def darts1(
         problem,
         step,
         name="darts1",
-        inner=inner,
-        outer=outer,
         batches=(1, 1),
         units=2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         row_directions=False,
+        **common,
     )
 
 
-def darts2(
-    problem: Problem,
-    *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
-) -> BilevelSolver:
+@takes(Common)
+def darts2(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
     """Second-order DARTS: `unrolled` with one step of z's optimiser (4 gradient units a step).
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, differentiated through; ρ is its learning rate, momentum counts.
-        outer: optimiser of x.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; ρ is the learning rate of `inner`,
+            and its momentum counts.
 
     Returns:
         A solver whose v stays 0 (its residual is 1).
@@ -129,12 +109,5 @@ def darts2(
         >>> state.outer_params.tolist()  # dz'/dx = 1/2
         [2.0]
     """
-    solver = unrolled(
-        problem,
-        inner=inner,
-        outer=outer,
-        inner_steps=1,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
-    )
+    solver = unrolled(problem, inner_steps=1, **common)
     return solver._replace(method=solver.method._replace(name="darts2"))

@@ -23,8 +23,9 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree, Variables
 from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.storm import check_eta
 
 
@@ -66,9 +67,9 @@ def estimator(problem: Problem, eta: Any, *, lazy: bool = False) -> Estimator:
     return Estimator(init=init, update=update, units=6.0)
 
 
-@takes_common
+@takes(CommonWithAdjoint)
 def fsla(
-    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[Common]
+    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[CommonWithAdjoint]
 ) -> BilevelSolver:
     """FSLA with an Optax optimiser for each variable (6 gradient units a step).
 
@@ -76,7 +77,7 @@ def fsla(
         problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
         **common: optimisers (v's has steps of its own in the source) and weights, see
-            `single_loop.Common`.
+            `solvers.common`.
 
     Raises:
         ValueError: `eta` outside [0, 1].

@@ -22,8 +22,9 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree
 from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 @struct.dataclass
@@ -50,14 +51,16 @@ def estimator(problem: Problem, theta: float, *, lazy: bool = False) -> Estimato
     return Estimator(init=init, update=update)
 
 
-@takes_common
-def masoba(problem: Problem, *, theta: float = 0.1, **common: Unpack[Common]) -> BilevelSolver:
+@takes(CommonWithAdjoint)
+def masoba(
+    problem: Problem, *, theta: float = 0.1, **common: Unpack[CommonWithAdjoint]
+) -> BilevelSolver:
     """MA-SOBA with an Optax optimiser for each variable (4 gradient units a step).
 
     Args:
         problem: the bilevel problem.
         theta: θ in (0, 1], the share of the current minibatch; the paper's is ∝ T^-1/2.
-        **common: optimisers and weights, see `single_loop.Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Raises:
         ValueError: `theta` outside (0, 1].

@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
 import optax
@@ -23,6 +23,7 @@ import optax
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem, PyTree, TrainState
 from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -96,29 +97,25 @@ def recursive_step(
     return state, report_at(inner_out, now, norm(d_z), d_x)
 
 
+@takes(Common)
 def mrbo(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     adjoint_steps: int = 10,
     eta: float | optax.Schedule = momentum_decay,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """MRBO: STORM on both levels, Neumann directions at two points; 2 (Q + 3) gradient units.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, fed d_z.
-        outer: optimiser of x, fed d_x; no row-sparse one.
         adjoint_step: step of the Neumann series, below 1 / (largest eigenvalue of ∇²₁₁G); a
             schedule counts updates.
         adjoint_steps: Q, Hessian products in a series, at least 0.
         eta: η in [0, 1], 1 is no memory; a schedule counts updates.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+            one.
 
     Returns:
         A solver with `batches` (Q + 2, 1).
@@ -152,12 +149,9 @@ def mrbo(
         problem,
         step,
         name="mrbo",
-        inner=inner,
-        outer=outer,
         memory=start,
         batches=(adjoint_steps + 2, 1),
         units=2 * (adjoint_steps + 3),
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         row_directions=False,
+        **common,
     )

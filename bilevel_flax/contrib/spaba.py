@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_sum
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.srba import estimator
 
 
@@ -50,7 +51,7 @@ def geometric_schedule(probability: float, seed: int) -> Callable[[jax.Array], j
     return schedule
 
 
-@takes_common
+@takes(CommonWithAdjoint)
 def spaba(
     problem: Problem,
     *,
@@ -58,7 +59,7 @@ def spaba(
     num_outer_batches: int,
     probability: float,
     seed: int = 0,
-    **common: Unpack[Common],
+    **common: Unpack[CommonWithAdjoint],
 ) -> BilevelSolver:
     """SPABA with an Optax optimiser for each variable (8 gradient units a step).
 
@@ -68,7 +69,7 @@ def spaba(
         num_outer_batches: M, minibatches of the outer data.
         probability: p in (0, 1], of a full pass before a step; about 1 / (N + M).
         seed: what the steps of the full passes are drawn from.
-        **common: optimisers and weights, see `single_loop.Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run when `next_refresh` says so, as for `srba`.

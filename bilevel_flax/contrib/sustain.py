@@ -14,42 +14,39 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.contrib.mrbo import momentum_decay, recursive_step, start
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.linear_solves import draw_factors, randomised_neumann
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
 from bilevel_flax.solvers.storm import check_eta
 
 
+@takes(Common)
 def sustain(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     adjoint_steps: int = 10,
     eta: float | optax.Schedule = momentum_decay,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """SUSTAIN: STORM on both levels, randomised v; 6 + (K - 1) units on average.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, fed d_z.
-        outer: optimiser of x, fed d_x; no row-sparse one.
         adjoint_step: η', below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
         eta: η in [0, 1], 1 is no memory; a schedule counts updates.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+            one.
 
     Returns:
         A solver with `batches` (K + 1, 1).
@@ -86,12 +83,9 @@ def sustain(
         problem,
         step,
         name="sustain",
-        inner=inner,
-        outer=outer,
         memory=start,
         batches=(adjoint_steps + 1, 1),
         units=2 * 3 + (adjoint_steps - 1),
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         row_directions=False,
+        **common,
     )

@@ -14,40 +14,37 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first, split
 
 
+@takes(Common)
 def ttsa(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     inner_steps: int = 1,
     adjoint_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """TTSA: one inner step, randomised v, one outer step; 3 + (K - 1) / 2 units on average.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, on the faster timescale.
-        outer: optimiser of x.
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         inner_steps: T, 1 in the source.
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; z is on the faster
+            timescale.
 
     Returns:
         A solver with `batches` (T + K, 1).
@@ -86,10 +83,7 @@ def ttsa(
         problem,
         step,
         name="ttsa",
-        inner=inner,
-        outer=outer,
         batches=(inner_steps + adjoint_steps, 1),
         units=inner_steps + 2 + (adjoint_steps - 1) / 2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
+        **common,
     )

@@ -21,7 +21,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,12 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
 from bilevel_flax.checks import (
     check_count,
-    check_partition,
     check_positive,
+    check_sum,
     require_ids,
-    warn_unless_finite_sum,
 )
 from bilevel_flax.minibatches import importance_factors, scale
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested, refresh_minibatch, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -93,34 +93,30 @@ def _stage_over(memory: VRBOState, step, eta, products: int, period: int) -> VRB
     )
 
 
+@takes(Common)
 def vrbo(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     num_inner_batches: int,
     num_outer_batches: int,
     period: int,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """VRBO: SARAH on both levels with periodic full passes; 2T (Q + 3) units and the passes.
 
     Args:
         problem: the bilevel problem, a finite sum (a warning says so where it may be none).
-        inner: optimiser of z, fed d_z; its schedules count inner steps.
-        outer: optimiser of x, fed d_x; no row-sparse one.
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         num_inner_batches: N, minibatches of the inner data.
         num_outer_batches: M, minibatches of the outer data.
         period: q, updates from one full pass to the next, at least 1.
         inner_steps: T, at least 1.
         adjoint_steps: Q, Hessian products in a series, at least 0.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+            one.
 
     Returns:
         A solver with `batches` (T (Q + 2), T) and a `refresh` of N (Q + 2) + M units.
@@ -140,20 +136,14 @@ def vrbo(
         >>> solver.batches, solver.units
         ((36, 3), 78.0)
     """
-    counts = {
-        "period": period,
-        "inner_steps": inner_steps,
-    }
-    for name, value in counts.items():
-        check_count(name, value)
+    check_count("period", period)
+    check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps, 0)
-    check_partition("num_inner_batches", num_inner_batches, "inner_weights", inner_weights)
-    check_partition("num_outer_batches", num_outer_batches, "outer_weights", outer_weights)
+    check_sum(problem, "vrbo", num_inner_batches, num_outer_batches, common)
     check_positive("adjoint_step", adjoint_step)
-    warn_unless_finite_sum(problem, "vrbo")
     factors = {
-        "inner": importance_factors("inner_weights", inner_weights),
-        "outer": importance_factors("outer_weights", outer_weights),
+        side: importance_factors(f"{side}_weights", common.get(f"{side}_weights"))
+        for side in ("inner", "outer")
     }
 
     def step(sampled: SampledOracles, state, inner, outer):
@@ -214,15 +204,12 @@ def vrbo(
         problem,
         step,
         name="vrbo",
-        inner=inner,
-        outer=outer,
         memory=init_memory,
         batches=(inner_steps * (adjoint_steps + 2), inner_steps),
         units=2 * inner_steps * (adjoint_steps + 3),
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         moves_outer=True,
         fixed_keys=True,
+        **common,
     )
 
     def refresh(state: TrainState, batch: Batch) -> TrainState:

@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel_flax import checks, oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry

@@ -52,9 +52,9 @@ def full_oracles(
         for i, weight in enumerate(data.weights):
             minibatch = jax.tree.map(lambda leaf, i=i: leaf[i], data.batches)
             batch = Batch(**{side: minibatch})
-            kept = _add(problem, total, variables, batch, weight, model_state, rng)
-            total = kept._replace(
-                **{k: getattr(total, k) for k, v in kept._asdict().items() if v is None}
+            updated = _add(problem, total, variables, batch, weight, model_state, rng)
+            total = updated._replace(
+                **{k: getattr(total, k) for k, v in updated._asdict().items() if v is None}
             )
         totals.append(total)
     return Oracles(*totals[0][:3], *totals[1][3:])
@@ -63,14 +63,14 @@ def full_oracles(
 # Compiled once for a problem, however often its residual is asked for.
 @functools.partial(jax.jit, static_argnums=0)
 def _add(problem, total, variables, batch, weight, model_state, rng) -> Oracles:
-    found = oracles.evaluate_all(problem, variables, batch, model_state, (rng, rng)).oracles
-    if found.cross_jvp is not None:
-        found = found._replace(cross_jvp=rows.densify(found.cross_jvp, variables.outer))
+    evaluated = oracles.evaluate_all(problem, variables, batch, model_state, (rng, rng)).oracles
+    if evaluated.cross_jvp is not None:
+        evaluated = evaluated._replace(cross_jvp=rows.densify(evaluated.cross_jvp, variables.outer))
 
     def plus(new, so_far):
         return None if new is None else so_far + weight.astype(new.dtype) * new
 
-    return jax.tree.map(plus, found, total, is_leaf=lambda node: node is None)
+    return jax.tree.map(plus, evaluated, total, is_leaf=lambda node: node is None)
 
 
 def adjoint_residual(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.symmetry import gradient_defects

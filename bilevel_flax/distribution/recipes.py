@@ -45,20 +45,20 @@ def files(name: str) -> list[Path]:
         close = close or difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.4)
         near = f' (did you mean "{close[0]}"?)' if close else ""
         raise RecipeError(f"no recipe {name!r}: choose one of {', '.join(known)}{near}")
-    found, waiting = [_config(name), _PACKAGE], _examples_named_in(_config(name))
+    files, waiting = [_config(name), _PACKAGE], _examples_named_in(_config(name))
     while waiting:
         folder = waiting.pop(0)
-        if any(path.is_relative_to(folder) for path in found):
+        if any(path.is_relative_to(folder) for path in files):
             continue
         parts = [
             path.relative_to(shipped.root())
             for path in sorted((shipped.root() / folder).rglob("*"))
             if path.is_file() and path.suffix != ".pyc" and not path.stem.endswith("_test")
         ]
-        found += parts
+        files += parts
         for part in parts:
             waiting += _examples_named_in(part) if part.suffix == ".py" else []
-    return found
+    return files
 
 
 def copy(name: str, folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import Problem, PyTree, Variables
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
 from bilevel_flax.oracles.stops import refusal

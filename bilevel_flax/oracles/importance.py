@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem
-from bilevel_flax.condition import Condition
+from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.linear_models import LinearLoss
 from bilevel_flax.tree import is_inexact
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 def importance_weighted(problem: Problem, factor: jax.Array | None, side: str) -> Problem:

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import example_mask, masked_mean
 from bilevel_flax.oracles.mixed_precision import LoweredLoss
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

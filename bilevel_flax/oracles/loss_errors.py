@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_flax.wrapped_loss import WrappedLoss
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 
 _STATE = (
     'the network\'s state beside its parameters, e.g. {"batch_stats": variables["batch_stats"]}'

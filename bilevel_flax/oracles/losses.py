@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.minibatches import repeat_real
 from bilevel_flax.oracles.loss_errors import explain
 from bilevel_flax.tree import depends_on, is_inexact, split

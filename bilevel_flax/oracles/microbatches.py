@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Metrics, Problem, PyTree, Rows
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.per_sample import is_rows
 from bilevel_flax.tree import is_inexact
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

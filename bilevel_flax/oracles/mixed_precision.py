@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem
-from bilevel_flax.condition import Condition
+from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.microbatches import Microbatched
 from bilevel_flax.oracles.weighted_sums import weighted_sum
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
-from bilevel_flax.condition import Condition
+from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.linear_models import LinearLoss
 from bilevel_flax.oracles.wrapped_loss import SIDES
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 def trainable(problem: Problem, mask: Any) -> Problem:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree
-from bilevel_flax.condition import Condition
+from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import example_mask, repeat_real
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
-from bilevel_flax.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilevel_flax.base import Problem
-from bilevel_flax.wrapped_loss import WrappedLoss
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 
 SIDES = ("inner_loss", "outer_loss")
 

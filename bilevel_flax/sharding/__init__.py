@@ -10,7 +10,7 @@ all devices; scalars are replicated.
 
 from bilevel_flax.sharding.data_parallel import data_parallel
 from bilevel_flax.sharding.decomposition import decomposition
-from bilevel_flax.sharding.layout import Layout, examples_here
+from bilevel_flax.sharding.layout import Layout
 from bilevel_flax.sharding.mesh import AXES, BATCH_AXES, batch_share, make_mesh, mesh_shape
 from bilevel_flax.sharding.named_axes import whole
 from bilevel_flax.sharding.rules import param_specs
@@ -24,7 +24,6 @@ __all__ = [
     "batch_shardings",
     "data_parallel",
     "decomposition",
-    "examples_here",
     "make_mesh",
     "mesh_shape",
     "param_specs",

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from bilevel_flax.base import Batch, Problem, PyTree
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import inner_grad, losses
 from bilevel_flax.oracles.mixed_precision import is_lowered
 from bilevel_flax.oracles.weighted_sums import amount

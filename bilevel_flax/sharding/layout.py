@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bilevel_flax.base import Problem, PyTree, TrainState
-from bilevel_flax.sharding.mesh import BATCH_AXES
 from bilevel_flax.sharding.state import batch_spec, state_shardings
 
 
@@ -109,16 +108,3 @@ def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(inner, impl=jax.random.key_impl(leaf))
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-
-def examples_here(mesh: Mesh, batch_size: int) -> list[slice]:
-    """The examples of a minibatch that this process feeds, as slices without overlap."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    cuts = [index[0] for index in _indices(sharding, (batch_size,))]
-    found = {(cut.start or 0, batch_size if cut.stop is None else cut.stop) for cut in cuts}
-    return [slice(*pair) for pair in sorted(found)]
-
-
-def _indices(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Any]:
-    """Which part of an array each device of this process holds."""
-    return list(sharding.addressable_devices_indices_map(shape).values())

@@ -178,13 +178,13 @@ def param_specs(params: PyTree, mesh: Mesh | AbstractMesh, rules: Any = None) ->
         specs, used = [], set()
         for path, node in nodes:
             name = path_name(path)
-            found = _spec_of_box(node, name, logical) if _is_box(node) else None
-            if found is None:
-                found, number = _matched(name, pairs)
+            spec = _spec_of_box(node, name, logical) if _is_box(node) else None
+            if spec is None:
+                spec, number = _matched(name, pairs)
                 used |= {number} - {None}
-            if found is None and rules is None and not boxed:
-                found = largest_axis(jax.tree.leaves(node)[0].shape, mesh)
-            specs.append(PartitionSpec() if found is None else found)
+            if spec is None and rules is None and not boxed:
+                spec = largest_axis(jax.tree.leaves(node)[0].shape, mesh)
+            specs.append(PartitionSpec() if spec is None else spec)
         lost = [] if logical else [p[0] for i, p in enumerate(pairs) if i not in used]
         if lost:
             names = [path_name(path) for path, _ in nodes]

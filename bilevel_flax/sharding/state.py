@@ -61,8 +61,8 @@ def state_specs(state: Any, mesh: Mesh, rules: Any = None, problem: Any = None) 
         def spec(path, leaf):
             fields = [entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)]
             outer = of_outer or bool(fields and fields[-1] in _OUTER_FIELDS)
-            found = like_outer(path, leaf) if outer else like_inner(path, leaf)
-            return PartitionSpec() if found is None else found
+            wanted = like_outer(path, leaf) if outer else like_inner(path, leaf)
+            return PartitionSpec() if wanted is None else wanted
 
         return jax.tree.map_with_path(spec, tree)
 
@@ -90,7 +90,7 @@ def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None
     """Path -> (rows, specification) of the per-sample leaves of x."""
     declared = None if problem is None else problem.per_sample
     flags = rows.map_prefix(declared, lambda _: True, lambda _: False, outer_params)
-    found = {}
+    by_path = {}
     for (path, leaf), flag in zip(
         jax.tree.leaves_with_path(outer_params), jax.tree.leaves(flags), strict=True
     ):
@@ -100,8 +100,8 @@ def _per_sample_leaves(outer_params: PyTree, mesh: Mesh, problem: Problem | None
         if leaf.shape[0] % mesh.size:
             _say_replicated(path_name(path), leaf.shape[0], mesh.size)
             spec = PartitionSpec()
-        found[path] = (leaf.shape[0], spec)
-    return found
+        by_path[path] = (leaf.shape[0], spec)
+    return by_path
 
 
 def state_shardings(

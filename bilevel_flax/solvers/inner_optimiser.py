@@ -18,7 +18,7 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.solvers.step import tolerant
 from bilevel_flax.tree import depends_on, filter_inexact
 
@@ -68,10 +68,10 @@ def trainable(
     moves = _reached(jaxpr.jaxpr, [True] * count + [False] * rest)
     if all(moves) or not any(moves):
         return None
-    found = jax.tree.unflatten(jax.tree.structure(floats), moves)
+    flags = jax.tree.unflatten(jax.tree.structure(floats), moves)
     return jax.tree.map(
         lambda flag, _: True if flag is None else flag,
-        found,
+        flags,
         params,
         is_leaf=lambda node: node is None,
     )

@@ -49,8 +49,9 @@ from bilevel_flax.oracles.evaluate import evaluate_all
 from bilevel_flax.oracles.oracle import directions
 from bilevel_flax.oracles.residual_codes import evaluate_linear, plus
 from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages, residual_codes, saga, tables
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.single_loop import single_loop
 
 _TABLE_DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float32", "float64"))
 
@@ -178,7 +179,7 @@ def estimator(
     return Estimator(init, update, full_pass, fixed_keys=True, needs_ids=True)
 
 
-@takes_common
+@takes(CommonWithAdjoint)
 def saba(
     problem: Problem,
     *,
@@ -190,7 +191,7 @@ def saba(
     max_table_bytes: int | None = None,
     memory: str = "full",
     example_batch: Batch | None = None,
-    **common: Unpack[Common],
+    **common: Unpack[CommonWithAdjoint],
 ) -> BilevelSolver:
     """SABA with an Optax optimiser for each variable (4 gradient units a step).
 
@@ -210,7 +211,7 @@ def saba(
         memory: "full", or "compact" for a `linear_problem`: one residual for each example and
             class instead of one number for each parameter. Exact.
         example_batch: a minibatch of each side, for "compact"; its shapes suffice.
-        **common: optimisers and weights, see `Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Raises:
         ValueError: no positive number of minibatches, weights of another length, an unknown

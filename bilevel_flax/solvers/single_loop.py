@@ -6,9 +6,7 @@ directions are taken at the same, old point.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import optax
 
@@ -43,49 +41,6 @@ from bilevel_flax.solvers.step import (
 from bilevel_flax.tree import filter_inexact
 
 
-class Common(TypedDict, total=False):
-    """What every single-loop method takes beside its own settings, by keyword.
-
-    Attributes:
-        inner: optimiser of z, fed D_z = ∇₁G; required. It is handed `value=`, `grad=`, `value_fn=`,
-            `grad_fn=` and `outer_params=` if it takes them. None: a host moves z and hands it over,
-            `solver.update(state, batch, inner_params=z)` and `solver.refresh` likewise; v and x
-            alone move here, and `adjoint` is required.
-        outer: optimiser of x, fed D_x; required. Per-sample leaves reach it as `Rows` if it is
-            row-sparse (`outer.lazy_adam` ...), dense otherwise.
-        adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`, see
-            `adjoint.like_inner_optimizer`. It is handed `inner_opt_state`, `inner_direction` (D_z)
-            and `inner_params`, all of before the step, and `adjoint_residual`, so that damping can
-            follow it (`adjoint.self_damped`).
-        inner_weights: float [N], each inner minibatch's share of the samples, summing to 1
-            (`FiniteSum.weights`); None: equal. Needs `batch.inner_id`.
-        outer_weights: float [M], the same for the outer data. Needs `batch.outer_id`.
-    """
-
-    inner: optax.GradientTransformation | None
-    outer: optax.GradientTransformation
-    adjoint: optax.GradientTransformation | None
-    inner_weights: Any
-    outer_weights: Any
-
-
-def takes_common(function: Callable[..., BilevelSolver]) -> Callable[..., BilevelSolver]:
-    """Shows the keywords of `Common` in the signature of a method that hands them on."""
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    theirs = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=_DEFAULTS.get(name)
-        )
-        for name, kind in Common.__annotations__.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*own, *theirs])  # type: ignore[attr-defined]
-    return function
-
-
-_DEFAULTS: dict[str, Any] = dict.fromkeys(("inner", "outer"), inspect.Parameter.empty)
-
-
 def single_loop(
     problem: Problem,
     estimator: Estimator,
@@ -102,7 +57,7 @@ def single_loop(
     Args:
         problem: the bilevel problem.
         estimator: turns oracle calls into directions.
-        inner: as in `Common`, and so are the arguments that follow.
+        inner: as in `common.Common`, and so are the arguments that follow.
         outer: optimiser of x.
         adjoint: optimiser of v; None: as `inner`.
         inner_weights: float [N], shares of the samples; None: equal.

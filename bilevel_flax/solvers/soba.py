@@ -20,7 +20,8 @@ from __future__ import annotations
 from typing import Unpack
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 def estimator() -> Estimator:
@@ -34,13 +35,13 @@ def estimator() -> Estimator:
     return Estimator(init=lambda variables: (), update=update)
 
 
-@takes_common
-def soba(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
+@takes(CommonWithAdjoint)
+def soba(problem: Problem, **common: Unpack[CommonWithAdjoint]) -> BilevelSolver:
     """SOBA with an Optax optimiser for each variable (4 gradient units a step).
 
     Args:
         problem: the bilevel problem.
-        **common: optimisers and weights, see `Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf

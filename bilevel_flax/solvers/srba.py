@@ -33,8 +33,9 @@ from flax import struct
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, FullPass, Problem, Variables
 from bilevel_flax.checks import check_count, check_sum
 from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 @struct.dataclass
@@ -124,14 +125,14 @@ def estimator(
     )
 
 
-@takes_common
+@takes(CommonWithAdjoint)
 def srba(
     problem: Problem,
     *,
     num_inner_batches: int,
     num_outer_batches: int,
     period: int,
-    **common: Unpack[Common],
+    **common: Unpack[CommonWithAdjoint],
 ) -> BilevelSolver:
     """SRBA with an Optax optimiser for each variable (8 gradient units a step).
 
@@ -141,7 +142,7 @@ def srba(
         num_inner_batches: N, minibatches of the inner data.
         num_outer_batches: M, minibatches of the outer data.
         period: steps from one full pass to the next, >= 1; N + M times .5 to a few.
-        **common: optimisers and weights, see `Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run over all minibatches whenever

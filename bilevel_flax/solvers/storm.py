@@ -26,8 +26,9 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, Variables
 from bilevel_flax.per_sample import takes_rows
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
-from bilevel_flax.solvers.single_loop import Common, single_loop, takes_common
+from bilevel_flax.solvers.single_loop import single_loop
 
 
 @struct.dataclass
@@ -77,16 +78,16 @@ def estimator(problem: Problem, eta: Callable, *, lazy: bool = False) -> Estimat
     return Estimator(init=init, update=update, units=8.0)
 
 
-@takes_common
+@takes(CommonWithAdjoint)
 def storm(
-    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[Common]
+    problem: Problem, *, eta: float | optax.Schedule = 0.1, **common: Unpack[CommonWithAdjoint]
 ) -> BilevelSolver:
     """STORM momentum with an Optax optimiser for each variable (8 gradient units a step).
 
     Args:
         problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
-        **common: optimisers and weights, see `Common`.
+        **common: optimisers and weights, see `solvers.common`.
 
     Raises:
         ValueError: `eta` outside [0, 1].

@@ -127,25 +127,25 @@ def run(
         **{f"uniform_{share:g}": compared.uniform(policy, share) for share in shares},
     }
     path = workdir / "baselines.json"
-    found = read_json(path) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     trainer = None
     for number, (name, each) in enumerate(x.items(), start=1):
-        if name in found:
+        if name in results:
             continue
         say(f"baseline {number}/{len(x)}: {name}")
         trainer = Trainer(config, problem, init, train) if trainer is None else trainer
         state, seconds = trainer(each)
-        found[name] = {
+        results[name] = {
             "validation_error": measure(state, examples.validation)[0],
             "test_error": measure(state, examples.test)[0],
             "seconds": seconds,
         }
-        write_json(path, found)
+        write_json(path, results)
     if trainer is not None:
         trainer.close()
-    best = min(shares, key=lambda share: found[f"uniform_{share:g}"]["validation_error"])
-    chosen = found[f"uniform_{best:g}"] | {"magnitude": best}
-    return {name: found[name] for name in ("learned", "none", "random")} | {"uniform": chosen}
+    best = min(shares, key=lambda share: results[f"uniform_{share:g}"]["validation_error"])
+    chosen = results[f"uniform_{best:g}"] | {"magnitude": best}
+    return {name: results[name] for name in ("learned", "none", "random")} | {"uniform": chosen}
 
 
 def save_samples(

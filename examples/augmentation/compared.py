@@ -13,11 +13,11 @@ RANDAUGMENT_CHOICES = 2  # operations an image gets on average, as RandAugment's
 
 def fractions(policy: Policy, outer_params: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By operation: magnitude as a fraction of its limit, and probability."""
-    found = policy.learned(outer_params)
+    settings = policy.learned(outer_params)
     return {
         each.name: (
-            np.asarray(found[each.name]["magnitude"]) / (limit if each.graded else 1.0),
-            np.asarray(found[each.name]["probability"]),
+            np.asarray(settings[each.name]["magnitude"]) / (limit if each.graded else 1.0),
+            np.asarray(settings[each.name]["probability"]),
         )
         for each, limit in zip(policy.operations, policy.limits, strict=True)
     }

@@ -139,8 +139,8 @@ def make_measure(model: nn.Module, mean: float, deviation: float):
         total = np.zeros(2)
         for at in range(0, len(labels), _AT_ONCE):
             some = slice(at, at + _AT_ONCE)
-            found = batch_of(state.inner_params, state.model_state, examples[some], labels[some])
-            total += np.asarray(found)
+            sums = batch_of(state.inner_params, state.model_state, examples[some], labels[some])
+            total += np.asarray(sums)
         error, loss = (total / len(labels)).tolist()
         return error, loss
 
@@ -212,7 +212,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
             "test_error": test_error,
         }
         if config.baselines:
-            found = baselines.run(
+            compared = baselines.run(
                 config,
                 problem,
                 policy,
@@ -225,8 +225,8 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 log,
             )
             for part in ("validation_error", "test_error"):
-                results[part] |= {name: values[part] for name, values in found.items()}
-            results["uniform_magnitude"] = found["uniform"]["magnitude"]
+                results[part] |= {name: values[part] for name, values in compared.items()}
+            results["uniform_magnitude"] = compared["uniform"]["magnitude"]
             results["conclusion"] = report.conclusion(results)
         return results
 

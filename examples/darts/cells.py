@@ -80,8 +80,8 @@ def mixed(
     again = jax.nn.relu(first[:, : len(SEPARABLE)])
     # The second of a separable convolution has no stride.
     twice = _stage(again, kernels, "second", SEPARABLE, 1, as_matrix)
-    found = jnp.concatenate([twice, first[:, len(SEPARABLE) :]], axis=1)
-    return total + jnp.einsum("ek,eknhwc->enhwc", of(*CONVOLUTIONS), found)
+    outputs = jnp.concatenate([twice, first[:, len(SEPARABLE) :]], axis=1)
+    return total + jnp.einsum("ek,eknhwc->enhwc", of(*CONVOLUTIONS), outputs)
 
 
 def _stage(images, kernels, stage: str, names, stride: int, as_matrix) -> jax.Array:
@@ -92,8 +92,8 @@ def _stage(images, kernels, stage: str, names, stride: int, as_matrix) -> jax.Ar
         kernels[f"{stage}_depthwise_{size}"][:, sizes[:number].count(size)]
         for number, size in enumerate(sizes)
     ]
-    found = depthwise(images, chosen, dilations, stride, as_matrix)
-    return normalized(jnp.einsum("eknhwc,ekcd->eknhwd", found, kernels[f"{stage}_pointwise"]))
+    outputs = depthwise(images, chosen, dilations, stride, as_matrix)
+    return normalized(jnp.einsum("eknhwc,ekcd->eknhwd", outputs, kernels[f"{stage}_pointwise"]))
 
 
 def _halved(active: jax.Array, kernels: jax.Array) -> jax.Array:
@@ -128,11 +128,11 @@ class Compress(nn.Module):
         active = jax.nn.relu(images)
         parts = quarters(active) if self.halve else (active,)
         features = self.channels // len(parts)
-        found = [
+        outputs = [
             part @ self.param(f"kernel_{number}", scaled_normal, (part.shape[-1], features))
             for number, part in enumerate(parts)
         ]
-        return normalized(jnp.concatenate(found, axis=-1))
+        return normalized(jnp.concatenate(outputs, axis=-1))
 
 
 class SearchCell(nn.Module):
@@ -173,14 +173,14 @@ class SearchCell(nn.Module):
             ends = [EDGES[edge][1] - INPUTS for edge in BY_START if EDGES[edge][0] == start]
             at = [EDGES[edge][0] for edge in BY_START].index(start)
             here = slice(at, at + len(ends))
-            found = mixed(
+            outputs = mixed(
                 states[start],
                 weights[here],
                 {name: leaf[here] for name, leaf in kernels.items()},
                 2 if self.reduce and start < INPUTS else 1,
                 self.as_matrix,
             )
-            for node, images in zip(ends, found, strict=True):
+            for node, images in zip(ends, outputs, strict=True):
                 sums[node] = sums[node] + images
             if start >= INPUTS - 1:  # all edges into the next node are there
                 states.append(sums[start - INPUTS + 1])

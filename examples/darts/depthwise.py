@@ -45,11 +45,11 @@ def depthwise(
         as_matrix = jax.default_backend() == "cpu" and height * width <= _MOST_PIXELS
     if as_matrix:
         return _by_matrix(images, _embedded(kernels, dilations), stride)
-    found = [
+    outputs = [
         _by_convolution(images if images.ndim == 4 else images[:, i], kernel, stride, dilation)
         for i, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True))
     ]
-    return jnp.stack(found, axis=1)
+    return jnp.stack(outputs, axis=1)
 
 
 def _embedded(kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Array:
@@ -73,8 +73,8 @@ def _by_matrix(images: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
     matrices = matrices.reshape(*matrices.shape[:3], out[0] * out[1], height * width)
     flat = images.reshape(*images.shape[:-3], height * width, channels)
     form = "cekts,nsc->ekntc" if images.ndim == 4 else "cekts,eknsc->ekntc"
-    found = jnp.einsum(form, matrices, flat)
-    return found.reshape(*found.shape[:3], *out, channels)
+    products = jnp.einsum(form, matrices, flat)
+    return products.reshape(*products.shape[:3], *out, channels)
 
 
 def _taps(size: int, length: int, stride: int) -> np.ndarray:
@@ -93,7 +93,7 @@ def _by_convolution(images: jax.Array, kernels: jax.Array, stride: int, dilation
         images = images.reshape(*images.shape[:-2], channels * count)
         kernel, groups = jnp.moveaxis(kernels, 0, -1), channels * count
     reach = (size // 2) * dilation
-    found = lax.conv_general_dilated(
+    filtered = lax.conv_general_dilated(
         images,
         kernel.reshape(size, size, 1, channels * count),
         (stride, stride),
@@ -102,4 +102,4 @@ def _by_convolution(images: jax.Array, kernels: jax.Array, stride: int, dilation
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-    return jnp.moveaxis(found.reshape(*found.shape[:-1], channels, count), -1, 0)
+    return jnp.moveaxis(filtered.reshape(*filtered.shape[:-1], channels, count), -1, 0)

@@ -53,11 +53,11 @@ class Pointwise(nn.Module):
         active = jax.nn.relu(images)
         parts = quarters(active) if self.halve else (active,)
         features = self.channels // len(parts)
-        found = [
+        outputs = [
             part @ self.param(f"kernel_{number}", scaled_normal, (part.shape[-1], features))
             for number, part in enumerate(parts)
         ]
-        return Norm()(jnp.concatenate(found, axis=-1), train)
+        return Norm()(jnp.concatenate(outputs, axis=-1), train)
 
 
 class DepthwiseConvolution(nn.Module):
@@ -82,9 +82,9 @@ class DepthwiseConvolution(nn.Module):
             kernel = self.param(f"depthwise_{stage}", scaled_normal, shape)[:, 0]
             stride = self.stride if stage == 0 else 1
             active = jax.nn.relu(images)
-            found = depthwise(active, [kernel], [dilation], stride, self.as_matrix)[0, 0]
+            filtered = depthwise(active, [kernel], [dilation], stride, self.as_matrix)[0, 0]
             matrix = self.param(f"pointwise_{stage}", scaled_normal, (channels, channels))
-            images = Norm()(found @ matrix, train)
+            images = Norm()(filtered @ matrix, train)
         return images
 
 
@@ -126,11 +126,11 @@ class DerivedCell(nn.Module):
             for place, (operation, start) in enumerate(edges):
                 stride = 2 if self.reduce and start < INPUTS else 1
                 name = f"node_{number}_edge_{place}"
-                found = self._operation(operation, stride, name, states[start], train)
+                image = self._operation(operation, stride, name, states[start], train)
                 is_skip = operation == "skip_connect" and stride == 1
                 if train and not is_skip and not _is_zero(drop_path):
-                    found = dropped(self.make_rng("dropout"), found, drop_path)
-                total = total + found
+                    image = dropped(self.make_rng("dropout"), image, drop_path)
+                total = total + image
             states.append(total)
         return jnp.concatenate(states[INPUTS:], axis=-1)
 
@@ -152,8 +152,8 @@ def _is_zero(probability: Any) -> bool:
 
 def dropped(rng: jax.Array, images: jax.Array, probability: Any) -> jax.Array:
     """Each example as a whole: 0 with this probability, else divided by what is left of 1."""
-    kept = jax.random.bernoulli(rng, 1 - probability, (len(images), 1, 1, 1))
-    return jnp.where(kept, images / jnp.maximum(1 - probability, 1e-6), 0).astype(images.dtype)
+    survives = jax.random.bernoulli(rng, 1 - probability, (len(images), 1, 1, 1))
+    return jnp.where(survives, images / jnp.maximum(1 - probability, 1e-6), 0).astype(images.dtype)
 
 
 class DerivedNetwork(nn.Module):
@@ -210,8 +210,8 @@ class DerivedNetwork(nn.Module):
         return self._classified(last, "classifier"), extra
 
     def _auxiliary_head(self, images: jax.Array, train: bool) -> jax.Array:
-        found = Pointwise(_AUXILIARY_CHANNELS, name="auxiliary")(images, train)
-        return self._classified(jax.nn.relu(found), "auxiliary_classifier")
+        features = Pointwise(_AUXILIARY_CHANNELS, name="auxiliary")(images, train)
+        return self._classified(jax.nn.relu(features), "auxiliary_classifier")
 
     def _classified(self, images: jax.Array, name: str) -> jax.Array:
         logits = nn.Dense(self.num_classes, name=name)(images.mean((1, 2)))

@@ -81,10 +81,10 @@ def _derive_cell(weights: Any, name: str) -> Cell:
     for node in range(INPUTS, INPUTS + NODES):
         rows = [row for row, (_, end) in enumerate(EDGES) if end == node]
         strength = weights[np.ix_(rows, some)]
-        kept = np.argsort(-strength.max(1), kind="stable")[:KEPT]
+        best = np.argsort(-strength.max(1), kind="stable")[:KEPT]
         cell.append(
             tuple(
-                (OPERATIONS[some[strength[start].argmax()]], int(start)) for start in sorted(kept)
+                (OPERATIONS[some[strength[start].argmax()]], int(start)) for start in sorted(best)
             )
         )
     return tuple(cell)

@@ -50,28 +50,28 @@ def load_images(config: Any, splits: Any = None) -> Images:
         ValueError: the data is not there.
     """
     splits = splits or config.data.splits
-    found = sources.load(
+    whole = sources.load(
         config.data.name,
         manual_dir=config.data.manual_dir,
         data_dir=config.data.data_dir,
         splits=splits,
         seed=config.data.seed,
     )
-    kept, there = config.data.held_out, len(found.validation_labels)
-    if not 0 < kept < there or not len(found.train_labels):
+    count, there = config.data.held_out, len(whole.validation_labels)
+    if not 0 < count < there or not len(whole.train_labels):
         raise ConfigError(
-            f"--config.data.held_out={kept} with the splits {tuple(splits)}: both losses and the "
+            f"--config.data.held_out={count} with the splits {tuple(splits)}: both losses and the "
             "held-out part need examples"
         )
     train, validation, test = data.standardize(
-        found.train_images, found.validation_images, found.test_images
+        whole.train_images, whole.validation_images, whole.test_images
     )
     return Images(
-        Part(train, found.train_labels),
-        Part(validation[kept:], found.validation_labels[kept:]),
-        Part(validation[:kept], found.validation_labels[:kept]),
-        Part(test, found.test_labels),
-        found.num_classes,
+        Part(train, whole.train_labels),
+        Part(validation[count:], whole.validation_labels[count:]),
+        Part(validation[:count], whole.validation_labels[:count]),
+        Part(test, whole.test_labels),
+        whole.num_classes,
     )
 
 

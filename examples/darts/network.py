@@ -38,11 +38,11 @@ class Stack(NamedTuple):
     @property
     def channels(self) -> tuple[int, ...]:
         """Of a node, for each cell."""
-        found, now = [], self.width
+        counts, now = [], self.width
         for reduce in self.reductions:
             now *= 2 if reduce else 1
-            found.append(now)
-        return tuple(found)
+            counts.append(now)
+        return tuple(counts)
 
 
 def make_stack(
@@ -173,7 +173,7 @@ def initial(shapes: Any, rng: jax.Array) -> Any:
     """
     leaves, tree = jax.tree.flatten_with_path(shapes)
     drawn = jax.random.normal(rng, (sum(leaf.size for _, leaf in leaves),))
-    found, start = [], 0
+    parts, start = [], 0
     for path, leaf in leaves:
         part = drawn[start : start + leaf.size].reshape(leaf.shape)
         start += leaf.size
@@ -184,5 +184,5 @@ def initial(shapes: Any, rng: jax.Array) -> Any:
             part = jnp.zeros_like(part)
         else:
             part = part / fan_in(leaf.shape) ** 0.5
-        found.append(part)
-    return jax.tree.unflatten(tree, found)
+        parts.append(part)
+    return jax.tree.unflatten(tree, parts)

@@ -112,10 +112,10 @@ class ReluConvolution(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """[batch, height, width, channels] -> the same, at the operation's stride."""
-        found = Convolution(self.channels, self.size, self.stride, dtype=self.dtype)(
+        features = Convolution(self.channels, self.size, self.stride, dtype=self.dtype)(
             jax.nn.relu(images)
         )
-        return Normalization(self.affine, self.momentum, self.dtype)(found, train)
+        return Normalization(self.affine, self.momentum, self.dtype)(features, train)
 
 
 class AveragePool(nn.Module):

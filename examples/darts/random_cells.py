@@ -48,8 +48,8 @@ def _train_all(options: argparse.Namespace, config: Any, images: Images) -> None
     for cell in range(options.cells):
         say(f"random cell {cell} of {options.cells}")
         path = options.workdir / f"cell_{cell}.json"
-        found = train_seeds(config, random_genotype(cell), images, options.seeds, path, say)
-        errors.append(found["test_error"])
+        result = train_seeds(config, random_genotype(cell), images, options.seeds, path, say)
+        errors.append(result["test_error"])
     summary = {"test_errors": errors, "median_test_error": float(np.median(errors))}
     line = f"median of {len(errors)} random cells: {100 * np.median(errors):.2f} %"
     if rival is not None:

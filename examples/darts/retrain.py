@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _retrain(options: argparse.Namespace, config: Any, images: Images) -> None:
     check_count("--seeds", options.seeds)
-    found = genotype.load(options.genotype)
-    make_network(config, found, images)  # checks before anything is compiled
+    cells = genotype.load(options.genotype)
+    make_network(config, cells, images)  # checks before anything is compiled
     options.workdir.mkdir(parents=True, exist_ok=True)
     path = options.workdir / "retrained.json"
-    result = train_seeds(config, found, images, options.seeds, path, say)
-    draw.save(options.workdir, found)
+    result = train_seeds(config, cells, images, options.seeds, path, say)
+    draw.save(options.workdir, cells)
     error, spread = 100 * result["test_error"], 100 * result["test_error_spread"]
     say(
         f"test error {error:.2f} % (spread {spread:.2f}, {len(result['runs'])} seeds), "

@@ -36,10 +36,10 @@ def strongest(weights: Any, operations: Sequence[str], leave_out: Sequence[str] 
     weights = np.asarray(weights)
     if weights.shape[-1:] != (len(operations),):
         raise ValueError(f"weights have shape {weights.shape}, for operations {tuple(operations)}")
-    kept = [place for place, name in enumerate(operations) if name not in leave_out]
-    if not kept:
+    places = [place for place, name in enumerate(operations) if name not in leave_out]
+    if not places:
         raise ValueError(f"leave_out={tuple(leave_out)!r} leaves no operation")
-    return [operations[kept[int(np.argmax(row[kept]))]] for row in weights]
+    return [operations[places[int(np.argmax(row[places]))]] for row in weights]
 
 
 def entropy(weights: Any) -> Any:
@@ -74,16 +74,16 @@ def select_by_perturbation(
     """
     now = np.array(weights, np.float32)
     strongest(now, operations, leave_out)  # checks
-    kept = [place for place, name in enumerate(operations) if name not in leave_out]
+    places = [place for place, name in enumerate(operations) if name not in leave_out]
     for edge in np.argsort(-now.max(-1), kind="stable"):
         scores = []
-        for place in kept:
+        for place in places:
             without = now.copy()
             without[edge, place] = 0
             without[edge] /= max(without[edge].sum(), np.finfo(np.float32).tiny)
             scores.append(score(without))
         now[edge] = 0
-        now[edge, kept[int(np.argmin(scores))]] = 1
+        now[edge, places[int(np.argmin(scores))]] = 1
     return strongest(now, operations, leave_out)
 
 
@@ -145,7 +145,7 @@ def perturbed(error: Callable[[Any], float], weights: Any) -> dict[str, np.ndarr
         error: `error(shares)` of the trained supernet, on held-out data.
         weights: the learned shares.
     """
-    found = {}
+    chosen = {}
     none = genotype.OPERATIONS.index("none")
     for cell, values in weights.items():
         score = lambda tried, cell=cell: -error({**weights, cell: tried})
@@ -154,5 +154,5 @@ def perturbed(error: Callable[[Any], float], weights: Any) -> dict[str, np.ndarr
         rows = np.zeros(np.shape(values))
         rows[np.arange(len(names)), [genotype.OPERATIONS.index(name) for name in names]] = strength
         rows[:, none] = 1 - strength
-        found[cell] = rows
-    return found
+        chosen[cell] = rows
+    return chosen

@@ -66,8 +66,8 @@ def make_problem(network: SearchNetwork) -> bf.Problem:
 
     def loss(z, x, batch):
         logits = network.apply({"params": z}, batch["image"], MIXTURE.weights(x))
-        found = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), batch["label"])
-        return bf.masked_mean(found, batch.get("mask"))
+        each = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), batch["label"])
+        return bf.masked_mean(each, batch.get("mask"))
 
     return bf.Problem(loss, loss)
 
@@ -127,16 +127,16 @@ def make_task(config: Any, images: Images | None = None) -> Task:
             step, chosen = before_rise(workdir, weights)
         if config.selection == "perturbation":
             chosen = perturbed(functools.partial(error, state.inner_params), chosen)
-        found = genotype.derive(chosen)
-        path = genotype.save(workdir / "genotype.json", found)
-        draw.save(workdir, found)
+        derived = genotype.derive(chosen)
+        path = genotype.save(workdir / "genotype.json", derived)
+        draw.save(workdir, derived)
         log(f"genotype: {path}; python -m examples.darts.retrain --genotype {path} trains it")
         return {
             "supernet_validation_error": error(state.inner_params, weights),
             "stopped_at": step,
-            "skip_fraction": genotype.share_of(found, "skip_connect"),
-            "collapsed": genotype.collapsed(found),
-            "genotype": genotype.as_json(found),
+            "skip_fraction": genotype.share_of(derived, "skip_connect"),
+            "collapsed": genotype.collapsed(derived),
+            "genotype": genotype.as_json(derived),
         }
 
     return Task(

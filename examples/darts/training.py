@@ -189,23 +189,23 @@ class Trainer:
             step += len(info.inner_loss)
             losses += info.inner_loss.tolist()
         last = losses[-max(1, self._steps // 10) :]
-        found = Trained(
+        done = Trained(
             seed,
             self._error(state),
             float(np.mean(last)),
             self.parameters,
             self._loop.cpu_seconds,
         )
-        say(f"seed {seed}: test error {100 * found.test_error:.2f} %, {found.seconds:.0f} CPU s")
-        return found
+        say(f"seed {seed}: test error {100 * done.test_error:.2f} %, {done.seconds:.0f} CPU s")
+        return done
 
     def _error(self, state: bf.TrainState) -> float:
         variables = {"params": state.inner_params, **state.model_state}
         images, labels = self._test
         padded = np.resize(images, (-(-len(labels) // _EVALUATED) * _EVALUATED, *images.shape[1:]))
         parts = np.split(padded, len(padded) // _EVALUATED)
-        found = np.concatenate([np.asarray(self._logits(variables, part)[0]) for part in parts])
-        return float((found[: len(labels)].argmax(-1) != labels).mean())
+        logits = np.concatenate([np.asarray(self._logits(variables, part)[0]) for part in parts])
+        return float((logits[: len(labels)].argmax(-1) != labels).mean())
 
     def close(self) -> None:
         """Ends the loop."""

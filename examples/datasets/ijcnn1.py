@@ -94,14 +94,14 @@ def load(
       ValueError: missing, damaged or other files, no network; one line, naming file and fix.
     """
     folder = pathlib.Path(data_dir).expanduser() if data_dir else prepared.default_data_dir()
-    found = prepared.find(folder, NAME)
-    if found is None:
-        found, tables = _prepare(folder, manual_dir)
+    where = prepared.find(folder, NAME)
+    if where is None:
+        where, tables = _prepare(folder, manual_dir)
         if tables is not None:
             return tables
-    kept = decoded.load(found)
-    if kept is None:
-        columns = prepared.read_columns(found, tuple(PARTS), ("input", "label"))
+    cached = decoded.load(where)
+    if cached is None:
+        columns = prepared.read_columns(where, tuple(PARTS), ("input", "label"))
         tables = {
             name: Table(
                 _millionths(columns[f"{name}_input"]) / _UNIT,
@@ -109,14 +109,16 @@ def load(
             )
             for name in PARTS
         }
-        _keep(found, tables)
+        _keep(where, tables)
     else:
         tables = {
-            name: Table(kept[f"{name}_millionths"] / _UNIT, kept[f"{name}_labels"].astype(np.int64))
+            name: Table(
+                cached[f"{name}_millionths"] / _UNIT, cached[f"{name}_labels"].astype(np.int64)
+            )
             for name in PARTS
         }
     for name, part in PARTS.items():
-        _check_content(tables[name], part, f"the prepared set {found}", "delete that folder")
+        _check_content(tables[name], part, f"the prepared set {where}", "delete that folder")
     return tables
 
 
@@ -151,9 +153,9 @@ def _prepare(
         raise ValueError(f"{where} and manual_dir={manual} lacks {wanted}")
     # Here, in a fraction of the time that TFDS takes, a mistake is found before TFDS starts.
     tables = {name: parse(path, PARTS[name]) for name, path in files.items()}
-    found = _build(folder, files["train"].parent)
-    _keep(found, tables)
-    return found, tables
+    where = _build(folder, files["train"].parent)
+    _keep(where, tables)
+    return where, tables
 
 
 def _build(folder: pathlib.Path, manual_dir: pathlib.Path | None) -> pathlib.Path:
@@ -165,12 +167,12 @@ def _build(folder: pathlib.Path, manual_dir: pathlib.Path | None) -> pathlib.Pat
 def manual_files(folder: pathlib.Path) -> dict[str, pathlib.Path] | None:
     """Both files in `folder` or in its subfolder `ijcnn1`; None unless both are there."""
     for place in (folder, folder / NAME):
-        found = {
+        paths = {
             name: next(filter(pathlib.Path.is_file, (place / f for f in part.filenames)), None)
             for name, part in PARTS.items()
         }
-        if all(found.values()):
-            return {name: path for name, path in found.items() if path is not None}
+        if all(paths.values()):
+            return {name: path for name, path in paths.items() if path is not None}
     return None
 
 
@@ -218,9 +220,9 @@ def _check_content(table: Table, part: Part, where: str, fix: str) -> None:
 
 def digest(table: Table) -> str:
     """sha256 of the inputs in millionths and of the labels, whatever the notation was."""
-    found = hashlib.sha256(_millionths(table.inputs).astype("<i4").tobytes())
-    found.update(table.labels.astype("<i1").tobytes())
-    return found.hexdigest()
+    checksum = hashlib.sha256(_millionths(table.inputs).astype("<i4").tobytes())
+    checksum.update(table.labels.astype("<i1").tobytes())
+    return checksum.hexdigest()
 
 
 def _millionths(inputs: np.ndarray) -> np.ndarray:

@@ -78,8 +78,8 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
       ValueError: it has no `image` and `label` features, its images differ in size or are not
         8-bit, or a file is damaged.
     """
-    kept = decoded.load(folder)
-    if kept is None:
+    cached = decoded.load(folder)
+    if cached is None:
         parts, names = _read_records(folder)
         arrays = {
             f"{part}_{field}": array
@@ -89,11 +89,11 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
         decoded.save(folder, {**arrays, "class_names": np.array(names, dtype=np.str_)})
         return parts, names
     parts = {
-        part: Part(kept[f"{part}_images"], kept[f"{part}_labels"])
+        part: Part(cached[f"{part}_images"], cached[f"{part}_labels"])
         for part in ("train", "test")
-        if f"{part}_images" in kept
+        if f"{part}_images" in cached
     }
-    return parts, kept["class_names"].tolist()
+    return parts, cached["class_names"].tolist()
 
 
 def _read_records(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:

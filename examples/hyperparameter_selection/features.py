@@ -72,9 +72,9 @@ def folder_of(manual_dir: str | None, name: str, files) -> list[Path] | None:
     for folder in [] if manual_dir is None else [Path(manual_dir), Path(manual_dir) / name]:
         folder = folder.expanduser()
         candidates = [[folder / name for name in names] for names in files]
-        found = [next(filter(Path.is_file, paths), None) for paths in candidates]
-        if all(found):
-            return [path for path in found if path is not None]
+        existing = [next(filter(Path.is_file, paths), None) for paths in candidates]
+        if all(existing):
+            return [path for path in existing if path is not None]
     return None
 
 

@@ -128,8 +128,8 @@ class Attention(nn.Module):
             "bqhs,bkhs->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32
         )
         length = x.shape[1]
-        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        weights = nn.softmax(jnp.where(seen, logits, -1e30), axis=-1).astype(self.dtype)
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        weights = nn.softmax(jnp.where(causal, logits, -1e30), axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhs->bqhs", weights, value)
         return nn.DenseGeneral(
             self.size.width,

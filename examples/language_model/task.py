@@ -120,8 +120,8 @@ def make_task(config: Any) -> Task:
         target = target[:: -(-len(target) // most)]
     measured = text.windows(parts.held_out, length, 1, "the target (held out)")
     measured = measured[:: -(-len(measured) // config.data.windows_measured)]
-    found = np.bincount(mixture.domain, minlength=len(domains))
-    weights = bf.outer.domain_weights(len(domains), proposal=found.tolist())
+    counts = np.bincount(mixture.domain, minlength=len(domains))
+    weights = bf.outer.domain_weights(len(domains), proposal=counts.tolist())
     nats = jax.jit(lambda z, tokens: nats_of(model, z, tokens))
 
     def init(rng: jax.Array) -> InitialValues:
@@ -130,16 +130,16 @@ def make_task(config: Any) -> Task:
 
     def held_out_nats(state: bf.TrainState) -> float:
         whole = np.resize(measured, (-(-len(measured) // _PART) * _PART, length + 1))
-        found = [nats(state.inner_params, part) for part in np.split(whole, len(whole) // _PART)]
-        return float(np.concatenate(found)[: len(measured)].mean())
+        values = [nats(state.inner_params, part) for part in np.split(whole, len(whole) // _PART)]
+        return float(np.concatenate(values)[: len(measured)].mean())
 
     def learned(state: bf.TrainState) -> dict[str, float]:
         shares = weights.shares(state.outer_params)
         return {name: float(share) for name, share in zip(domains, shares, strict=True)}
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
-        found = {f"mixture/{name}": share for name, share in learned(state).items()}
-        return {"nats_per_token": held_out_nats(state), **found}
+        shares = {f"mixture/{name}": share for name, share in learned(state).items()}
+        return {"nats_per_token": held_out_nats(state), **shares}
 
     def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         del workdir, log

@@ -76,17 +76,17 @@ def load(files: Sequence[str] | Mapping[str, str | Path] | None) -> dict[str, np
             for name, path in files.items()
         }
     if files is None:
-        found = found_files()
-        if not found:
+        paths = found_files()
+        if not paths:
             return own_text()
     else:
-        found = {}
+        paths = {}
         for file in files:
             name = Path(file).name.partition(".")[0]
-            if name in found:
+            if name in paths:
                 raise ConfigError(f"--config.data.files: two files are called {name}: rename one")
-            found[name] = Path(file).expanduser()
-    return {name: read(path, "--config.data.files") for name, path in found.items()}
+            paths[name] = Path(file).expanduser()
+    return {name: read(path, "--config.data.files") for name, path in paths.items()}
 
 
 def read(path: Path, key: str) -> np.ndarray:

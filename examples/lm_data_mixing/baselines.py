@@ -158,7 +158,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     """
     config = run.config
     path = run.workdir / "baselines.json"
-    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    done: dict[str, Any] = read_json(path) if path.exists() else {}
     trainer = Trainer(run)
     sampler = data.Sampler(run.inner.num_batches, 2 * config.seed)  # the run's own
     per_step = config.batch_size
@@ -170,27 +170,27 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         def windows(start, stop):
             if run.config.use == "weighting":  # more candidates than a step of it reads
                 steps = np.arange(start * len(names), stop * len(names)) % run.inner.num_batches
-                found = data.gather(run.inner, steps)
-                found = {
+                windows_of_step = data.gather(run.inner, steps)
+                windows_of_step = {
                     key: leaf.reshape(stop - start, -1, *leaf.shape[2:])
-                    for key, leaf in found.items()
+                    for key, leaf in windows_of_step.items()
                 }
             else:
-                found = candidates(start, stop)
-            rows = choose(np.arange(start, stop), found)
-            return np.take_along_axis(found["tokens"], rows[..., None], axis=1)
+                windows_of_step = candidates(start, stop)
+            rows = choose(np.arange(start, stop), windows_of_step)
+            return np.take_along_axis(windows_of_step["tokens"], rows[..., None], axis=1)
 
         return windows
 
     def by_weights(weights_of):
-        def choose(steps, found):
-            weights = zip(weights_of(found), steps.tolist(), strict=True)
+        def choose(steps, windows_of_step):
+            weights = zip(weights_of(windows_of_step), steps.tolist(), strict=True)
             return np.stack([_comb(w, per_step, config.seed, step) for w, step in weights])
 
         return chosen(choose)
 
     def uniform():
-        return by_weights(lambda found: np.ones(found["domain"].shape))
+        return by_weights(lambda windows_of_step: np.ones(windows_of_step["domain"].shape))
 
     def direct():
         few = round(config.direct_share * per_step)
@@ -207,12 +207,12 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         return windows
 
     def by_classifier():
-        seen = candidates(0, max(1, 4 * len(run.sample) // run.inner.batch_size))["tokens"]
-        weights = classifier.fit(run.sample, seen.reshape(-1, seen.shape[-1]))
+        unselected = candidates(0, max(1, 4 * len(run.sample) // run.inner.batch_size))["tokens"]
+        weights = classifier.fit(run.sample, unselected.reshape(-1, unselected.shape[-1]))
 
-        def choose(steps, found):
+        def choose(steps, windows_of_step):
             del steps
-            scores = classifier.score(weights, found["tokens"])
+            scores = classifier.score(weights, windows_of_step["tokens"])
             return np.argsort(-scores, axis=1, kind="stable")[:, :per_step]
 
         return chosen(choose)
@@ -231,7 +231,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         return _learned(run, solver)
 
     def learned():
-        return by_weights(lambda found: run.weights(state.outer_params, found))
+        return by_weights(lambda windows_of_step: run.weights(state.outer_params, windows_of_step))
 
     jobs = {
         "soba": lambda: Plain(state.inner_params, []),
@@ -242,7 +242,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         "retrained": lambda: plain(learned()),
     }
     for number, (name, job) in enumerate(jobs.items()):
-        if name in found or (number and not config.baselines):
+        if name in done or (number and not config.baselines):
             continue
         if number:
             run.say(f"comparison {number}/{len(jobs) - 1}: {name}")
@@ -257,7 +257,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
             _CHUNK,
             keep_best=True,
         )
-        found[name] = {
+        done[name] = {
             "before": run.nats(result.params, run.test),
             "after": run.nats(tuned.params, run.test),
             "validation_before": tuned.curve[0][1],
@@ -266,24 +266,24 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
             "finetune_curve": tuned.curve,
         }
         if name == "dds":
-            found[name]["mixture"] = result.mixture
-        write_json(path, found)
-    return _summary(found, config)
+            done[name]["mixture"] = result.mixture
+        write_json(path, done)
+    return _summary(done, config)
 
 
-def _summary(found: dict[str, Any], config: Any) -> dict[str, Any]:
+def _summary(done: dict[str, Any], config: Any) -> dict[str, Any]:
     def pairs(prefix, name):
-        return {when: found[name][f"{prefix}{when}"] for when in ("before", "after")}
+        return {when: done[name][f"{prefix}{when}"] for when in ("before", "after")}
 
-    methods = [name for name in METHODS if name in found]
+    methods = [name for name in METHODS if name in done]
     results = {
         "nats_per_byte": {name: pairs("", name) for name in methods},
         "validation_nats_per_byte": {name: pairs("validation_", name) for name in methods},
         "tokens": config.steps * config.batch_size * config.length,
     }
-    if "retrained" in found:
+    if "retrained" in done:
         results["retrained_nats_per_byte"] = pairs("", "retrained")
-        results["dds_mixture"] = found["dds"]["mixture"]
+        results["dds_mixture"] = done["dds"]["mixture"]
     return results
 
 

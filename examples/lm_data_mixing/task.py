@@ -52,8 +52,8 @@ def load_texts(config: Any) -> Texts:
     files = {**(text.found_files() if config.default_domains else {}), **config.domains}
     tokens = text.load(files) if files or not config.default_domains else text.own_text()
     domains = {
-        name: stream.windows(found, config.length, f"--config.domains.{name}")
-        for name, found in tokens.items()
+        name: stream.windows(text_tokens, config.length, f"--config.domains.{name}")
+        for name, text_tokens in tokens.items()
     }
     if not domains:
         raise ConfigError("--config.domains: there are none: add some, --config.domains.NAME=path")

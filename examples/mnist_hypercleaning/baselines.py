@@ -139,11 +139,11 @@ def run(
         "refit": refit,
     }
     path = workdir / "baselines.json"
-    found = read_json(path) if path.exists() else {}
+    errors = read_json(path) if path.exists() else {}
     for number, (name, job) in enumerate(jobs.items(), start=1):
         key = f"test_error_{name}"
-        if key not in found:
+        if key not in errors:
             say(f"baseline {number}/{len(jobs)}: {name}")
-            found[key] = error(model, job(), examples.test_images, examples.test_labels)
-            write_json(path, found)
-    return found
+            errors[key] = error(model, job(), examples.test_images, examples.test_labels)
+            write_json(path, errors)
+    return errors

@@ -127,5 +127,5 @@ def losses(
     model: nn.Module, state: bf.TrainState, images: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
     """The cross entropy of every image, float32 [n], with dropout off."""
-    _, found = _judge_all(model, state, images, labels)
-    return found
+    _, values = _judge_all(model, state, images, labels)
+    return values

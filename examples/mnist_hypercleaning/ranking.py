@@ -23,9 +23,9 @@ def roc_curve(weights: np.ndarray, is_wrong: np.ndarray) -> tuple[np.ndarray, np
     wrong = np.asarray(is_wrong, bool)[order]
     # Only where the weight changes: within a tie no order can be told.
     ends = np.append(np.flatnonzero(np.diff(weights[order])), len(order) - 1)
-    found = np.concatenate([[0], np.cumsum(wrong)[ends]])
+    hits = np.concatenate([[0], np.cumsum(wrong)[ends]])
     false_alarms = np.concatenate([[0], np.cumsum(~wrong)[ends]])
-    return false_alarms / false_alarms[-1], found / found[-1]
+    return false_alarms / false_alarms[-1], hits / hits[-1]
 
 
 def wrong_label_auc(weights: np.ndarray, is_wrong: np.ndarray) -> float:
@@ -40,5 +40,5 @@ def wrong_label_auc(weights: np.ndarray, is_wrong: np.ndarray) -> float:
     """
     if is_wrong.all() or not is_wrong.any():
         return float("nan")
-    false_alarms, found = roc_curve(weights, is_wrong)
-    return float(np.trapezoid(found, false_alarms))
+    false_alarms, hits = roc_curve(weights, is_wrong)
+    return float(np.trapezoid(hits, false_alarms))

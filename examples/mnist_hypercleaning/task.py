@@ -216,8 +216,8 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
     def learned(state: bf.TrainState) -> np.ndarray:
         if not weights.by_loss:
             return np.array(weights.weights(state.outer_params))
-        found = losses(model, state, examples.train_images, examples.given_labels)
-        return np.array(weights.weights(state.outer_params, found))
+        values = losses(model, state, examples.train_images, examples.given_labels)
+        return np.array(weights.weights(state.outer_params, values))
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         return {
@@ -228,12 +228,12 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         }
 
     def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
-        found = learned(state)
+        learned_weights = learned(state)
         results: dict[str, Any] = {
             **evaluate(state),
             "test_error": error(model, state, examples.test_images, examples.test_labels),
         }
-        save_learned(workdir, examples, found)
+        save_learned(workdir, examples, learned_weights)
         if config.baselines:
             results |= baselines.run(
                 config,
@@ -242,7 +242,7 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
                 make_problem(model, FIXED, regularization),
                 examples,
                 state.outer_params,
-                found,
+                learned_weights,
                 init,
                 workdir,
                 log,

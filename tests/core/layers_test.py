@@ -18,8 +18,7 @@ PACKAGE = ROOT / "bilevel_flax"
 
 # Lowest first; a file may import its own room and those below, never one beside or above it.
 LAYERS = (
-    {"deprecated", "wrapped_loss"},
-    {"condition"},
+    {"deprecated"},
     {"base", "distribution"},
     {"tree", "data"},
     {"minibatches"},

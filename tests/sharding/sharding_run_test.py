@@ -78,10 +78,7 @@ def test_losses_decide_who_places_the_reductions():
     assert made.problem.evaluate is None
 
 
-def test_a_process_feeds_its_own_examples():
-    assert sharding.examples_here(sharding.make_mesh("data=2,fsdp=4"), 16) == [
-        slice(2 * i, 2 * i + 2) for i in range(8)
-    ]
+def test_a_mesh_takes_the_examples_that_are_asked_for():
     layout = sharding.Layout(sharding.make_mesh("data=8"))
     rows = np.arange(3 * 16 * 2).reshape(3, 16, 2)
     placed = layout.place_batches({"a": rows}, np.array([[2, 0], [1, 1]]))["a"]

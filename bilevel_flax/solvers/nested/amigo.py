@@ -14,14 +14,15 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
-import optax
 
+from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
+from bilevel_flax.solvers.common import CommonWithAdjoint, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -34,28 +35,21 @@ from bilevel_flax.solvers.step import optimizer_step
 from bilevel_flax.tree import filter_inexact, norm, ratio
 
 
+@takes(CommonWithAdjoint)
 def amigo(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
-    adjoint: optax.GradientTransformation | None = None,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[CommonWithAdjoint],
 ) -> BilevelSolver:
     """AmIGO: T inner steps, S adjoint steps, one outer step; T + S + 2 gradient units.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z; its schedules count inner steps.
-        outer: optimiser of x.
-        adjoint: optimiser of v, handed `inner_opt_state` besides; None: as `inner`.
         inner_steps: T, steps of z in one update.
         adjoint_steps: S, steps of v in one update.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A solver with `batches` (T + S + 1, 1).
@@ -80,6 +74,10 @@ def amigo(
     """
     check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps)
+
+    inner, adjoint = common.get("inner"), common.get("adjoint")
+    checks.optimizer("inner", inner)
+    common["adjoint"] = like_inner_optimizer(inner) if adjoint is None else adjoint
 
     def step(sampled: SampledOracles, state, inner, outer):
         z, v, x = state.variables
@@ -122,11 +120,7 @@ def amigo(
         problem,
         step,
         name="amigo",
-        inner=inner,
-        outer=outer,
-        adjoint=like_inner_optimizer(inner) if adjoint is None else adjoint,
         batches=(inner_steps + adjoint_steps + 1, 1),
         units=inner_steps + adjoint_steps + 2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
+        **common,
     )

@@ -17,7 +17,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import optax
@@ -26,6 +26,7 @@ from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.minibatches import scale
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -53,30 +54,26 @@ def penalty_growth(t):
     return 10.0 * (t + 1.0) ** (1 / 7)
 
 
+@takes(Common)
 def f2sa(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     penalised: optax.GradientTransformation | None = None,
     inner_steps: int = 10,
     penalty: float | optax.Schedule = penalty_growth,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """F2SA: T steps on each of two inner variables, one outer step; 3T + 3 gradients.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z; its schedules count inner steps.
-        outer: optimiser of x; no row-sparse one.
         penalised: optimiser of y, fed λ∇₁G + ∇₁F; None: `inner`, fed ∇₁G + ∇₁F/λ (the source's
             coupling ρ' = ρ/λ).
         inner_steps: T, at least 1.
         penalty: λ, at least twice (smoothness of F) / (strong convexity of G); a schedule counts
             updates. The bias of D_x is O(1/λ).
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+            one.
 
     Returns:
         A solver with `batches` (T + 1, T + 1).
@@ -98,8 +95,8 @@ def f2sa(
     checks.has_value(problem, "f2sa")
     check_count("inner_steps", inner_steps)
     check_positive("penalty", penalty)
-    checks.optimizer("inner", inner)
-    second = tolerant(penalised or inner)
+    checks.optimizer("inner", common.get("inner"))
+    second = tolerant(penalised or common["inner"])
 
     def start(variables):
         return F2SAState(variables.inner, second.init(filter_inexact(variables.inner)))
@@ -149,12 +146,9 @@ def f2sa(
         problem,
         step,
         name="f2sa",
-        inner=inner,
-        outer=outer,
         memory=start,
         batches=(inner_steps + 1, inner_steps + 1),
         units=3 * inner_steps + 3,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         row_directions=False,
+        **common,
     )

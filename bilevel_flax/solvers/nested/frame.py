@@ -137,7 +137,7 @@ def nested(
     step: Callable[..., tuple[TrainState, StepReport]],
     *,
     name: str,
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | None,
     outer: optax.GradientTransformation,
     adjoint: optax.GradientTransformation | None = None,
     memory: Callable[[Variables], PyTree] = lambda variables: (),
@@ -175,7 +175,8 @@ def nested(
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
             at trace time missing ids or leading axes.
     """
-    for variable, value in (("inner", inner), ("outer", outer), ("adjoint", adjoint or inner)):
+    inner = checks.optimizer("inner", inner)
+    for variable, value in (("outer", outer), ("adjoint", adjoint or inner)):
         checks.optimizer(variable, value)
     sparse_outer = isinstance(outer, RowTransformation)
     dense_direction = moves_outer or not row_directions

@@ -22,13 +22,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.condition import is_condition
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import (
     check_damping,
@@ -69,25 +70,21 @@ def implicit_step(solve: Callable[[Any], Callable], inner_steps: int, *, same: b
     return step
 
 
+@takes(Common)
 def implicit(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     linear_solver: str | None = None,
     adjoint_step: float | optax.Schedule | None = None,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
     damping: float = 0.0,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """Implicit differentiation by CG, GMRES or Neumann; T + S + 2 gradient units.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z; its schedules count inner steps.
-        outer: optimiser of x.
         linear_solver: "cg", "gmres" (keeps S + 1 vectors like z) or "neumann"; None: "cg", and
             "gmres" where the inner problem is a condition.
         adjoint_step: η of the Neumann series, below 1 / (largest eigenvalue of ∇²₁₁G); None for
@@ -95,8 +92,7 @@ def implicit(
         inner_steps: T, at least 1.
         adjoint_steps: S, Hessian products, at least 1.
         damping: δ, at least 0.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A solver with `batches` (T + 1, 1).
@@ -157,10 +153,7 @@ def implicit(
         problem,
         implicit_step(solve, inner_steps),
         name=f"implicit_{linear_solver}",
-        inner=inner,
-        outer=outer,
         batches=(inner_steps + 1, 1),
         units=inner_steps + adjoint_steps + 2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
+        **common,
     )

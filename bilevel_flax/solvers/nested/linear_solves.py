@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import tree
 from bilevel_flax.base import Metrics, Problem, PyTree, TrainState
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.nested.minres import minres
 from bilevel_flax.solvers.nested.sampled_oracles import (

@@ -13,39 +13,35 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
 
 
+@takes(Common)
 def stocbio(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     adjoint_step: float | optax.Schedule,
     inner_steps: int = 10,
     adjoint_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """stocBiO: T inner steps, Q Hessian products, one outer step; T + Q + 2 gradient units.
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z; its schedules count inner steps.
-        outer: optimiser of x.
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         inner_steps: T, at least 1.
         adjoint_steps: Q, at least 0.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`.
 
     Returns:
         A solver with `batches` (T + Q + 1, 1).
@@ -82,10 +78,7 @@ def stocbio(
         problem,
         step,
         name="stocbio",
-        inner=inner,
-        outer=outer,
         batches=(inner_steps + adjoint_steps + 1, 1),
         units=inner_steps + adjoint_steps + 2,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
+        **common,
     )

@@ -16,16 +16,17 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import oracles
+from bilevel_flax import checks, oracles
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
 from bilevel_flax.minibatches import scale
+from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first
 from bilevel_flax.solvers.step import tolerant
@@ -61,14 +62,12 @@ def differentiable(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+@takes(Common)
 def unrolled(
     problem: Problem,
     *,
-    inner: optax.GradientTransformation,
-    outer: optax.GradientTransformation,
     inner_steps: int = 10,
-    inner_weights: Any = None,
-    outer_weights: Any = None,
+    **common: Unpack[Common],
 ) -> BilevelSolver:
     """Backprop through K inner steps; 3K + 1 gradient units (K gradients, HVPs and cross-JVPs).
 
@@ -77,12 +76,10 @@ def unrolled(
 
     Args:
         problem: the bilevel problem.
-        inner: optimiser of z, differentiable (SGD, momentum, Adam ...), in x too if it takes
-            `outer_params=` (a learning rate to be learned); its schedules count inner steps.
-        outer: optimiser of x; no row-sparse one.
         inner_steps: K, at least 1.
-        inner_weights: float [N], each inner minibatch's share of the samples; None: equal.
-        outer_weights: float [M], the same for the outer data.
+        **common: optimisers and weights, see `solvers.common`. `inner` is differentiated (SGD,
+            momentum, Adam ...), in x too if it takes `outer_params=` (a learning rate to be
+            learned); `outer` is no row-sparse one.
 
     Returns:
         A solver with `batches` (K, 1).
@@ -104,6 +101,8 @@ def unrolled(
         [3.0]
     """
     check_count("inner_steps", inner_steps)
+    checks.optimizer("inner", common.get("inner"))
+    common["inner"] = differentiable(common["inner"])
 
     def sees_outer(sampled: SampledOracles, state, minibatches, x):
         return sampled.inner_sgd(state.inner_params, state.inner_opt_state, x, minibatches)[0]
@@ -128,12 +127,9 @@ def unrolled(
         problem,
         step,
         name="unrolled",
-        inner=differentiable(inner),
-        outer=outer,
         batches=(inner_steps, 1),
         units=3 * inner_steps + 1,
-        inner_weights=inner_weights,
-        outer_weights=outer_weights,
         row_directions=False,
         sees_outer=sees_outer,
+        **common,
     )

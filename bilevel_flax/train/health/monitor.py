@@ -17,7 +17,7 @@ import numpy as np
 
 from bilevel_flax import data, diagnostics, oracles
 from bilevel_flax.base import PyTree, TrainState
-from bilevel_flax.condition import is_condition
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train.actions import Schedule
 from bilevel_flax.train.task import Task

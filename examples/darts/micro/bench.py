@@ -95,12 +95,12 @@ def _run_missing(options: Options, say: Callable[[str], None]) -> list[Row]:
         if (solver, seed) in done:
             continue
         say(f"[{count}/{len(wanted)}] {solver}, seed {seed}")
-        found = searchers[solver](make_search(seed), seed)
+        outcome = searchers[solver](make_search(seed), seed)
         done[solver, seed] = Searched(
-            solver, seed, " ".join(found.genotype), found.oracle_units, found.seconds
+            solver, seed, " ".join(outcome.genotype), outcome.oracle_units, outcome.seconds
         )
         folder.write_csv(path, Searched._fields, _as_text(done.values()))
-        say(f"    {done[solver, seed].genotype} after {found.seconds:.0f} s")
+        say(f"    {done[solver, seed].genotype} after {outcome.seconds:.0f} s")
 
     # Only now: no search has seen a test accuracy.
     table = micro_table.read()

@@ -27,8 +27,8 @@ def small(images: np.ndarray) -> np.ndarray:
 @functools.cache
 def all_digits() -> Digits:
     """The 5,000 digits of mnist5k (from MNIST's training part), before standardising."""
-    found = sources.load("mnist5k", splits=(5000, 0, 0))
-    return Digits(small(found.train_images), found.train_labels)
+    loaded = sources.load("mnist5k", splits=(5000, 0, 0))
+    return Digits(small(loaded.train_images), loaded.train_labels)
 
 
 def test_digits(manual_dir: str | None, data_dir: str | None = None) -> Digits:
@@ -41,8 +41,8 @@ def test_digits(manual_dir: str | None, data_dir: str | None = None) -> Digits:
     Raises:
         ValueError: the files are not there, or damaged.
     """
-    found = sources.load("mnist", manual_dir=manual_dir, data_dir=data_dir, splits=(1, 0, 10_000))
-    return Digits(small(found.test_images), found.test_labels)
+    loaded = sources.load("mnist", manual_dir=manual_dir, data_dir=data_dir, splits=(1, 0, 10_000))
+    return Digits(small(loaded.test_images), loaded.test_labels)
 
 
 def standardized(digits: Digits, by: Digits) -> Digits:

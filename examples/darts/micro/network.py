@@ -88,9 +88,9 @@ class MicroNetwork(nn.Module):
                 network; a compiled program serves all 625.
             train: normalise by the statistics of the batch.
         """
-        normalized = lambda found: operations.Normalization(
+        normalized = lambda features: operations.Normalization(
             momentum=self.momentum, dtype=self.dtype
-        )(found, train)
+        )(features, train)
         stem = operations.Convolution(self.channels, stride=2, dtype=self.dtype)(images)
         nodes: list[Any] = [normalized(stem)] + [0.0] * (NODES - 1)
         for edge, (start, end) in enumerate(EDGES):
@@ -98,5 +98,5 @@ class MicroNetwork(nn.Module):
                 self.names, self.channels, self.momentum, self.dtype, name=f"edge_{edge}"
             )
             nodes[end] = nodes[end] + operation(nodes[start], choices[edge], train)
-        found = jax.nn.relu(normalized(nodes[-1]))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(found.mean((1, 2)))
+        features = jax.nn.relu(normalized(nodes[-1]))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(features.mean((1, 2)))

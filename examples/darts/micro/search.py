@@ -118,8 +118,8 @@ def make_search(
         return variables["params"], x
 
     def accuracy(z, weights) -> float:
-        found = _predictions(network, z, jnp.asarray(weights), images)
-        return float(np.mean(np.asarray(found) == labels))
+        predicted = _predictions(network, z, jnp.asarray(weights), images)
+        return float(np.mean(np.asarray(predicted) == labels))
 
     return Search(make_problem(network), inner, outer, init, accuracy, network.names)
 

@@ -50,12 +50,12 @@ def read(path: Path = PATH) -> np.ndarray:
     Raises:
         ValueError: the file is no such table.
     """
-    found = np.full((len(micro_space.genotypes()), SEEDS), np.nan)
+    entries = np.full((len(micro_space.genotypes()), SEEDS), np.nan)
     if not path.exists():
-        return found
+        return entries
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if len(rows) != len(found) or tuple(rows[0]) != COLUMNS:
+    if len(rows) != len(entries) or tuple(rows[0]) != COLUMNS:
         raise ValueError(
             f"{path} has {len(rows)} rows, columns {', '.join(rows[0]) if rows else 'none'}: "
             "it is no table of the micro-space; delete it to train anew"
@@ -63,8 +63,8 @@ def read(path: Path = PATH) -> np.ndarray:
     for place, (genotype, row) in enumerate(zip(micro_space.genotypes(), rows, strict=True)):
         if tuple(row[edge] for edge in _EDGES) != genotype:
             raise ValueError(f"{path}, row {place + 2}: expected the genotype {genotype}")
-        found[place] = [float(row[name] or "nan") for name in _ACCURACIES]
-    return found
+        entries[place] = [float(row[name] or "nan") for name in _ACCURACIES]
+    return entries
 
 
 def write(accuracies: np.ndarray, path: Path = PATH) -> None:
@@ -126,12 +126,12 @@ def make_trainer(
         carry = (params, optimizer.init(params))
         (params, _), _ = jax.lax.scan(step, carry, jax.random.split(order, steps))
         # The statistics of all training digits under the last parameters.
-        found: Any
-        _, found = network.clone(momentum=0.0).apply(
+        final: Any
+        _, final = network.clone(momentum=0.0).apply(
             {"params": params, **statistics}, images, choices, train=True, mutable=["batch_stats"]
         )
         predict = lambda part: jnp.argmax(
-            jnp.asarray(network.apply({"params": params, **found}, part, choices, train=False)), -1
+            jnp.asarray(network.apply({"params": params, **final}, part, choices, train=False)), -1
         )
         return jax.lax.map(predict, test_images).reshape(-1)
 

@@ -80,31 +80,31 @@ def make_task(config: Any) -> Task:
         return np.asarray(weights_of(state.outer_params)[CELL])
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
-        found = shares(state)
+        mixture = shares(state)
         return {
-            "validation_error": 1 - search.accuracy(state.inner_params, found),
-            "mixture_entropy": float(selection.entropy(found)),
+            "validation_error": 1 - search.accuracy(state.inner_params, mixture),
+            "mixture_entropy": float(selection.entropy(mixture)),
         } | {
             f"{_PREFIX}/{start}-{end}/{name}": float(share)
-            for (start, end), row in zip(EDGES, found, strict=True)
+            for (start, end), row in zip(EDGES, mixture, strict=True)
             for name, share in zip(names, row, strict=True)
         }
 
     def final_metrics(
         state: bf.TrainState, workdir: Path, log: Callable[[str], None]
     ) -> dict[str, Any]:
-        found, z = shares(state), state.inner_params
+        mixture, z = shares(state), state.inner_params
         if config.selection == "perturbation":
             accuracy = lambda weights: search.accuracy(z, weights)
-            chosen = selection.select_by_perturbation(accuracy, found, names, ("none",))
+            chosen = selection.select_by_perturbation(accuracy, mixture, names, ("none",))
             genotype = check(chosen, "the derived genotype")
         else:
-            genotype = derive(found, names)
+            genotype = derive(mixture, names)
         write_json(workdir / "genotype.json", {"space": "micro", "operations": list(genotype)})
         results = {
             "genotype": list(genotype),
             "collapsed": micro_scores.collapsed(genotype),
-            "validation_error": 1 - search.accuracy(z, found),
+            "validation_error": 1 - search.accuracy(z, mixture),
             "validation_error_one_network": 1 - search.accuracy(z, one_hot(genotype, names)),
             "units_over_plain_training": (
                 config.steps * micro_methods.UNITS[config.method] / micro_methods.PLAIN_STEPS
@@ -144,13 +144,13 @@ def make_task(config: Any) -> Task:
 
 def sections(workdir: Path) -> list[Section]:
     """The report's own part: the network found, its place in the table, the shares over time."""
-    made = []
+    parts = []
     if (workdir / "genotype.json").exists():
         genotype = read_json(workdir / "genotype.json")["operations"]
         rows = [
             (f"{start} → {end}", name) for (start, end), name in zip(EDGES, genotype, strict=True)
         ]
-        made.append(
+        parts.append(
             table_section(
                 "The network found",
                 ("edge", "operation"),
@@ -163,10 +163,10 @@ def sections(workdir: Path) -> list[Section]:
     rows = [row for row in rows if any(name.startswith(_PREFIX) for name in row)]
     if len(rows) > 1:
         names = [name for name in rows[0] if name.startswith(_PREFIX)]
-        made.append(
+        parts.append(
             figure_section("The operations' shares", _shares(rows, names), "softmax of the logits.")
         )
-    return made
+    return parts
 
 
 def _shares(rows: list[dict[str, Any]], names: list[str]):

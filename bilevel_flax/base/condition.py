@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax.wrapped_loss import WrappedLoss
+from bilevel_flax.base.wrapped_loss import WrappedLoss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
