@@ -11,14 +11,14 @@ import numpy as np
 
 
 def check_seed(seed: int) -> int:
-    """Returns `seed` as a Python int, or says what is wrong with it.
+    """`seed` as a Python int, or an error that says what is wrong with it.
 
     Args:
-      seed: a non-negative integer, NumPy integers included.
+        seed: a non-negative integer, NumPy integers included.
 
     Raises:
-      TypeError: `seed` is not an integer.
-      ValueError: `seed` is negative.
+        TypeError: `seed` is not an integer.
+        ValueError: `seed` is negative.
     """
     try:
         value = operator.index(seed)
@@ -34,30 +34,30 @@ def _words(n: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """Returns a permutation of `range(n)`, a pure function of `key`.
+    """A permutation of `range(n)`, a pure function of `key`.
 
     Args:
-      n: how many.
-      *key: non-negative integers: a seed first, then what tells the streams apart.
+        n: how many.
+        *key: non-negative integers: a seed first, then what tells the streams apart.
 
     Returns:
-      int64 [n].
+        int64 [n].
 
     Example:
-      >>> sorted(permutation(4, 0, 7).tolist())
-      [0, 1, 2, 3]
+        >>> sorted(permutation(4, 0, 7).tolist())
+        [0, 1, 2, 3]
     """
     return np.argsort(_words(n, key), kind="stable")
 
 
 def uniform(n: int, *key: int) -> np.ndarray:
-    """Returns draws from [0, 1), a pure function of `key`.
+    """Draws from [0, 1), a pure function of `key`.
 
     Args:
-      n: how many.
-      *key: non-negative integers: a seed first, then what tells the streams apart.
+        n: how many.
+        *key: non-negative integers: a seed first, then what tells the streams apart.
 
     Returns:
-      float64 [n].
+        float64 [n].
     """
     return (_words(n, key) >> np.uint64(11)) * 2.0**-53

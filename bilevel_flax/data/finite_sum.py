@@ -23,16 +23,16 @@ class FiniteSum:
     """Minibatches that lie contiguously in memory: minibatch `i` is `leaf[i]`, a view.
 
     Attributes:
-      batches: the user's arrays, leaves [num_batches, batch_size, ...]; `"index"` int32
-        [num_batches, batch_size], each example's position in the original arrays; and, only when
-        the last minibatch is ragged, `"mask"` float32 [num_batches, batch_size], 1 for an example
-        and 0 for padding (`"example_mask"` where the user has a `"mask"`, of tokens say). Padding
-        repeats examples of the same minibatch, index included.
-      weights: float32 [num_batches], each minibatch's share of the samples; they sum to 1.
-      num_samples: examples, padding not counted.
-      num_batches: minibatches, N.
-      batch_size: examples in a minibatch, padding counted.
-      streamed: whether minibatches are read when they are needed (`data.streamed`).
+        batches: the user's arrays, leaves [num_batches, batch_size, ...]; `"index"` int32
+            [num_batches, batch_size], each example's position in the original arrays; and, only
+            when the last minibatch is ragged, `"mask"` float32 [num_batches, batch_size], 1 for an
+            example and 0 for padding (`"example_mask"` where the user has a `"mask"`, of tokens
+            say). Padding repeats examples of the same minibatch, index included.
+        weights: float32 [num_batches], each minibatch's share of the samples; they sum to 1.
+        num_samples: examples, padding not counted.
+        num_batches: minibatches, N.
+        batch_size: examples in a minibatch, padding counted.
+        streamed: whether minibatches are read when they are needed (`data.streamed`).
     """
 
     batches: dict[str, Any]
@@ -59,24 +59,24 @@ def partition(
     """Permutes examples once and cuts them into minibatches.
 
     Args:
-      arrays: a dict (of dicts) of arrays that agree in their leading length n.
-      batch_size: examples a minibatch, 1 .. n.
-      seed: what the permutation is drawn from, non-negative.
-      shuffle: False keeps the order as it is.
+        arrays: a dict (of dicts) of arrays that agree in their leading length n.
+        batch_size: examples a minibatch, 1 .. n.
+        seed: what the permutation is drawn from, non-negative.
+        shuffle: False keeps the order as it is.
 
     Returns:
-      A `FiniteSum` of ceil(n / batch_size) minibatches.
+        A `FiniteSum` of ceil(n / batch_size) minibatches.
 
     Raises:
-      TypeError: `arrays` is no dict, a leaf is no numeric array, `batch_size` is no integer.
-      ValueError: leading lengths differ, there are no examples, `batch_size` is out of range, or a
-        reserved name is taken: "index", "example_mask", a "mask" with one number an example.
+        TypeError: `arrays` is no dict, a leaf is no numeric array, `batch_size` is no integer.
+        ValueError: leading lengths differ, there are no examples, `batch_size` is out of range, or
+            a reserved name is taken: "index", "example_mask", a "mask" with one number an example.
 
     Example:
-      >>> import numpy as np
-      >>> parts = partition({"x": np.arange(5.0)}, 2, shuffle=False)
-      >>> parts.batches["x"].tolist(), parts.batches["mask"].tolist()
-      ([[0.0, 1.0], [2.0, 3.0], [4.0, 4.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+        >>> import numpy as np
+        >>> parts = partition({"x": np.arange(5.0)}, 2, shuffle=False)
+        >>> parts.batches["x"].tolist(), parts.batches["mask"].tolist()
+        ([[0.0, 1.0], [2.0, 3.0], [4.0, 4.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     """
     arrays = _checked(arrays)
     n = len(jax.tree.leaves(arrays)[0])
@@ -106,14 +106,14 @@ def gather(finite_sum: FiniteSum, ids: np.ndarray) -> dict[str, Any]:
     """Copies the minibatches `ids` out, on the host.
 
     Args:
-      finite_sum: where from.
-      ids: integers of any shape S, each in [0, num_batches).
+        finite_sum: where from.
+        ids: integers of any shape S, each in [0, num_batches).
 
     Returns:
-      As `finite_sum.batches`, leaves [*S, batch_size, ...].
+        As `finite_sum.batches`, leaves [*S, batch_size, ...].
 
     Raises:
-      ValueError: an id is out of range.
+        ValueError: an id is out of range.
     """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= finite_sum.num_batches):

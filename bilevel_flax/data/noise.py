@@ -21,28 +21,28 @@ def corrupt_labels(
     label is the commonest of its class, and only clean validation data can tell the two apart.
 
     Args:
-      labels: integers [n] in [0, num_classes).
-      p: the probability of a draw, in [0, 1].
-      num_classes: classes, at least 2.
-      seed: non-negative.
-      kind: "symmetric" or "class".
+        labels: integers [n] in [0, num_classes).
+        p: the probability of a draw, in [0, 1].
+        num_classes: classes, at least 2.
+        seed: non-negative.
+        kind: "symmetric" or "class".
 
     Returns:
-      (noisy labels int32 [n], bool [n]: where they differ from `labels`).
+        (noisy labels int32 [n], bool [n]: where they differ from `labels`).
 
     Raises:
-      TypeError: labels are no integers.
-      ValueError: `p`, `kind`, `num_classes` or a label is out of range.
+        TypeError: labels are no integers.
+        ValueError: `p`, `kind`, `num_classes` or a label is out of range.
 
     Example:
-      >>> import numpy as np
-      >>> noisy, wrong = corrupt_labels(np.zeros(1000, np.int32), .5, 10, seed=0)
-      >>> bool(((noisy != 0) == wrong).all()), .4 < float(wrong.mean()) < .5
-      (True, True)
+        >>> import numpy as np
+        >>> noisy, wrong = corrupt_labels(np.zeros(1000, np.int32), .5, 10, seed=0)
+        >>> bool(((noisy != 0) == wrong).all()), .4 < float(wrong.mean()) < .5
+        (True, True)
 
     References:
-      L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and Reverse Gradient-Based
-      Hyperparameter Optimization", ICML 2017 (hypercleaning with resampled labels).
+        L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and Reverse Gradient-Based
+        Hyperparameter Optimization", ICML 2017 (hypercleaning with resampled labels).
     """
     if kind not in _KINDS:
         near = difflib.get_close_matches(str(kind), _KINDS, 1, 0.3) or _KINDS[:1]
@@ -64,16 +64,16 @@ def corrupt_labels(
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> np.ndarray:
-    """Returns `labels` as int32 [n], or says which one is out of range.
+    """`labels` as int32 [n], or an error that says which one is out of range.
 
     Args:
-      labels: integers [n].
-      num_classes: labels must lie in [0, num_classes).
-      name: what the error calls them.
+        labels: integers [n].
+        num_classes: labels must lie in [0, num_classes).
+        name: what the error calls them.
 
     Raises:
-      TypeError: not a vector of integers.
-      ValueError: a label is out of range; names its position and value.
+        TypeError: not a vector of integers.
+        ValueError: a label is out of range; names its position and value.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -98,19 +98,19 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
     flattened by the caller or not, as it likes: each entry beyond the leading axis is a feature.
 
     Args:
-      train: numbers [n, ...]; sets the statistics.
-      *others: numbers [m, ...] with the same trailing shape.
+        train: numbers [n, ...]; sets the statistics.
+        *others: numbers [m, ...] with the same trailing shape.
 
     Returns:
-      (train, *others), all float32.
+        (train, *others), all float32.
 
     Raises:
-      ValueError: `train` is empty, or a trailing shape differs.
+        ValueError: `train` is empty, or a trailing shape differs.
 
     Example:
-      >>> import numpy as np
-      >>> standardize(np.array([[0.0], [2.0]]), np.array([[4.0]]))[1].tolist()
-      [[3.0]]
+        >>> import numpy as np
+        >>> standardize(np.array([[0.0], [2.0]]), np.array([[4.0]]))[1].tolist()
+        [[3.0]]
     """
     train = np.asarray(train)
     if train.ndim < 1 or len(train) == 0:

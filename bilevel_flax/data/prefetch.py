@@ -24,17 +24,17 @@ class Prefetcher(Iterator):
     (or dropping the last reference, or leaving a `with` block) ends the thread.
 
     Args:
-      make: called in the thread, in order.
-      items: what for; drawn from in the thread.
-      depth: how many values may wait, at least 1.
+        make: called in the thread, in order.
+        items: what for; drawn from in the thread.
+        depth: how many values may wait, at least 1.
 
     Raises:
-      ValueError: `depth` is below 1.
+        ValueError: `depth` is below 1.
 
     Example:
-      >>> with Prefetcher(lambda i: i * i, range(3)) as squares:
-      ...     list(squares)
-      [0, 1, 4]
+        >>> with Prefetcher(lambda i: i * i, range(3)) as squares:
+        ...     list(squares)
+        [0, 1, 4]
     """
 
     def __init__(self, make: Callable[[Any], Any], items: Iterable[Any], depth: int = 2):
@@ -88,17 +88,17 @@ def chunks(
     """Gathers the minibatches of one chunk of updates after the other, and sends them ahead.
 
     Args:
-      finite_sum: the data, on the host.
-      ids_chunks: int arrays, [k] or [k, K], a chunk each, as `Sampler.ids` returns them.
-      device: a `Device` or `Sharding` for the arrays (or a pytree of them); None: the default one.
-      depth: chunks that may wait on the device, at least 1.
+        finite_sum: the data, on the host.
+        ids_chunks: int arrays, [k] or [k, K], a chunk each, as `Sampler.ids` returns them.
+        device: a `Device` or `Sharding` for the arrays (or a pytree of them); None: the default.
+        depth: chunks that may wait on the device, at least 1.
 
     Returns:
-      An iterator (and context manager) of pytrees like `finite_sum.batches`, leaves
-      [*ids.shape, batch_size, ...] on the device.
+        An iterator (and context manager) of pytrees like `finite_sum.batches`, leaves
+        [*ids.shape, batch_size, ...] on the device.
 
     Raises:
-      ValueError: from `next`, when an id is out of range.
+        ValueError: from `next`, when an id is out of range.
     """
 
     def send(ids: np.ndarray) -> Any:
@@ -111,13 +111,13 @@ def fits_on_device(nbytes: int, limit: int | None = None, device: Any = None) ->
     """Whether data may stay on the device for the whole run.
 
     Args:
-      nbytes: bytes of all data together (`FiniteSum.nbytes`, summed).
-      limit: the most it may take, in bytes; None: half of what the device has free, or, where the
-        backend does not say (the CPU's does not), half of the host's memory.
-      device: which; None: the default one.
+        nbytes: bytes of all data together (`FiniteSum.nbytes`, summed).
+        limit: the most it may take, in bytes; None: half of what the device has free, or, where the
+            backend does not say (the CPU's does not), half of the host's memory.
+        device: which; None: the default one.
 
     Returns:
-      nbytes <= limit.
+        nbytes <= limit.
     """
     if limit is None:
         stats = (device or jax.local_devices()[0]).memory_stats() or {}

@@ -22,20 +22,20 @@ class Sampler:
     Two samplers that should be independent (inner, outer) need different seeds.
 
     Attributes:
-      num_batches: minibatches in the finite sum.
-      seed: non-negative.
-      per_step: minibatches that one update takes.
+        num_batches: minibatches in the finite sum.
+        seed: non-negative.
+        per_step: minibatches that one update takes.
 
     Raises:
-      TypeError: `seed` is no integer.
-      ValueError: `num_batches` or `per_step` is below 1, or `seed` is negative.
+        TypeError: `seed` is no integer.
+        ValueError: `num_batches` or `per_step` is below 1, or `seed` is negative.
 
     Example:
-      >>> sampler = Sampler(num_batches=3, seed=0)
-      >>> sorted(sampler.ids(0, 3).tolist())
-      [0, 1, 2]
-      >>> Sampler(num_batches=3, seed=0, per_step=2).ids(0, 4).shape
-      (4, 2)
+        >>> sampler = Sampler(num_batches=3, seed=0)
+        >>> sorted(sampler.ids(0, 3).tolist())
+        [0, 1, 2]
+        >>> Sampler(num_batches=3, seed=0, per_step=2).ids(0, 4).shape
+        (4, 2)
     """
 
     num_batches: int
@@ -53,14 +53,14 @@ class Sampler:
         """The minibatches of updates `start` up to, not including, `stop`.
 
         Args:
-          start: the first update, from 0.
-          stop: one past the last, at least `start`.
+            start: the first update, from 0.
+            stop: one past the last, at least `start`.
 
         Returns:
-          int32 [stop - start], or [stop - start, per_step] where per_step > 1.
+            int32 [stop - start], or [stop - start, per_step] where per_step > 1.
 
         Raises:
-          ValueError: not 0 <= start <= stop.
+            ValueError: not 0 <= start <= stop.
         """
         if not 0 <= start <= stop:
             raise ValueError(f"ids needs 0 <= start <= stop, got start={start}, stop={stop}")
@@ -87,10 +87,10 @@ class Sampler:
         """Makes sure that a saved position belongs to this sampler.
 
         Args:
-          state: what `state()` returned when the checkpoint was written.
+            state: what `state()` returned when the checkpoint was written.
 
         Raises:
-          ValueError: a key is missing or differs; names it and both values.
+            ValueError: a key is missing or differs; names it and both values.
         """
         for name, value in self.state().items():
             if name not in state:

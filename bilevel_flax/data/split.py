@@ -16,22 +16,22 @@ def stratified(labels: np.ndarray, sizes: Mapping[str, int], *, seed: int) -> di
     sizes); what the sizes leave over belongs to no part.
 
     Args:
-      labels: integers [n].
-      sizes: the parts' names and numbers of examples, 0 allowed.
-      seed: non-negative; the split is a pure function of labels, sizes and seed.
+        labels: integers [n].
+        sizes: the parts' names and numbers of examples, 0 allowed.
+        seed: non-negative; the split is a pure function of labels, sizes and seed.
 
     Returns:
-      Positions int32 [size] for each part, shuffled.
+        Positions int32 [size] for each part, shuffled.
 
     Raises:
-      TypeError: a size is no integer.
-      ValueError: a size is negative, or together they exceed n.
+        TypeError: a size is no integer.
+        ValueError: a size is negative, or together they exceed n.
 
     Example:
-      >>> import numpy as np
-      >>> parts = stratified(np.repeat([0, 1], 50), {"train": 60, "test": 40}, seed=0)
-      >>> np.repeat([0, 1], 50)[parts["train"]].sum()
-      np.int64(30)
+        >>> import numpy as np
+        >>> parts = stratified(np.repeat([0, 1], 50), {"train": 60, "test": 40}, seed=0)
+        >>> np.repeat([0, 1], 50)[parts["train"]].sum()
+        np.int64(30)
     """
     labels = np.asarray(labels)
     check_sizes(sizes, len(labels))
@@ -58,13 +58,13 @@ def check_sizes(sizes: Mapping[str, int], available: int, source: str = "the dat
     """Makes sure that parts of these sizes can be drawn.
 
     Args:
-      sizes: the parts' names and numbers of examples.
-      available: how many examples there are.
-      source: what the error calls them.
+        sizes: the parts' names and numbers of examples.
+        available: how many examples there are.
+        source: what the error calls them.
 
     Raises:
-      TypeError: a size is no integer.
-      ValueError: a size is negative, or together they exceed `available`.
+        TypeError: a size is no integer.
+        ValueError: a size is negative, or together they exceed `available`.
     """
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)):

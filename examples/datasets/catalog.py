@@ -31,10 +31,10 @@ def originals(name: str) -> list[Original]:
     """The original files that TFDS registers for a data set.
 
     Args:
-      name: without configuration and version ("emnist", not "emnist/balanced").
+        name: without configuration and version ("emnist", not "emnist/balanced").
 
     Returns:
-      Empty where TFDS registers none.
+        Empty where TFDS registers none.
     """
     path = _tables().get(name)
     if path is None:
@@ -61,11 +61,11 @@ def verify(path: pathlib.Path, original: Original) -> None:
     """Compares a file with what TFDS registered.
 
     Args:
-      path: the file.
-      original: what it should be.
+        path: the file.
+        original: what it should be.
 
     Raises:
-      ValueError: size or sha256 differ; names the file.
+        ValueError: size or sha256 differ; names the file.
     """
     size = path.stat().st_size
     if size != original.size:
@@ -86,8 +86,8 @@ def reachable(url: str, timeout: float = 0.7) -> bool:
     """Whether a connection to the url's host opens within `timeout` seconds.
 
     Args:
-      url: http or https; where the environment names a proxy, that is what is asked.
-      timeout: seconds for the look-up of the name and the connection together.
+        url: http or https; where the environment names a proxy, that is what is asked.
+        timeout: seconds for the look-up of the name and the connection together.
     """
     parts = urllib.parse.urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)

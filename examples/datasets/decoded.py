@@ -15,7 +15,7 @@ def load(folder: pathlib.Path) -> dict[str, np.ndarray] | None:
     """What `save` kept, or None where there is nothing, or nothing that can be trusted.
 
     Args:
-      folder: of the prepared set.
+        folder: of the prepared set.
     """
     try:
         # The zip format keeps a CRC of every array, and numpy checks it.
@@ -30,8 +30,8 @@ def save(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Keeps arrays beside a prepared set; does nothing where that cannot be written.
 
     Args:
-      folder: of the prepared set.
-      arrays: what to keep, under names other than "records".
+        folder: of the prepared set.
+        arrays: what to keep, under names other than "records".
     """
     if sum(array.nbytes for array in arrays.values()) > _LARGEST:
         return

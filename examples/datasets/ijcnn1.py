@@ -36,11 +36,11 @@ class Part(NamedTuple):
     """One of the two parts.
 
     Attributes:
-      url: where LIBSVM has it.
-      filenames: what the file may be called in a manual_dir, the preferred name first.
-      known: files whose bytes are known, by name.
-      rows: examples.
-      content: sha256 of the numbers, see `digest`.
+        url: where LIBSVM has it.
+        filenames: what the file may be called in a manual_dir, the preferred name first.
+        known: files whose bytes are known, by name.
+        rows: examples.
+        content: sha256 of the numbers, see `digest`.
     """
 
     url: str
@@ -84,14 +84,14 @@ def load(
     `manual_dir`, or from LIBSVM's page where there is a network.
 
     Args:
-      manual_dir: a folder with both files, or the one above a folder `ijcnn1` with them.
-      data_dir: a folder of prepared sets; None: TFDS's ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+        manual_dir: a folder with both files, or the one above a folder `ijcnn1` with them.
+        data_dir: a folder of prepared sets; None: TFDS's ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
     Returns:
-      {"train": Table, "test": Table}, 49,990 and 91,701 examples in their original order.
+        {"train": Table, "test": Table}, 49,990 and 91,701 examples in their original order.
 
     Raises:
-      ValueError: missing, damaged or other files, no network; one line, naming file and fix.
+        ValueError: missing, damaged or other files, no network; one line, naming file and fix.
     """
     folder = pathlib.Path(data_dir).expanduser() if data_dir else prepared.default_data_dir()
     where = prepared.find(folder, NAME)
@@ -180,11 +180,11 @@ def parse(path: pathlib.Path, part: Part) -> Table:
     """Reads a bzip2 file of svmlight text, and makes sure of its content.
 
     Args:
-      path: the file.
-      part: what it should hold.
+        path: the file.
+        part: what it should hold.
 
     Raises:
-      ValueError: it is damaged or holds something else; one line.
+        ValueError: it is damaged or holds something else; one line.
     """
     if path.name in part.known:
         catalog.verify(path, part.known[path.name])

@@ -28,7 +28,7 @@ def missing(name: str, manual_dir: pathlib.Path) -> list[str]:
     """The original files of `name` that `manual_dir` lacks; those it has are verified.
 
     Raises:
-      ValueError: a file is there and is not the original.
+        ValueError: a file is there and is not the original.
     """
     absent = []
     for original in catalog.originals(name):
@@ -46,17 +46,17 @@ def prepare(
     """Writes the prepared set.
 
     Args:
-      name: one of `READERS`.
-      config: the builder's configuration ("balanced" of emnist), None for a set without.
-      data_dir: where prepared sets live.
-      manual_dir: where the original files lie; None downloads them.
+        name: one of `READERS`.
+        config: the builder's configuration ("balanced" of emnist), None for a set without.
+        data_dir: where prepared sets live.
+        manual_dir: where the original files lie; None downloads them.
 
     Returns:
-      The folder of the prepared set.
+        The folder of the prepared set.
 
     Raises:
-      ValueError: no such configuration, `data_dir` cannot be written, or a file is not the
-        original; one line each.
+        ValueError: no such configuration, `data_dir` cannot be written, or a file is not the
+            original; one line each.
     """
     cls = builder_class(name)
     configs = sorted(cls.builder_configs)
@@ -82,19 +82,19 @@ def build(
     """Runs a TFDS builder that needs no TensorFlow.
 
     Args:
-      cls: its class.
-      name: of the data set.
-      config: its configuration, or None.
-      data_dir: where prepared sets live.
-      manual_dir: where the original files lie; None downloads them.
-      registered: whether the files' checksums are registered with TFDS; otherwise the builder
-        makes sure of what it reads.
+        cls: its class.
+        name: of the data set.
+        config: its configuration, or None.
+        data_dir: where prepared sets live.
+        manual_dir: where the original files lie; None downloads them.
+        registered: whether the files' checksums are registered with TFDS; otherwise the builder
+            makes sure of what it reads.
 
     Returns:
-      The folder of the prepared set.
+        The folder of the prepared set.
 
     Raises:
-      ValueError: `data_dir` cannot be written, or a file is not the original; one line each.
+        ValueError: `data_dir` cannot be written, or a file is not the original; one line each.
     """
     import tensorflow_datasets as tfds  # takes a second: only where something is prepared
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -135,7 +135,7 @@ def builder_class(name: str) -> Any:
     """TFDS's builder of `name` with the reading replaced by ours.
 
     Args:
-      name: one of `READERS`.
+        name: one of `READERS`.
     """
     import tensorflow_datasets as tfds
 

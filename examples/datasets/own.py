@@ -18,16 +18,16 @@ def read(name: str) -> tuple[dict[str, Part], list[str]]:
     """Reads images and labels.
 
     Args:
-      name: an .npz file with `images`, uint8 [n, height, width] or [n, height, width, channels],
-        and `labels`, integers [n]; or a folder, CLASS/IMAGE, all images of one size. Either may
-        have a test part: `test_images` and `test_labels`, or train/CLASS/IMAGE and
-        test/CLASS/IMAGE.
+        name: an .npz file with `images`, uint8 [n, height, width] or [n, height, width, channels],
+            and `labels`, integers [n]; or a folder, CLASS/IMAGE, all images of one size. Either may
+            have a test part: `test_images` and `test_labels`, or train/CLASS/IMAGE and
+            test/CLASS/IMAGE.
 
     Returns:
-      The parts ("train", maybe "test"), and the names of the classes.
+        The parts ("train", maybe "test"), and the names of the classes.
 
     Raises:
-      ValueError: it is not there, or not as above; names the file or the array.
+        ValueError: it is not there, or not as above; names the file or the array.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():

@@ -34,15 +34,15 @@ def find(data_dir: pathlib.Path, name: str, version: str | None = None) -> pathl
     """The folder of a prepared set.
 
     Args:
-      data_dir: where prepared sets live, [data_dir]/[name]/[version].
-      name: "mnist", or with a configuration "emnist/balanced".
-      version: None takes the newest.
+        data_dir: where prepared sets live, [data_dir]/[name]/[version].
+        name: "mnist", or with a configuration "emnist/balanced".
+        version: None takes the newest.
 
     Returns:
-      None where there is no complete one.
+        None where there is no complete one.
 
     Raises:
-      ValueError: it is there, in a format that only TensorFlow can read.
+        ValueError: it is there, in a format that only TensorFlow can read.
     """
     folders = [
         path
@@ -68,15 +68,15 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
     """Decodes the training and the test part of a prepared set of labelled images.
 
     Args:
-      folder: as `find` returns it.
+        folder: as `find` returns it.
 
     Returns:
-      ({"train": Part, "test": Part}, names of the classes). A set without a test part of its own
-      has only "train"; one whose only other part is called "validation" has that as "test".
+        ({"train": Part, "test": Part}, names of the classes). A set without a test part of its own
+        has only "train"; one whose only other part is called "validation" has that as "test".
 
     Raises:
-      ValueError: it has no `image` and `label` features, its images differ in size or are not
-        8-bit, or a file is damaged.
+        ValueError: it has no `image` and `label` features, its images differ in size or are not
+            8-bit, or a file is damaged.
     """
     cached = decoded.load(folder)
     if cached is None:
@@ -137,15 +137,15 @@ def read_columns(
     """Reads numeric features of a prepared set.
 
     Args:
-      folder: as `find` returns it.
-      parts: names of splits.
-      features: names of features, one number or one array of a fixed shape an example.
+        folder: as `find` returns it.
+        parts: names of splits.
+        features: names of features, one number or one array of a fixed shape an example.
 
     Returns:
-      "[part]_[feature]" -> array [examples, ...], in the order of the records.
+        "[part]_[feature]" -> array [examples, ...], in the order of the records.
 
     Raises:
-      ValueError: a file is damaged, a part or a feature is not there.
+        ValueError: a file is damaged, a part or a feature is not there.
     """
     import tensorflow_datasets as tfds
 

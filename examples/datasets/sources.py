@@ -19,13 +19,13 @@ class ImageData:
     """Three parts of a set of labelled images.
 
     Attributes:
-      train_images: uint8 [n, height, width, channels]; likewise validation_images, test_images.
-      train_labels: int32 [n] in [0, num_classes); likewise validation_labels, test_labels.
-      train_index: int32 [n], positions in the source's training part (the source, for a set
-        without a test part); likewise validation_index. test_index: in the source's test part.
-      num_classes: classes.
-      class_names: a name for each.
-      name: what was loaded.
+        train_images: uint8 [n, height, width, channels]; likewise validation_images, test_images.
+        train_labels: int32 [n] in [0, num_classes); likewise validation_labels, test_labels.
+        train_index: int32 [n], positions in the source's training part (the source, for a set
+            without a test part); likewise validation_index. test_index: in the source's test part.
+        num_classes: classes.
+        class_names: a name for each.
+        name: what was loaded.
     """
 
     train_images: np.ndarray
@@ -61,26 +61,26 @@ def load(
     `manual_dir`.
 
     Args:
-      name: "mnist5k", a path, or a TFDS name, "name", "name/config" or "name:version".
-      manual_dir: a folder with the original files, named as they are at their source.
-      data_dir: a folder of prepared sets; None: TFDS's ($TFDS_DATA_DIR or ~/tensorflow_datasets).
-      splits: numbers of examples {"train": ..., "validation": ..., "test": ...}, or three numbers
-        in that order. Train and validation come from the source's training part, test from its test
-        part, or all three from the one part that there is. None: 3000 / 1000 / 1000 for mnist5k,
-        60 / 20 / 20 % for one's own, of which a test part stays as it is; else all of the training
-        part, no validation examples and all of the test part.
-      seed: what the splits are drawn from, non-negative.
+        name: "mnist5k", a path, or a TFDS name, "name", "name/config" or "name:version".
+        manual_dir: a folder with the original files, named as they are at their source.
+        data_dir: a folder of prepared sets; None: TFDS's ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+        splits: numbers of examples {"train": ..., "validation": ..., "test": ...}, or three numbers
+            in that order. Train and validation come from the source's training part, test from its
+            test part, or all three from the one part that there is. None: 3000 / 1000 / 1000 for
+            mnist5k, 60 / 20 / 20 % for one's own, of which a test part stays as it is; else all of
+            the training part, no validation examples and all of the test part.
+        seed: what the splits are drawn from, non-negative.
 
     Returns:
-      `ImageData`.
+        `ImageData`.
 
     Raises:
-      ValueError: unknown name (with the nearest), missing or damaged files, impossible splits.
+        ValueError: unknown name (with the nearest), missing or damaged files, impossible splits.
 
     Example:
-      >>> data = load("mnist5k")
-      >>> data.train_images.shape, data.validation_labels.shape, data.num_classes
-      ((3000, 28, 28, 1), (1000,), 10)
+        >>> data = load("mnist5k")
+        >>> data.train_images.shape, data.validation_labels.shape, data.num_classes
+        ((3000, 28, 28, 1), (1000,), 10)
     """
     sizes = _sizes(splits)
     if name == _BUNDLED:
