@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before JAX is imported: a machine with an accelerator must give the same numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of what the tests cost, and nothing tested hangs on LLVM's effort. With "0" they
+# see the programs that users run; .ci/run does that in one of its environments.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

@@ -142,8 +142,8 @@ def _all_finite(values: Any) -> bool:
     return bool(np.all(np.isfinite(np.asarray(values, np.float64))))
 
 
-def optimizer(name: str, value: Any) -> None:
-    """Raises unless `value` is an Optax optimiser.
+def optimizer(name: str, value: Any) -> optax.GradientTransformation:
+    """`value`, if it is an Optax optimiser.
 
     Args:
         name: the argument's, for the error.
@@ -154,7 +154,7 @@ def optimizer(name: str, value: Any) -> None:
             else without `init` and `update`.
     """
     if isinstance(value, optax.GradientTransformation):
-        return
+        return value
     fix = f"pass {name}=optax.adam(1e-3), or another Optax optimiser"
     if isinstance(value, numbers.Real):
         fix = f"pass an optimiser with this step, {name}=optax.sgd({value!r})"
@@ -164,7 +164,7 @@ def optimizer(name: str, value: Any) -> None:
         called = getattr(value, "__name__", type(value).__name__)
         fix = f"call it with its step, {name}={called}(1e-3); a schedule goes into an optimiser"
     elif callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
-        return
+        return value
     raise TypeError(f"{name}={value!r:.60} is no optimiser: {fix}")
 
 

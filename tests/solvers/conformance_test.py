@@ -128,6 +128,16 @@ def pair(same: bool, i: int, j: int) -> bf.Batch:
     return data(same).batch(i, j)
 
 
+def minibatches_of(same: bool) -> tuple:
+    return data(same).inner_batches, data(same).outer_batches
+
+
+def batch_of(minibatches: tuple, i: jax.Array, j: jax.Array) -> bf.Batch:
+    inner, outer = minibatches
+    pick = lambda side, at: jax.tree.map(lambda leaf: leaf[at], side)
+    return bf.Batch(pick(inner, i), pick(outer, j), i, j)
+
+
 def nested_problem(loss_of=lambda loss: loss) -> bf.Problem:
     """The quadratic's losses on nested pytrees."""
     problem = data(False).problem
@@ -147,31 +157,50 @@ class Run:
             inner=optax.sgd(self.method.inner, momentum=0.1),
             outer=optax.sgd(self.method.outer, momentum=0.1),
         )
+        like = self.init(), self.batch(0)
+        _, info = jax.eval_shape(self.solver.update, *like)
 
-        def update(state, batch):
+        def updates(state, minibatches, start, stop):
+            """Those numbered start .. stop, and the last one's Info; one program for all tests."""
             self.traces += 1
-            return self.solver.update(state, batch)
 
-        # The compiler's time is most of this file's; what is tested does not depend on its effort.
-        fast = {"xla_backend_optimization_level": 0}
-        self.update = jax.jit(update, donate_argnums=0, compiler_options=fast)
-        self.refresh = jax.jit(self.solver.refresh, donate_argnums=0, compiler_options=fast)
+            def update(step, carry):
+                ids = jax.tree.map(lambda leaf: leaf[step], self._ids)
+                return self.solver.update(carry[0], batch_of(minibatches, *ids))
+
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), info)
+            return jax.lax.fori_loop(start, stop, update, (state, nothing))
+
+        self._updates = jax.jit(updates, donate_argnums=0)
+        self._refresh = jax.jit(self.solver.refresh, donate_argnums=0)
+
+    @functools.cached_property
+    def _ids(self) -> tuple[jax.Array, jax.Array]:
+        """Which minibatches an update takes: int32 [steps], or [steps, K] for several."""
+        rng = np.random.default_rng(0)
+        steps = max(method.steps for method in METHODS.values())
+        shapes = [
+            (steps,) if self.solver.batches == (1, 1) else (steps, k) for k in self.solver.batches
+        ]
+        inner, outer = (
+            jnp.asarray(rng.integers(count, size=shape), jnp.int32)
+            for count, shape in zip((NUM_INNER, NUM_OUTER), shapes, strict=True)
+        )
+        return inner, outer
 
     def init(self, same: bool = False) -> bf.TrainState:
-        found = data(same)
-        z, x = nest(found.inner_params, INNER), nest(found.outer_params, OUTER)
+        start = data(same)
+        z, x = nest(start.inner_params, INNER), nest(start.outer_params, OUTER)
         return self.solver.init(z, x, rng=jax.random.PRNGKey(3))
 
-    def batch(self, step: int, same: bool = False) -> bf.Batch:
+    def batch(self, step: int) -> bf.Batch:
         """Minibatches of one update; with a leading [K], [L] where a solver takes several."""
-        rng = np.random.default_rng(step)
-        ids = [
-            rng.integers(n, size=k)
-            for n, k in zip((NUM_INNER, NUM_OUTER), self.solver.batches, strict=True)
-        ]
-        if self.solver.batches == (1, 1):
-            return pair(same, int(ids[0][0]), int(ids[1][0]))
-        return data(same).batch(*ids)
+        return data(False).batch(*(ids[step] for ids in self._ids))
+
+    def updated(self, state, step: int, stop: int | None = None, minibatches=None):
+        """The state after the updates `step` .. `stop` (one), whose state is gone, and the Info."""
+        minibatches = minibatches_of(False) if minibatches is None else minibatches
+        return self._updates(state, minibatches, step, step + 1 if stop is None else stop)
 
     def ready(self, state: bf.TrainState, same: bool = False) -> bf.TrainState:
         """Runs the full pass that is due, if one is."""
@@ -180,17 +209,20 @@ class Run:
             inner = at < NUM_INNER
             both = pair(same, at if inner else 0, 0 if inner else at - NUM_INNER)
             if inner:
-                state = self.refresh(state, bf.Batch(both.inner, None, both.inner_id, None))
+                state = self._refresh(state, bf.Batch(both.inner, None, both.inner_id, None))
             else:
-                state = self.refresh(state, bf.Batch(None, both.outer, None, both.outer_id))
+                state = self._refresh(state, bf.Batch(None, both.outer, None, both.outer_id))
         return state
 
     def advance(self, state: bf.TrainState, steps: int, same: bool = False) -> bf.TrainState:
-        info = None
-        for _ in range(steps):
+        step = int(state.step)
+        last = step + steps
+        while step < last:
             state = self.ready(state, same)
-            state, info = self.update(state, self.batch(int(state.step), same))
-        assert info is None or all(bool(flag) for flag in info.finite)
+            stop = min(last, int(self.solver.next_refresh(state)))
+            state, info = self.updated(state, step, stop, minibatches_of(same))
+            assert all(bool(flag) for flag in info.finite)
+            step = stop
         return state
 
 
@@ -252,7 +284,7 @@ def test_protocol(name):
     state = run.ready(run.init())
     assert int(state.step) == 0
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-    state, info = run.update(state, run.batch(0))
+    state, info = run.updated(state, 0)
     assert isinstance(state, bf.TrainState) and isinstance(info, bf.Info)
     assert int(state.step) == 1
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before
@@ -274,7 +306,7 @@ def test_protocol(name):
 @every_method
 def test_oracle_units(name):
     run = run_of(name)
-    _, info = run.update(run.ready(run.init()), run.batch(0))
+    _, info = run.updated(run.ready(run.init()), 0)
     assert run.solver.units == run.method.units
     assert float(info.oracle_units) == pytest.approx(run.method.units, abs=run.method.spread + 1e-6)
     if bool(run.solver.next_refresh(run.init()) == 0):
@@ -287,7 +319,7 @@ def test_one_trace_and_donation(name):
     state = run.ready(run.init())
     for step in range(4):
         old = state
-        state, _ = run.update(state, run.batch(step))
+        state, _ = run.updated(state, step)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.inner_params))
         memory = jax.tree.leaves(old.estimator_state)
         assert all(leaf.is_deleted() for leaf in memory if leaf.size > 1)
@@ -330,20 +362,18 @@ def test_quadratic_closed_form(name):
 def test_a_step_that_is_not_finite_leaves_no_trace(name):
     run = run_of(name)
     state = run.ready(run.advance(run.init(), 2))
-    first, second = run.batch(2), run.batch(7)
-    bad = jax.tree.map(
-        lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, second
-    )
+    poison = lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    bad = jax.tree.map(poison, minibatches_of(False))
     copies = [jax.tree.map(jnp.array, state) for _ in range(2)]
-    clean, _ = run.update(copies[0], first)
-    clean, _ = run.update(clean, second)
-    frozen, _ = run.update(copies[1], first)
+    clean, _ = run.updated(copies[0], 2)
+    clean, _ = run.updated(clean, 7)
+    frozen, _ = run.updated(copies[1], 2)
     point = on_host(frozen.variables)
-    frozen, info = run.update(frozen, bad)
+    frozen, info = run.updated(frozen, 7, minibatches=bad)
     assert not all(bool(flag) for flag in info.finite)
     assert int(frozen.step) == 3
     assert_same_bits(on_host(frozen.variables), point)
-    frozen, info = run.update(frozen, second)
+    frozen, info = run.updated(frozen, 7)
     assert all(bool(flag) for flag in info.finite)
     assert_same_bits(frozen, clean)
 

@@ -58,7 +58,7 @@ def amigo(
         ValueError: a number of steps below 1, weights that are no shares.
 
     Example:
-        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
         >>> problem = bf.Problem(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
@@ -67,17 +67,18 @@ def amigo(
         >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
         >>> inner, outer = solver.batches
         >>> batch = bf.Batch(jnp.ones((inner, 3)), jnp.full((outer, 3), 5.0))
+        >>> update = jax.jit(solver.update)
         >>> for _ in range(40):
-        ...     state, info = solver.update(state, batch)
+        ...     state, info = update(state, batch)
         >>> [round(float(value), 2) for value in state.outer_params]
         [5.0, 5.0, 5.0]
     """
     check_count("inner_steps", inner_steps)
     check_count("adjoint_steps", adjoint_steps)
 
-    inner, adjoint = common.get("inner"), common.get("adjoint")
-    checks.optimizer("inner", inner)
-    common["adjoint"] = like_inner_optimizer(inner) if adjoint is None else adjoint
+    if common.get("adjoint") is None:
+        inner = checks.optimizer("inner", common.get("inner"))
+        common["adjoint"] = like_inner_optimizer(inner)
 
     def step(sampled: SampledOracles, state, inner, outer):
         z, v, x = state.variables

@@ -95,8 +95,7 @@ def f2sa(
     checks.has_value(problem, "f2sa")
     check_count("inner_steps", inner_steps)
     check_positive("penalty", penalty)
-    checks.optimizer("inner", common.get("inner"))
-    second = tolerant(penalised or common["inner"])
+    second = tolerant(penalised or checks.optimizer("inner", common.get("inner")))
 
     def start(variables):
         return F2SAState(variables.inner, second.init(filter_inexact(variables.inner)))

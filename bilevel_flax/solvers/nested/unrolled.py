@@ -101,8 +101,7 @@ def unrolled(
         [3.0]
     """
     check_count("inner_steps", inner_steps)
-    checks.optimizer("inner", common.get("inner"))
-    common["inner"] = differentiable(common["inner"])
+    common["inner"] = differentiable(checks.optimizer("inner", common.get("inner")))
 
     def sees_outer(sampled: SampledOracles, state, minibatches, x):
         return sampled.inner_sgd(state.inner_params, state.inner_opt_state, x, minibatches)[0]
