@@ -10,7 +10,6 @@ symmetric to 5e-4 of ‖u‖‖Hv‖ (measured: 8e-5). Everything that the solve
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -22,9 +21,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
-
-# The compiler's time is most of this file's; what is tested does not depend on its effort.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 TOLERANCE, SYMMETRY = 0.02, 5e-4
 N = 32
@@ -90,7 +86,9 @@ ALL[HANDED] = bf.oracles.mixed_precision(problem(None), "bfloat16")
 
 def products(dtype, v):
     """(∇₁G, Hv, Jv), Jv without its rows' indices."""
-    call = quick(lambda v: bf.oracles.inner_products(ALL[dtype], bf.Variables(Z, v, X), BATCH)[1:])
+    call = jax.jit(
+        lambda v: bf.oracles.inner_products(ALL[dtype], bf.Variables(Z, v, X), BATCH)[1:]
+    )
     grad, hvp, cross = call(v)
     return grad, hvp, {**cross, "logits": cross["logits"].values}
 
@@ -127,7 +125,7 @@ def test_the_hessian_is_symmetric(computed, dtype, tolerance):
 
 def test_products_are_differences_of_float32_gradients(computed):
     """An independent reference: central differences of ∇₁G and ∇₂G, computed in float32."""
-    gradient = quick(
+    gradient = jax.jit(
         lambda z: jax.grad(lambda z, x: ALL[jnp.float32].inner_loss(z, x, BATCH), argnums=(0, 1))(
             z, X
         )
@@ -147,7 +145,7 @@ def test_products_are_differences_of_float32_gradients(computed):
 def test_all_that_the_solver_keeps_is_float32():
     solver = bf.auto(ALL[HANDED], inner=optax.adam(1e-3), steps=10)
     state = solver.init(Z, X)
-    update = quick(solver.update)
+    update = jax.jit(solver.update)
     for _ in range(2):
         state, info = update(state, bf.Batch(BATCH, BATCH))
     bf.check_finite(info)

@@ -15,9 +15,6 @@ from problems import logistic
 import bilevel_flax as bf
 from bilevel_flax import oracles
 
-# The compiler's time is most of this file's; what is tested does not depend on its effort.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SIZE, NUM_INNER, NUM_OUTER = 12, 4, 3
 
 
@@ -67,7 +64,7 @@ def pieces_of(problem, at, batch):
 
 @functools.cache
 def compiled(count):
-    return quick(functools.partial(pieces_of, split(ragged().problem, count)))
+    return jax.jit(functools.partial(pieces_of, split(ragged().problem, count)))
 
 
 @pytest.mark.parametrize(("i", "j"), [(0, 1), (3, 2)], ids=["full", "ragged"])
@@ -118,7 +115,7 @@ def run(make, task, problem, steps=4):
         for side, count, total in zip(COUNTS, solver.batches, (NUM_INNER, NUM_OUTER), strict=True)
     }
 
-    @quick
+    @jax.jit
     def whole():
         state = solver.init(task.inner_params, task.outer_params)
         if solver.refresh_units != (0.0, 0.0):
@@ -211,7 +208,7 @@ def test_modules_and_linear_models_take_the_settings():
     solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
     state = bf.nnx.init(solver, Net(nnx.Rngs(0)), jnp.float32(1.0))
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) + 2, jnp.float32)
-    after, info = quick(solver.update)(state, bf.Batch(batch, batch))
+    after, info = jax.jit(solver.update)(state, bf.Batch(batch, batch))
     bf.check_finite(info)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
     assert shapes(after) == shapes(state)

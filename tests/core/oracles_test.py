@@ -444,9 +444,7 @@ def test_what_a_transformer_costs_in_gradients(layers, whole_step):
     batch = bf.Batch(*({"tokens": tokens, "index": jnp.arange(8)} for _ in range(2)))
 
     def flops(function, *args):
-        # LLVM's effort does not change the count.
-        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return jax.jit(function).lower(*args).compile(quick).cost_analysis()["flops"]
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
     gradient = flops(jax.grad(inner_loss), z, x[:8], batch.inner)
     if whole_step:

@@ -21,9 +21,6 @@ from bilevel_flax.oracles.residual_codes import evaluate_linear
 from bilevel_flax.train.setup import make_solver
 from bilevel_flax.train.task import InitialValues, Task
 
-# The compiler's time is most of this file's; what is tested does not depend on its effort.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 N, M, FEATURES, CLASSES, BATCH = 23, 17, 6, 3, 4  # ragged on both sides
 RHO, GAMMA = 0.2, 0.5
 
@@ -127,7 +124,7 @@ def run(solver, found: Toy, length=60):
     def body(state, pair):
         return solver.update(state, found.batch(*pair))
 
-    @quick
+    @jax.jit
     def whole(state):
         if due:
             state = jax.lax.fori_loop(0, found.inner.num_batches, inner, state)
@@ -153,7 +150,7 @@ def test_codes_and_penalties_add_up_to_the_oracles(x64, derivatives):
         plain = bf.oracles.evaluate_all(found.problem, point, batch)
         return whole[:3], plain[:3], whole.codes.residuals
 
-    whole, plain, codes = quick(both)(point, batch)
+    whole, plain, codes = jax.jit(both)(point, batch)
     assert_close(whole, plain, 1e-12)
     assert codes.inner_grad.shape == codes.hvp.shape == (BATCH, CLASSES)
     assert codes.cross_jvp["penalties"] is None  # only the penalty uses them

@@ -6,7 +6,6 @@ sends between devices, and what it keeps on each of them.
 
 from __future__ import annotations
 
-import functools
 import json
 
 import jax
@@ -28,8 +27,6 @@ WAYS = {
     "saba": {"shared": {"shared": True}},
 }
 ROWS, BATCH, FEATURES, STEPS = 80_000, 32, 6, 3
-
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def loss(z, batch):
@@ -78,12 +75,12 @@ def run(solver: str, mesh=None, shared: bool = False, microbatches: int = 1):
     made = make(solver, problem)
     state, compiled = made.init(*start()), None
     if mesh is None:
-        update = quick(made.update)
+        update = jax.jit(made.update)
     else:
         at = sharding.state_shardings(state, mesh, None, PROBLEM)
         batch_at = sharding.batch_shardings(next(batches()), mesh)
         state = jax.device_put(state, at)
-        update = quick(
+        update = jax.jit(
             made.update, in_shardings=(at, batch_at), out_shardings=(at, None), donate_argnums=0
         )
         compiled = update.lower(state, next(batches())).compile()

@@ -61,7 +61,7 @@ def per_row(tree, rows):
 
 def compiled(function, *args, donated=0):
     lowered = jax.jit(function, donate_argnums=donated).lower(*args)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    return lowered.compile()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,12 +163,8 @@ class Run:
             return bf.Batch(pick(inner, i), pick(outer, j), i, j)
 
         self.solver = solver
-        # The compiler's time is most of these tests'; what they test does not depend on its effort.
-        compiled = functools.partial(
-            jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-        )
-        self.update = compiled(lambda state, i, j: solver.update(state, batch(i, j)))
-        self.refresh = compiled(lambda state, i, j: solver.refresh(state, batch(i, j)))
+        self.update = jax.jit(lambda state, i, j: solver.update(state, batch(i, j)))
+        self.refresh = jax.jit(lambda state, i, j: solver.refresh(state, batch(i, j)))
 
     def full_pass(self, state, num_inner: int = NUM_INNER) -> tuple[bf.TrainState, float]:
         """Everything of the pass that is due, wherever the method says to go on, and its units."""

@@ -23,14 +23,11 @@ from bilevel_flax.contrib.spaba import geometric_schedule
 from bilevel_flax.solvers import table
 from bilevel_flax.solvers.memory.saga import settled
 
-# The compiler's time is most of this file's; what is tested does not depend on its effort.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @functools.cache
 def jitted(function):
     """One compilation for each solver, however many tests call it."""
-    return quick(function)
+    return jax.jit(function)
 
 
 # One leaf each: deeper trees are the conformance table's business.
@@ -91,7 +88,7 @@ def every_direction(solver, data, state):
         return ravel_pytree(jax.tree.map(jnp.subtract, state.variables, new.variables))[0]
 
     if solver not in _EVERY:
-        _EVERY[solver] = quick(jax.vmap(one, in_axes=(None, 0)))
+        _EVERY[solver] = jax.jit(jax.vmap(one, in_axes=(None, 0)))
     return np.asarray(_EVERY[solver](state, data.batch(*all_pairs(data))))
 
 
@@ -123,7 +120,7 @@ def steps(solver, data, state, length, seed=0):
         return solver.update(state, data.batch(i, j))[0], None
 
     keys = jax.random.split(jax.random.PRNGKey(seed), length)
-    return quick(lambda state: jax.lax.scan(body, state, keys)[0])(state)
+    return jax.jit(lambda state: jax.lax.scan(body, state, keys)[0])(state)
 
 
 def random_tables(state, seed=0):
@@ -536,7 +533,7 @@ def run_with_passes(solver, data, state, length, seed=0):
         return one(jax.lax.cond(due, complete, lambda s: s, state), key), due
 
     keys = jax.random.split(jax.random.PRNGKey(seed), length)
-    return quick(lambda state: jax.lax.scan(body, state, keys))(state)
+    return jax.jit(lambda state: jax.lax.scan(body, state, keys))(state)
 
 
 @pytest.mark.parametrize(
@@ -557,7 +554,7 @@ def test_srba_and_spaba_find_the_solution_with_constant_steps(x64, method, kwarg
 
 
 def test_spaba_draws_its_passes_from_the_geometric_law_and_the_seed():
-    at_once = lambda seed: quick(jax.vmap(geometric_schedule(0.2, seed)))
+    at_once = lambda seed: jax.jit(jax.vmap(geometric_schedule(0.2, seed)))
     steps = jnp.arange(20_000, dtype=jnp.int32)
     waits = np.asarray(at_once(5)(steps)) - np.arange(20_000)
     assert waits.min() == 1
@@ -695,7 +692,7 @@ def scaled_problem(data, scale=0.05):
     return bf.Problem(lambda *a: scale * inner(*a), lambda *a: scale * outer(*a))
 
 
-@functools.partial(quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def minibatch_directions(problem, point, batch):
     found = bf.oracles.evaluate(problem, point, batch)
     add = lambda a, b: jax.tree.map(jnp.add, a, b)

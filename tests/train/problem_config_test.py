@@ -33,9 +33,7 @@ def after(spec, *overrides, steps=2):
     task, solver = task_and_solver(spec, *overrides)
     start = task.init(jax.random.key(0))
     state = solver.init(start.inner_params, start.outer_params, model_state=start.model_state)
-    # The compiler's time is most of this; what is tested does not depend on its effort.
-    quick = {"xla_backend_optimization_level": 0}
-    update = jax.jit(solver.update, compiler_options=quick)
+    update = jax.jit(solver.update)
     for step in range(steps):
         first, second = (data.gather(side, np.array(step)) for side in (task.inner, task.outer))
         ids = jnp.int32(step), jnp.int32(step)

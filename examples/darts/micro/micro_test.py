@@ -26,8 +26,6 @@ from examples.darts.micro import table as tables
 from examples.darts.micro.network import MicroNetwork
 from examples.darts.micro.space import OPERATIONS, canonical, distinct, genotypes, paths
 
-# The compiler's time is most of this file's; what is tested does not depend on its effort.
-OPTIONS: Any = {"xla_backend_optimization_level": 0}
 NONE, SKIP, CONV1, CONV3, POOL = OPERATIONS
 
 
@@ -49,8 +47,7 @@ def network():
     apply = jax.jit(
         lambda params, choices: module.apply(
             {**variables, "params": params}, images, choices, train=True, mutable=["batch_stats"]
-        )[0],
-        compiler_options=OPTIONS,
+        )[0]
     )
     return apply, variables["params"]
 
