@@ -1,12 +1,10 @@
-"""Per-sample weights spread over 8 devices: run by `many_weights_test.py`, prints JSON.
+"""Per-sample weights spread over 8 devices, for `many_weights_test.py`.
 
 For each way to run a step: how far its state is from that of one device after a few steps, what it
 sends between devices, and what it keeps on each of them.
 """
 
 from __future__ import annotations
-
-import json
 
 import jax
 import jax.numpy as jnp
@@ -68,36 +66,38 @@ def make(solver: str, problem):
 
 
 def run(solver: str, mesh=None, shared: bool = False, microbatches: int = 1):
-    """The last state, and the compiled step (None without a mesh)."""
+    """The last state, and the step (compiled where there is a mesh)."""
     problem = bf.oracles.microbatched(PROBLEM, microbatches)
     if shared:
         problem = sharding.data_parallel(problem, mesh)
     made = make(solver, problem)
-    state, compiled = made.init(*start()), None
+    state = made.init(*start())
     if mesh is None:
         update = jax.jit(made.update)
     else:
         at = sharding.state_shardings(state, mesh, None, PROBLEM)
         batch_at = sharding.batch_shardings(next(batches()), mesh)
         state = jax.device_put(state, at)
-        update = jax.jit(
+        step = jax.jit(
             made.update, in_shardings=(at, batch_at), out_shardings=(at, None), donate_argnums=0
         )
-        compiled = update.lower(state, next(batches())).compile()
+        update = step.lower(state, next(batches())).compile()
     for batch in batches():
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_at)
         state, info = update(state, batch)
         bf.check_finite(info)
-    return state, compiled
+    return state, update
 
 
-def main() -> None:
+def measured() -> dict[str, dict[str, float]]:
+    """For each way to run a step, what it differs by, sends and keeps."""
     mesh = sharding.make_mesh("data=4,fsdp=2")
     found = {}
     for solver, ways in WAYS.items():
         expected, _ = run(solver)
         for name, how in ways.items():
             state, compiled = run(solver, mesh, **how)
-            assert compiled is not None
             apart = jax.tree.map(
                 lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)), initial=0.0)),
                 (state.variables, state.outer_opt_state),
@@ -113,8 +113,4 @@ def main() -> None:
                 "temporary": compiled.memory_analysis().temp_size_in_bytes,
                 "arguments": arguments,
             }
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

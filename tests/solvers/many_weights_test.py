@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import many_weights_mesh
 import numpy as np
 import optax
 import pytest
@@ -142,17 +143,7 @@ def test_under_saba_a_row_moves_by_its_own_cross_term():
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    script = Path(__file__).with_name("many_weights_mesh.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return many_weights_mesh.measured()
 
 
 def test_on_a_mesh_each_device_keeps_its_rows(on_eight_devices):
