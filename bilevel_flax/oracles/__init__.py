@@ -48,6 +48,7 @@ from bilevel_flax.oracles.evaluate import (
     residual,
 )
 from bilevel_flax.oracles.linear_models import linear_problem
+from bilevel_flax.oracles.mixed_mode import differentiable_inner_grad
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
 from bilevel_flax.oracles.probe import Probe, probe
@@ -69,6 +70,7 @@ __all__ = [
     "chunked_attention",
     "configured",
     "cross_jvp",
+    "differentiable_inner_grad",
     "directions",
     "dot_product_attention",
     "evaluate",

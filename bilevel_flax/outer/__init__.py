@@ -11,6 +11,7 @@ from bilevel_flax.outer.data_mixture import (
 )
 from bilevel_flax.outer.meta_weight_net import meta_weight_net
 from bilevel_flax.outer.optimisers.lazy import lazy_adam, lazy_sgd
+from bilevel_flax.outer.optimisers.learned import learned_optimizer
 from bilevel_flax.outer.optimisers.normalized import normalized_sgd
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
@@ -25,6 +26,7 @@ __all__ = [
     "domain_weights",
     "lazy_adam",
     "lazy_sgd",
+    "learned_optimizer",
     "meta_weight_net",
     "network_weights",
     "normalized_sgd",

@@ -100,12 +100,15 @@ class SampledOracles:
         model_state: what a stateful loss is handed.
         trainable: a tree like z of booleans, False for leaves that z's optimiser never moves: they
             are constants, so that ∇₁F and ∇²₁₁G have no entries for them. None: all move.
+        differentiated: the inner loop is differentiated through: ∇₁G in mixed mode, and of every
+            step its start alone is kept.
     """
 
     problem: Problem
     transforms: Variables
     model_state: PyTree
     trainable: PyTree = None
+    differentiated: bool = False
 
     def constrain(self, tree: PyTree) -> PyTree:
         """A tree like z with zeros for the leaves that do not move."""
@@ -123,9 +126,9 @@ class SampledOracles:
 
     def inner_grad(self, z, x, minibatch: Minibatch):
         """`((G, aux), ∇₁G)`."""
-        out, grad = oracles.inner_value_and_grad(
-            self.problem, z, x, minibatch.data, self.model_state, minibatch.rng
-        )
+        mixed, plain = oracles.differentiable_inner_grad, oracles.inner_value_and_grad
+        gradient = mixed if self.differentiated else plain
+        out, grad = gradient(self.problem, z, x, minibatch.data, self.model_state, minibatch.rng)
         return out, scale(grad, minibatch.factor)
 
     def inner_grad_outer(self, z, x, minibatch: Minibatch) -> PyTree:
@@ -215,5 +218,7 @@ class SampledOracles:
             # The norm's derivative at 0 is NaN, and `unrolled` differentiates through this loop.
             return carry, (out, norm(jax.lax.stop_gradient(grad)))
 
+        if self.differentiated:
+            body = jax.checkpoint(body, prevent_cse=False)
         (z, opt_state), (outs, norms) = scan(body, (z, opt_state), minibatches, times)
         return z, opt_state, first(outs), norms

@@ -4,10 +4,16 @@
     x ← x - γ d/dx F(z_K(x), x),                    z ← z_K
 
 z_0 and the optimiser's state at the start are held fixed (the truncated, warm-started form), so
-the gradient's bias does not vanish with the step sizes, only with K. There is no adjoint: v stays
-0 and the adjoint residual is 1.
+the gradient's bias does not vanish with the step sizes, only with K; or z_0 is a function of x (the
+meta-learning form, exact). There is no adjoint: v stays 0 and the adjoint residual is 1.
+
+Of every step its start alone is kept, and ∇₁G is differentiated in mixed mode
+(`oracles.differentiable_inner_grad`), so that memory does not grow with K by a step's activations.
 
 References:
+    C. Finn, P. Abbeel, S. Levine. Model-agnostic meta-learning for fast adaptation of deep
+    networks. ICML 2017 (`initial`); Z. Li, F. Zhou, F. Chen, H. Li. Meta-SGD: Learning to learn
+    quickly for few-shot learning. 2017 (`initial`, and step sizes that are x).
     D. Maclaurin, D. Duvenaud, R. P. Adams. Gradient-based hyperparameter optimization through
     reversible learning. ICML 2015.
     A. Shaban, C.-A. Cheng, N. Hatch, B. Boots. Truncated back-propagation for bilevel
@@ -16,6 +22,8 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -23,13 +31,14 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax import checks, oracles
-from bilevel_flax.base import BilevelSolver, Problem
+from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count
 from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.common import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first
 from bilevel_flax.solvers.step import tolerant
+from bilevel_flax.tree import filter_inexact
 
 # Where a gradient is smaller than this its square, and what optimisers make of it, is no float32.
 _SMALLEST = 1e-15
@@ -62,21 +71,39 @@ def differentiable(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def check_same(initial: PyTree, z: PyTree) -> None:
+    """Raises unless `initial(x)` is like z.
+
+    Raises:
+        ValueError: names the two.
+    """
+    shapes = [jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), t) for t in (initial, z)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"initial(outer_params) returned {shapes[0]}, but inner_params are {shapes[1]}: it is "
+            "where z starts, so give it z's tree, shapes and dtypes"
+        )
+
+
 @takes(Common)
 def unrolled(
     problem: Problem,
     *,
     inner_steps: int = 10,
+    initial: Callable[[PyTree], PyTree] | None = None,
     **common: Unpack[Common],
 ) -> BilevelSolver:
     """Backprop through K inner steps; 3K + 1 gradient units (K gradients, HVPs and cross-JVPs).
 
-    Memory grows with K (the parameters and the optimiser's state of every step);
-    `Problem(remat=True)` bounds what each step adds.
+    Memory grows with K by the parameters and the optimiser's state of every step alone; its time
+    has one more gradient a step, for the recomputation.
 
     Args:
         problem: the bilevel problem.
         inner_steps: K, at least 1.
+        initial: `initial(outer_params) -> z_0`, differentiable, with z's tree: every update starts
+            there, with a fresh optimiser (MAML: `lambda x: x["initial"]`). None: where the update
+            before ended, held fixed.
         **common: optimisers and weights, see `solvers.common`. `inner` is differentiated (SGD,
             momentum, Adam ...), in x too if it takes `outer_params=` (a learning rate to be
             learned); `outer` is no row-sparse one.
@@ -103,15 +130,21 @@ def unrolled(
     check_count("inner_steps", inner_steps)
     common["inner"] = differentiable(checks.optimizer("inner", common.get("inner")))
 
+    def start(sampled: SampledOracles, state, x):
+        if initial is None:
+            return state.inner_params, state.inner_opt_state
+        z = initial(x)
+        check_same(z, state.inner_params)
+        return z, sampled.transforms.inner.init(filter_inexact(z))
+
     def sees_outer(sampled: SampledOracles, state, minibatches, x):
-        return sampled.inner_sgd(state.inner_params, state.inner_opt_state, x, minibatches)[0]
+        return sampled.inner_sgd(*start(sampled, state, x), x, minibatches)[0]
 
     def step(sampled: SampledOracles, state, inner, outer):
-        z, opt_state = state.inner_params, state.inner_opt_state
-        last = first(outer)
+        sampled, last = dataclasses.replace(sampled, differentiated=True), first(outer)
 
         def unroll(x):
-            z_end, *more = sampled.inner_sgd(z, opt_state, x, inner)
+            z_end, *more = sampled.inner_sgd(*start(sampled, state, x), x, inner)
             return z_end, sampled.state_for_outer(more[1][1]), more
 
         out, d_x, (z_end, (opt_state, inner_out, norms)) = oracles.unrolled_value_and_grad(
