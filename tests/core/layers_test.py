@@ -65,6 +65,7 @@ DERIVATIVES = {
 DERIVATIVE_CODE = {
     "derivatives",
     "kernel_rules",
+    "mixed_mode",
     "probe",
     "residual_codes",
     "stops",
