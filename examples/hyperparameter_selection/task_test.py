@@ -149,6 +149,7 @@ def test_saba_finds_the_optimum_of_a_small_problem():
 def test_train_writes_the_gap(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "starts", lambda name, length: [])  # the run's end alone
     arguments = ["--config.steps=2000", "--config.eval_every=1000", "--config.log_every=1000"]
+    arguments += ["--config.health.every=0", "--config.health.summary=false"]
     workdir = tmp_path / "run"
     code = cli.main(["train", "--config", CONFIG, "--workdir", str(workdir), *arguments])
     summary = json.loads((workdir / "summary.json").read_text())

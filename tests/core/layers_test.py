@@ -135,7 +135,7 @@ import bilevel_flax
 print((time.process_time() - began) / (stack - began), *sys.modules)
 """
     ratios = []
-    for _ in range(3):
+    while not ratios or (min(ratios) >= 1.15 and len(ratios) < 3):  # a busy machine takes longer
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -143,7 +143,7 @@ print((time.process_time() - began) / (stack - began), *sys.modules)
         ratios.append(float(ratio))
         loaded = {name for name in modules if name in {"flax.nnx", "bilevel_flax.contrib"}}
         assert not loaded | {name.partition(".")[0] for name in modules} & HEAVY
-    assert min(ratios) < 1.15  # a busy machine makes single measurements longer
+    assert min(ratios) < 1.15
 
 
 def test_what_is_imported_late_is_there():

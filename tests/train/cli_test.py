@@ -25,6 +25,8 @@ SMALL = (
     "--config.batch_size=40",
     "--config.steps=4",
     "--config.baselines=false",
+    "--config.health.every=0",
+    "--config.health.summary=false",
 )
 
 

@@ -17,12 +17,13 @@ from bilevel_flax import data
 from bilevel_flax.base import Info
 from bilevel_flax.train import device_feed as feed
 from bilevel_flax.train import experiment as train
-from bilevel_flax.train.run_config import CheckpointConfig, RunConfig
+from bilevel_flax.train.run_config import CheckpointConfig, HealthConfig, RunConfig
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import InitialValues, Task
 from bilevel_flax.train.train_loop import train_loop
 
 STEPS = 25
+WITHOUT_HEALTH = HealthConfig(every=0, summary=False)  # it has tests of its own
 
 
 def finite_sums(source: Any) -> tuple[data.FiniteSum, data.FiniteSum]:
@@ -232,7 +233,9 @@ def test_a_nan_ends_the_chunk_before_it_touches_the_state(side: str):
 @pytest.mark.parametrize("side", ["inner", "outer"])
 def test_the_run_names_step_direction_and_what_to_try(side: str, tmp_path):
     task, solver, first = poisoned(side, seed=0, after=3)
-    run = RunConfig(steps=50, on_device=True, checkpoint=CheckpointConfig(every=1))
+    run = RunConfig(
+        steps=50, on_device=True, checkpoint=CheckpointConfig(every=1), health=WITHOUT_HEALTH
+    )
     with pytest.raises(train.Diverged) as caught:
         train_loop(run, tmp_path, task, solver)
     message = str(caught.value)
@@ -323,7 +326,7 @@ def test_the_run_stops_for_refreshes_and_counts_their_cost(tmp_path):
         outer=sums[1],
         evaluate=lambda state: {},
     )
-    run = RunConfig(steps=20, on_device=True)
+    run = RunConfig(steps=20, on_device=True, health=WITHOUT_HEALTH)
     state, totals, *_ = train_loop(run, tmp_path, task, solver)
     passes = 1 + (20 - 1) // PERIOD
     assert totals["oracle_units"] == 20 * 4 + passes * (source.num_inner * 2 + source.num_outer * 3)

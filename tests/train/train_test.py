@@ -252,7 +252,9 @@ class Runner:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        overrides = [f"--config.{override}" for override in (*SMALL, "baselines=false")]
+        # The check at the end has nothing to do with how a run got there.
+        shorter = (*SMALL, "baselines=false", "health.summary=false")
+        overrides = [f"--config.{override}" for override in shorter]
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).parent / "killed_runs.py", *overrides],
             stdin=subprocess.PIPE,
