@@ -222,8 +222,11 @@ def losses(
     model_state: PyTree,
     rng: Any,
     also: Callable[[PyTree], PyTree] = lambda x: (),
+    second_order: bool = True,
 ) -> None:
     """Raises when a leaf of x can influence neither G nor `also(x)`, or G cannot be derived twice.
+
+    The latter is asked where there is `second_order`.
 
     A condition's x may have leaves for F alone (a read-out of the fixed point).
 
@@ -247,7 +250,9 @@ def losses(
         return checked_call(problem.outer_loss, "outer_loss", problem.stateful, args, context)[0]
 
     jaxpr = jax.make_jaxpr(loss)(x)
-    if problem.derivatives == "finite_differences":
+    if not second_order:
+        pass
+    elif problem.derivatives == "finite_differences":
         _differences_resolve(jaxpr, z)
     elif any(name.startswith("custom_vjp_call") for name in primitives(jaxpr)):
         _differentiable_twice(problem, z, x, batch.inner, model_state, rng)

@@ -60,6 +60,7 @@ class Estimator(NamedTuple):
         fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
             visited (methods that compare visits).
         needs_ids: whether `batch.inner_id` and `batch.outer_id` are read.
+        second_order: whether it asks for products with second derivatives of G.
     """
 
     init: Callable[[Variables], PyTree]
@@ -68,3 +69,4 @@ class Estimator(NamedTuple):
     units: float = 4.0
     fixed_keys: bool = False
     needs_ids: bool = False
+    second_order: bool = True

@@ -80,6 +80,7 @@ def darts1(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
         name="darts1",
         batches=(1, 1),
         units=2,
+        second_order=False,
         row_directions=False,
         **common,
     )

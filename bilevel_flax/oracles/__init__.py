@@ -34,6 +34,7 @@ from bilevel_flax.oracles.derivatives import (
     inner_grad_outer,
     inner_products,
     inner_value_and_grad,
+    inner_value_and_grads,
     outer_grads,
     outer_value_and_grads,
     unrolled_value_and_grad,
@@ -51,6 +52,7 @@ from bilevel_flax.oracles.linear_models import linear_problem
 from bilevel_flax.oracles.mixed_mode import differentiable_inner_grad
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
+from bilevel_flax.oracles.penalty import evaluate_by_penalty
 from bilevel_flax.oracles.probe import Probe, probe
 from bilevel_flax.oracles.trainable import trainable
 from bilevel_flax.oracles.weighted_sums import weighted_sums
@@ -75,6 +77,7 @@ __all__ = [
     "dot_product_attention",
     "evaluate",
     "evaluate_all",
+    "evaluate_by_penalty",
     "evaluate_inner",
     "evaluate_subsample",
     "evaluate_without_hvp",
@@ -84,6 +87,7 @@ __all__ = [
     "inner_grad_outer",
     "inner_products",
     "inner_value_and_grad",
+    "inner_value_and_grads",
     "linear_problem",
     "microbatched",
     "mixed_precision",

@@ -107,8 +107,8 @@ def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyT
     return inner_value_and_grad(problem, z, x, batch, model_state, rng)[1]
 
 
-def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
-    """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`.
+def inner_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
+    """`((loss, aux), ∇₁G, ∇₂G)` from one backprop (1 unit); per-sample leaves of ∇₂G are `Rows`.
 
     Raises:
         ValueError: the inner problem is a condition, which is the gradient of nothing.
@@ -118,13 +118,23 @@ def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) 
             "a condition has no value, so there is no gradient of it in outer_params: take a "
             "method with an adjoint, e.g. soba, auto or implicit"
         )
+    if in_parts(problem.inner_loss):
+        part = lambda problem, *args: inner_value_and_grads(problem, z, x, *args)
+        return whole(part, problem, "inner_loss", (z, x), batch, model_state, rng)
+    loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
+    out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        z_split.leaves, x_split.leaves
+    )
+    return out, z_split.complete(grad_z), as_outer(grad_x)
 
-    def value_and_grad(problem, batch, model_state, rng):
-        loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-        out, grad = jax.value_and_grad(loss, 1, has_aux=True)(z_split.leaves, x_split.leaves)
-        return out, as_outer(grad)
 
-    return whole(value_and_grad, problem, "inner_loss", (z, x), batch, model_state, rng)[1]
+def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
+    """∇₂G, the inner loss's direct gradient in x (1 unit); per-sample leaves are `Rows`.
+
+    Raises:
+        ValueError: as `inner_value_and_grads`.
+    """
+    return inner_value_and_grads(problem, z, x, batch, model_state, rng)[2]
 
 
 def hvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:

@@ -64,7 +64,7 @@ def evaluate_all(
             problem, z, x, batch.outer, state, outer_rng
         )
     oracles = Oracles(grad, product, cross, outer_inner, outer_outer)
-    return Evaluation(oracles, inner_loss, outer_loss, *_merged(problem, inner_aux, outer_aux))
+    return Evaluation(oracles, inner_loss, outer_loss, *merge_aux(problem, inner_aux, outer_aux))
 
 
 def evaluate_inner(
@@ -146,7 +146,7 @@ def evaluate_subsample(
     product, cross = _weigh((product, cross), inner_share)
     outer_inner, outer_outer = _weigh((outer_inner, outer_outer), outer_share)
     oracles = Oracles(grad, product, cross, outer_inner, outer_outer)
-    return Evaluation(oracles, inner_loss, outer_loss, *_merged(problem, inner_aux, outer_aux))
+    return Evaluation(oracles, inner_loss, outer_loss, *merge_aux(problem, inner_aux, outer_aux))
 
 
 def evaluate(problem: Problem, variables: Variables, batch: Batch, model_state=None, rng=None):
@@ -195,7 +195,7 @@ def _named(side: str, aux: Aux) -> Metrics:
     return {f"{side}_{name}": value for name, value in aux.metrics.items()}
 
 
-def _merged(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:
+def merge_aux(problem: Problem, inner: Aux, outer: Aux) -> tuple[PyTree, Metrics]:
     """`(model_state, metrics)` of a step from what G and F returned beside their values."""
     last = outer if problem.outer_updates_state else inner
     return last.model_state, {**_named("inner", inner), **_named("outer", outer)}

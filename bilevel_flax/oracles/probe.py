@@ -28,7 +28,7 @@ class Probe(NamedTuple):
             "finite_differences", "first_order") the primitive or kernel that stops it; "" where it
             works.
         mode: the best one that works; the first three are values of `Problem(derivatives=)`,
-            "first_order" is all that `bf.f2sa` needs.
+            "first_order" is all that `bf.first_order` needs.
     """
 
     stopped_by: Mapping[str, str]

@@ -56,7 +56,7 @@ def refusal(loss: Callable, z: list, x: list, mode: str) -> str:
     if mode != other and not stop(loss, z, x, other):
         fix = f'set Problem(..., derivatives="{other}"), or {lend}'
     else:
-        fix = f"{lend}; bf.oracles.probe(problem, ...) tells what works without"
+        fix = f"{lend}; or take bf.first_order; bf.oracles.probe(problem, ...) tells what works"
     return f"inner_loss cannot be differentiated twice by {mode}, which is stopped by {name}: {fix}"
 
 

@@ -1,6 +1,7 @@
 """The methods, one a file; `contrib` has those that they are compared with."""
 
 from bilevel_flax.solvers.auto import auto
+from bilevel_flax.solvers.first_order import first_order
 from bilevel_flax.solvers.nested import amigo, f2sa, implicit, stocbio, unrolled
 from bilevel_flax.solvers.saba import saba
 from bilevel_flax.solvers.single_loop import single_loop
@@ -12,6 +13,7 @@ __all__ = [
     "amigo",
     "auto",
     "f2sa",
+    "first_order",
     "implicit",
     "saba",
     "single_loop",

@@ -30,6 +30,7 @@ class Binder:
         name: str,
     ):
         self._problem, self._name, self._fixed_keys = problem, name, estimator.fixed_keys
+        self._second_order = estimator.second_order
         self._factors = (
             importance_factors("inner_weights", inner_weights),
             importance_factors("outer_weights", outer_weights),
@@ -49,5 +50,6 @@ class Binder:
         """The oracles of an update, the user's losses checked."""
         checks.batch(batch)
         oracle = self.part(state, batch, trainable)
-        checks.losses(self._problem, state.variables, batch, state.model_state, oracle.rngs[0])
+        args = self._problem, state.variables, batch, state.model_state, oracle.rngs[0]
+        checks.losses(*args, second_order=self._second_order)
         return oracle

@@ -17,6 +17,7 @@ from problems import quadratics
 import bilevel_flax as bf
 from bilevel_flax import contrib
 from bilevel_flax.checkpoints.checkpointer import Checkpointer
+from bilevel_flax.solvers.first_order import estimator as by_penalty
 
 NUM_INNER, NUM_OUTER, BATCH = 4, 3, 4
 
@@ -80,6 +81,12 @@ METHODS = {
         units=198,
         steps=200,
         refresh_units=(1.0, 1.0),
+    ),
+    "first_order": Method(
+        lambda problem, **optimisers: bf.single_loop(
+            problem, by_penalty(), name="first_order", **optimisers
+        ),
+        units=3,
     ),
     "f2sa": Method(partial(bf.f2sa, inner_steps=5, penalty=1e3), units=18),
     "implicit": Method(partial(bf.implicit, **SOLVE), units=15),

@@ -149,5 +149,6 @@ def f2sa(
         batches=(inner_steps + 1, inner_steps + 1),
         units=3 * inner_steps + 3,
         row_directions=False,
+        second_order=False,
         **common,
     )

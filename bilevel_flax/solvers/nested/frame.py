@@ -149,6 +149,7 @@ def nested(
     row_directions: bool = True,
     fixed_keys: bool = False,
     sees_outer: Callable[..., PyTree] = lambda *args: (),
+    second_order: bool = True,
 ) -> BilevelSolver:
     """The frame around a method's step: Minibatches in, the move of x, Info and the freeze out.
 
@@ -170,6 +171,7 @@ def nested(
         fixed_keys: a minibatch's rng key is that of its id, in `refresh_minibatch` as in an update
             (methods that compare visits).
         sees_outer: `sees_outer(sampled, state, inner, x) -> tree`, what D_x sees of x beside G.
+        second_order: the step asks for products with second derivatives of G.
 
     Raises:
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
@@ -223,6 +225,7 @@ def nested(
             state.model_state,
             start.rng,
             functools.partial(sees_outer, sampled, state, minibatches[0]),
+            second_order,
         )
         new, report = step(sampled, state, *minibatches)
         norms = Variables(jnp.atleast_1d(report.inner_norms), report.adjoint_norm, norm(report.d_x))
