@@ -15,12 +15,22 @@ ifneq ($(wildcard ../shared/data),)
 export BILEVEL_FLAX_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help venv demo test test-core test-wheel lint types clean
+# Trainers that other people wrote, each in an environment of its own, with its own pins.
+TRAINER_PYTHON ?= python3.12
+TRAINERS := tunix kauldron levanter datasets
+PACKAGE_tunix := google-tunix
+PACKAGE_kauldron := kauldron
+PACKAGE_levanter := --pre levanter==1.2.dev1644 gitpython
+PACKAGE_datasets := datasets
+TRAINER_TESTS := $(addprefix test-trainer-,$(TRAINERS))
+
+.PHONY: help venv demo test test-core test-wheel test-trainers $(TRAINER_TESTS) lint types clean
 
 help:
 	@echo "make demo         clean real MNIST digits by learning a weight for every example (runs/demo)"
 	@echo "make test         run the tests;  make test-core  those of the plug-in's ground floor"
 	@echo "make test-wheel   the README's commands, from the built wheel in a folder of their own"
+	@echo "make test-trainers  the adapters, each against the real package (Python 3.12; downloads them)"
 	@echo "make lint         check style and formatting;  make types  check types"
 	@echo "make venv         only set up $(VENV);  make clean  remove it"
 	@echo "Another interpreter: make test PYTHON=python3.12"
@@ -52,6 +62,19 @@ test-core: $(DEV)
 test-wheel: $(DEV)
 	$(PYTEST) -m wheel tests/wheel $(PYTEST_ARGS)
 
+test-trainers: $(TRAINER_TESTS)
+
+# uv, because pip's resolver takes more than ten minutes over kauldron's requirements.
+$(TRAINER_TESTS): test-trainer-%:
+	@command -v $(TRAINER_PYTHON) >/dev/null || { echo "$*: skipped, there is no $(TRAINER_PYTHON): pass TRAINER_PYTHON=..."; exit 0; }; \
+	set -e; folder=.trainers/$*; \
+	if [ ! -e $$folder/.installed ]; then \
+	  rm -rf $$folder; $(TRAINER_PYTHON) -m venv $$folder; $$folder/bin/python -m pip install --quiet uv; \
+	  $$folder/bin/uv pip install --quiet --python $$folder/bin/python --editable '.[train]' pytest $(PACKAGE_$*); \
+	  touch $$folder/.installed; \
+	fi; \
+	$$folder/bin/python -m pytest -q tests/trainers/$*_test.py $(PYTEST_ARGS)
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +83,4 @@ types: $(DEV)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .trainers

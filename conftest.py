@@ -13,8 +13,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # see the programs that users run; .ci/run does that in one of its environments.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import importlib.util
+
 import jax
 import pytest
+
+# Adapters are imported with what they adapt to (`make test-trainers`), so for doctests, too.
+collect_ignore = [
+    f"bilevel_flax/trainers/{name}.py"
+    for name in ("datasets", "kauldron", "levanter", "tunix")
+    if importlib.util.find_spec(name) is None
+]
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
 jax.config.update("jax_numpy_rank_promotion", "raise")

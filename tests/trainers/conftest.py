@@ -1,0 +1,13 @@
+"""Each adapter against the real package, in an environment of its own: `make test-trainers`."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """Other people's models broadcast as they like."""
+    before = jax.config.jax_numpy_rank_promotion  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", before)
