@@ -22,7 +22,7 @@ import pytest
 collect_ignore = [
     f"bilevel_flax/trainers/{name}.py"
     for name in ("datasets", "kauldron", "levanter", "tunix")
-    if importlib.util.find_spec(name) is None
+    if getattr(importlib.util.find_spec(name), "origin", None) is None
 ]
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
