@@ -25,6 +25,7 @@ EXTRAS = {
         "sklearn",
         "tensorflow_datasets",
     ),
+    "fixed_point": ("lineax", "optimistix"),
     "plan": ("libtpu",),
 }
 

@@ -38,9 +38,11 @@ class StepRunner:
             `layout.place_state`. None: on JAX's default device.
         compiled_as: one with the same solver and settings, over data of the same shapes, whose
             compiled programs serve here, too.
+        paired: as in `Task`.
 
     Raises:
-        ValueError: the layout's devices do not divide a minibatch.
+        ValueError: the layout's devices do not divide a minibatch; `paired` with sides of other
+            numbers of minibatches, or a solver that takes others of each.
 
     Attributes:
         CLOCKS: the names of the three clocks below.
@@ -66,6 +68,7 @@ class StepRunner:
         target_seconds: float = 0.5,
         layout: Layout | None = None,
         compiled_as: StepRunner | None = None,
+        paired: bool = False,
     ):
         if layout is not None:
             for name, side in (("inner", inner), ("outer", outer)):
@@ -77,7 +80,12 @@ class StepRunner:
         # What a clock or a memory says differs from process to process; what they run must not.
         self._processes = distributed.Channel("runner")
         on_device = self._processes.broadcast(on_device)
-        sums, seeds = (inner, outer), (2 * seed, 2 * seed + 1)
+        sums, seeds = (inner, outer), (2 * seed, 2 * seed + (not paired))
+        if paired and (inner.num_batches != outer.num_batches or len(set(solver.batches)) > 1):
+            raise ValueError(
+                f"paired minibatches: {inner.num_batches} inner and {outer.num_batches} outer "
+                f"ones, of which {solver.name} takes {solver.batches} an update: they must agree"
+            )
         self.samplers = tuple(
             data.Sampler(finite_sum.num_batches, side_seed, per_step)
             for finite_sum, side_seed, per_step in zip(sums, seeds, solver.batches, strict=True)

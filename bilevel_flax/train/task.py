@@ -72,6 +72,8 @@ class Task:
             "fraction" (a number in [0, 1], shown in percent), "count", "seconds", or any text to
             stand behind the number ("nats"). A name without one is shown as it is; the name of a
             family, what precedes a slash or a dot, stands for its members.
+        paired: G and F come with minibatches of the same number in every update, where F is to see
+            the examples (or tasks) whose part of z has just been solved for. False: independent.
     """
 
     problem: Problem
@@ -87,6 +89,7 @@ class Task:
     headline: Sequence[str] = ()
     rules: Any = None
     units: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    paired: bool = False
 
     def __post_init__(self) -> None:
         wrong = {name: unit for name, unit in self.units.items() if not isinstance(unit, str)}

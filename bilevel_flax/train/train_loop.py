@@ -88,9 +88,8 @@ def train_loop(
     processes = multihost.Channel("train")
     state, outer_params = _initial(run, task, solver, layout)
     check = FiniteCheck(state)
-    runner = StepRunner(
-        solver, task.inner, task.outer, seed=run.seed, on_device=run.on_device, layout=layout
-    )
+    settings = {"seed": run.seed, "on_device": run.on_device, "layout": layout}
+    runner = StepRunner(solver, task.inner, task.outer, paired=task.paired, **settings)
     messages: list[str] = []
     progress = Progress(run.steps, quiet=not processes.is_leader)
     monitor = Monitor(task, run.steps, outer_params, run.eval_every, run.health.every)

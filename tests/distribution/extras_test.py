@@ -129,7 +129,9 @@ def test_every_import_is_the_cores_or_an_extras():
 def test_the_table_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {_name(line) for line in project["dependencies"]} == CORE - {"jaxlib"}  # jax brings it
-    distributions = packages_distributions() | {"libtpu": ["libtpu"]}
+    distributions = packages_distributions() | {
+        name: [name] for name in ("libtpu", "lineax", "optimistix")
+    }
     for extra, modules in EXTRAS.items():
         listed = {_name(line) for line in project["optional-dependencies"][extra]}
         needed = {_name(distributions[module][0]) for module in modules}

@@ -1,0 +1,211 @@
+"""What the equilibrium network is compared with, from the same start, with the same optimiser.
+
+* unrolled: the same layer iterated `unrolled_steps` times from 0, backprop through all of it.
+* optimistix: the fixed point by its solver, differentiated implicitly by its adjoint.
+* explicit: a network with two hidden layers of the same width, which has as many parameters.
+
+Each step is measured alone: seconds, and the memory that XLA reserves for temporaries beside the
+arguments, which for our steps hold z and v.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from bilevel_flax import contrib, data
+from bilevel_flax.data import Sampler
+from examples.deq import model
+
+HEADLINE = ("unrolled.test_error", "optimistix.test_error", "explicit.test_error")
+_TIMED, _REPEATS = 50, 5  # steps in a measured chunk, and chunks: the fastest counts
+Loss = Callable[[Any, Any], jax.Array]
+
+
+def unrolled_loss(config: Any) -> Loss:
+    """F after so many steps of the iteration."""
+
+    def loss(x, batch):
+        apply = model.layer(x, config.margin, batch["image"])
+
+        def step(z, _):
+            return z + config.step * (apply(z) - z), None
+
+        start = jnp.zeros((len(batch["image"]), config.width))
+        z, _ = jax.lax.scan(step, start, None, length=config.unrolled_steps)
+        return _loss(config, x, z, batch)
+
+    return loss
+
+
+def optimistix_loss(config: Any) -> Loss:
+    """F at the fixed point, with optimistix's implicit adjoint, by GMRES on the minibatch."""
+    import lineax
+    import optimistix
+
+    solver = optimistix.FixedPointIteration(
+        rtol=0.0, atol=config.step * config.tolerance, norm=optimistix.max_norm
+    )
+    adjoint = optimistix.ImplicitAdjoint(
+        lineax.GMRES(rtol=config.tolerance, atol=config.tolerance, restart=config.adjoint_steps)
+    )
+
+    def loss(x, batch):
+        def damped(z, x):
+            return z + config.step * (model.layer(x, config.margin, batch["image"])(z) - z)
+
+        start = jnp.zeros((len(batch["image"]), config.width))
+        solution = optimistix.fixed_point(
+            damped, solver, start, x, max_steps=config.max_iterations, adjoint=adjoint, throw=False
+        )
+        return _loss(config, x, solution.value, batch)
+
+    return loss
+
+
+def explicit_init(rng: jax.Array, like: model.Weights) -> model.Weights:
+    """A network with a second hidden layer in the place of the recurrence."""
+    width = len(like["bias"])
+    second = jax.random.normal(rng, (2, width, width)) / jnp.sqrt(width)
+    rest = {name: like[name] for name in ("input", "bias", "readout", "readout_bias")}
+    return {**rest, "second": second[0], "third": second[1]}
+
+
+def explicit_state(x: model.Weights, images: jax.Array) -> jax.Array:
+    """Its last hidden layer."""
+    hidden = jnp.tanh(images @ x["input"] + x["bias"][None])
+    return jnp.tanh(jnp.tanh(hidden @ x["second"]) @ x["third"])
+
+
+def _loss(config: Any, x: Any, z: jax.Array, batch: Any) -> jax.Array:
+    squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
+    losses = model.cross_entropy(x, z, batch["label"])
+    return bf.masked_mean(losses, batch.get("mask")) + 0.5 * config.decay * squares
+
+
+def run(
+    config: Any,
+    problem: bf.Problem,
+    side: data.FiniteSum,
+    start: model.Weights,
+    rows: int,
+    error: Callable[..., float],
+    measured: tuple[np.ndarray, np.ndarray],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Trains the three and measures all steps.
+
+    Args:
+        config: the run's.
+        problem: condition and loss of our own steps.
+        side: the training minibatches.
+        start: x at the run's start.
+        rows: of z.
+        error: of an equilibrium network.
+        measured: test images and labels.
+        log: prints a line.
+    """
+    tx = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
+
+    def explicit(x, batch):
+        return _loss(config, x, explicit_state(x, batch["image"]), batch)
+
+    def explicit_error(x, images, labels):
+        found = jnp.argmax(model.logits(x, explicit_state(x, images)), -1)
+        return float(jnp.mean(found != labels))
+
+    plain = {
+        "unrolled": (unrolled_loss(config), start, error),
+        "optimistix": (optimistix_loss(config), start, error),
+        "explicit": (
+            explicit,
+            explicit_init(jax.random.PRNGKey(config.seed), start),
+            explicit_error,
+        ),
+    }
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), side.batches)
+    results: dict[str, Any] = {}
+    for name, (loss, x, error_of) in plain.items():
+        step = _plain_step(loss, tx)
+        results[name] = _cost(step, (x, tx.init(x)), batch)
+        trained = _train(step, (x, tx.init(x)), side, config)
+        results[name]["test_error"] = error_of(trained, *measured)
+        log(f"{name:12s} {_line(results[name])}")
+    solvers = {
+        "soba": bf.soba(problem, inner=optax.sgd(1.0), outer=tx),
+        "bsg": contrib.bsg(
+            problem,
+            inner=optax.sgd(1.0),
+            outer=tx,
+            inner_steps=config.inner_steps,
+            adjoint_steps=config.adjoint_steps,
+        ),
+    }
+    name = "soba" if config.states == "example" else "bsg"
+    solver = solvers[name]
+    state = solver.init(jnp.zeros((rows, config.width)), start)
+    own = lambda state, batch: solver.update(state, bf.Batch(batch, batch))[0]
+    results["ours"] = _cost(own, state, batch)
+    log(f"{name:12s} {_line(results['ours'])}")
+    return results
+
+
+def _plain_step(loss: Loss, tx: optax.GradientTransformation) -> Callable:
+    def step(carry, batch):
+        x, opt_state = carry
+        updates, opt_state = tx.update(jax.grad(loss)(x, batch), opt_state)
+        return optax.apply_updates(x, updates), opt_state
+
+    return step
+
+
+def _train(step: Callable, carry: Any, side: data.FiniteSum, config: Any) -> Any:
+    """X after the run's number of steps, on the run's minibatches in the run's order."""
+    batches = jax.tree.map(jnp.asarray, side.batches)
+    ids = jnp.asarray(Sampler(side.num_batches, 2 * config.seed).ids(0, config.steps))
+
+    @jax.jit
+    def run(carry, ids):
+        def body(carry, i):
+            return step(carry, jax.tree.map(lambda leaf: leaf[i], batches)), None
+
+        return jax.lax.scan(body, carry, ids)[0]
+
+    return run(carry, ids)[0]
+
+
+def _cost(step: Callable, carry: Any, batch: Any) -> dict[str, Any]:
+    """Seconds and bytes of one step; the same minibatch over and over."""
+
+    def several(carry, batch):
+        return jax.lax.fori_loop(0, _TIMED, lambda _, carry: step(carry, batch), carry)
+
+    one = jax.jit(step).lower(carry, batch).compile()
+    many = jax.jit(several).lower(carry, batch).compile()
+    memory = one.memory_analysis()
+    seconds = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(many(carry, batch))
+        seconds.append((time.perf_counter() - began) / _TIMED)
+    return {
+        "seconds_per_step": min(seconds),
+        "temporary_bytes": int(memory.temp_size_in_bytes),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(carry)),
+    }
+
+
+def _line(result: dict[str, Any]) -> str:
+    error = f"test error {result['test_error']:.2%}, " if "test_error" in result else ""
+    return (
+        f"{error}{1e3 * result['seconds_per_step']:.2f} ms a step, "
+        f"{result['temporary_bytes'] / 1e6:.2f} MB temporaries, "
+        f"{result['state_bytes'] / 1e6:.2f} MB state"
+    )
