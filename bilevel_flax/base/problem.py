@@ -82,7 +82,10 @@ class Problem:
     def __post_init__(self, remat: bool, microbatches: int, compute_dtype: Any):
         for name in ("inner_loss", "outer_loss"):
             if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
+                several = " (several goals: bf.outer.goals({...}))" if name == "outer_loss" else ""
+                raise TypeError(
+                    f"{name} must be a function, got {getattr(self, name)!r:.80}{several}"
+                )
         if self.derivatives not in DERIVATIVES:
             raise ValueError(
                 f"derivatives={self.derivatives!r} is unknown; choose one of {DERIVATIVES}"

@@ -12,6 +12,13 @@ from bilevel_flax.base.wrapped_loss import WrappedLoss
 SIDES = ("inner_loss", "outer_loss")
 
 
+def innermost(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's function, under all that is wrapped around it here."""
+    while isinstance(loss, WrappedLoss):
+        loss = loss.loss
+    return loss
+
+
 def wrap_losses(
     problem: Problem,
     transform: Callable[[Callable[..., Any]], Callable[..., Any]],

@@ -17,7 +17,7 @@ import jax
 from bilevel_flax.base import Problem
 from bilevel_flax.oracles.microbatches import Microbatched
 from bilevel_flax.oracles.mixed_precision import mixed_precision
-from bilevel_flax.oracles.wrapped_loss import SIDES, wrap_losses
+from bilevel_flax.oracles.wrapped_loss import SIDES, innermost, wrap_losses
 
 
 def configured(problem: Problem, settings: Mapping[str, Any]) -> Problem:
@@ -76,6 +76,12 @@ def microbatched(problem: Problem, parts: int) -> Problem:
         raise ValueError(f"microbatches={parts!r} must be an integer >= 1")
     if parts == 1:
         return problem
+    for name in SIDES:
+        if not getattr(innermost(getattr(problem, name)), "is_mean", True):
+            raise ValueError(
+                f"microbatches={parts}: {name} has floors or a temperature (bf.outer.goals), so "
+                "that it is no mean over parts of a minibatch: leave one of them out"
+            )
     return dataclasses.replace(
         problem, **{name: Microbatched(getattr(problem, name), int(parts)) for name in SIDES}
     )

@@ -9,6 +9,7 @@ from bilevel_flax.outer.data_mixture import (
     network_weights,
     select,
 )
+from bilevel_flax.outer.goals import goals
 from bilevel_flax.outer.meta_weight_net import meta_weight_net
 from bilevel_flax.outer.optimisers.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.optimisers.learned import learned_optimizer
@@ -24,6 +25,7 @@ __all__ = [
     "image_policy",
     "Selected",
     "domain_weights",
+    "goals",
     "lazy_adam",
     "lazy_sgd",
     "learned_optimizer",
