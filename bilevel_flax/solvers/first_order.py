@@ -66,7 +66,7 @@ def first_order(
 
     Three gradients a step, of G at two points and of F, and the memory of one: for losses that
     nothing differentiates twice (`oracles.probe`). D_x has a bias of O(1/λ); with λ as chosen here
-    it is about √eps, 3e-4 in float32 and 6e-2 in bfloat16.
+    it is about √eps of D_x, 3e-4, in float32, and a tenth of it in bfloat16 (docs/kernels.md).
 
     Args:
         problem: the bilevel problem; per-sample, stateful, `data_parallel` ... as for `auto`.
@@ -104,6 +104,6 @@ def _resolved(penalty: float, z: Any) -> None:
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(z) if is_inexact(leaf))
     if penalty > 1 / eps:
         raise ValueError(
-            f"penalty={penalty} is out of reach: y = z + v/λ is z itself in inner_params' dtype "
+            f"penalty={penalty:g} is out of reach: y = z + v/λ is z itself in inner_params' dtype "
             f"(at most {1 / eps:.0e}); leave it out, and it follows ‖v‖"
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -110,11 +111,23 @@ def rotated(x: jax.Array, base: float = 10_000.0) -> jax.Array:
     )
 
 
+def _causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """[batch, length, heads, size] each."""
+    size, length = query.shape[-1], query.shape[1]
+    logits = jnp.einsum(
+        "bqhs,bkhs->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32
+    )
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    weights = nn.softmax(jnp.where(causal, logits, -1e30), axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhs->bqhs", weights, value)
+
+
 class Attention(nn.Module):
-    """Causal self-attention; logits and softmax in float32."""
+    """Causal self-attention; logits and softmax in float32, or a `kernel(query, key, value)`."""
 
     size: Size
     dtype: Any
+    kernel: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -124,13 +137,8 @@ class Attention(nn.Module):
             (self.size.heads, size), use_bias=False, dtype=self.dtype, name=name
         )(x)
         query, key, value = rotated(project("query")), rotated(project("key")), project("value")
-        logits = jnp.einsum(
-            "bqhs,bkhs->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32
-        )
-        length = x.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        weights = nn.softmax(jnp.where(causal, logits, -1e30), axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhs->bqhs", weights, value)
+        attend = _causal_attention if self.kernel is None else self.kernel
+        mixed = attend(query, key, value)
         return nn.DenseGeneral(
             self.size.width,
             axis=(-2, -1),
@@ -167,12 +175,15 @@ class Layer(nn.Module):
 
     size: Size
     dtype: Any
+    attention: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         """[batch, length, width] -> the same."""
         norm = lambda name: RMSNorm(self.dtype, name=name)
-        x = x + Attention(self.size, self.dtype, name="attention")(norm("attention_norm")(x))
+        x = x + Attention(self.size, self.dtype, self.attention, name="attention")(
+            norm("attention_norm")(x)
+        )
         x = x + SwiGLU(self.size, self.dtype, name="mlp")(norm("mlp_norm")(x))
         return by_example(x), None
 
@@ -184,11 +195,14 @@ class Decoder(nn.Module):
         size: its shape.
         dtype: of the computation; the parameters are float32.
         remat: recompute each layer's forward pass in the backward one.
+        attention: a causal kernel, `attention(query, key, value)` on [batch, length, heads, size],
+            e.g. `functools.partial(bf.oracles.dot_product_attention, is_causal=True)`.
     """
 
     size: Size
     dtype: Any = jnp.bfloat16
     remat: bool = True
+    attention: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -217,7 +231,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=self.size.layers,
         )
-        x, _ = layers(self.size, self.dtype, name="layers")(x, None)
+        x, _ = layers(self.size, self.dtype, self.attention, name="layers")(x, None)
         head = nn.remat(Head, prevent_cse=False) if self.remat else Head
         return head(self.size, self.dtype, name="head")(x, tokens[:, 1:])
 

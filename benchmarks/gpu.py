@@ -1,0 +1,361 @@
+"""What a bilevel step costs on an accelerator: one command, at most 8 minutes on one GPU.
+
+    python benchmarks/gpu.py [--size full|tiny] [--minutes 8] [--out gpu.json] [--only NAME ...]
+
+Everything runs on random numbers of the real sizes: timings do not depend on values, and no data is
+needed. For a GPT of 124M parameters (as it is, with rematerialised layers, with fused attention),
+ResNet-50 and the example's CNN: a plain Optax step, SOBA written by hand in JAX, and the library's
+methods, with the step's time, the temporary memory of the compiled program, the device's peak, the
+seconds of compilation and tokens or images a second. Then a weight for each of 1e4 and 1e8
+examples, DARTS's search step, and the cleaning loop beside plain training in the same loop.
+
+Entries that do not fit into `--minutes` any more are left out, and the file says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_flax as bf
+from benchmarks import step_time
+from benchmarks.tasks import networks
+from bilevel_flax import data
+from bilevel_flax.train.step_runner import StepRunner
+from examples.darts import task as darts_task
+from examples.darts.network import SearchNetwork, make_stack
+from examples.darts.optimizers import make_optimizer
+from examples.language_model.model import Size
+from examples.mnist_hypercleaning.model import make_model
+from examples.mnist_hypercleaning.task import make_problem
+
+GPT = Size(layers=12, width=768, heads=12, hidden=2048, vocabulary=50_304)
+# Per size: (decoder, batch, length), (stages, width, side, batch) of the ResNet, the CNN's batch,
+# (numbers of weights), (cells, width, side, batch, reductions) of DARTS, examples of the cleaning loop, seconds
+# of one measurement, and the variants (None: all).
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "gpt": (GPT, 16, 1024),
+        "resnet": ((3, 4, 6, 3), 64, 224, 64),
+        "cnn": 64,
+        "weights": (10**4, 10**8),
+        "darts": (8, 16, 32, 64, (2, 5)),
+        "cleaning": 20_000,
+        "seconds": 2.0,
+        "variants": None,
+    },
+    "tiny": {
+        "gpt": (Size(layers=1, width=8, heads=2, hidden=8, vocabulary=16), 2, 8),
+        "resnet": ((1,), 4, 16, 2),
+        "cnn": 4,
+        "weights": (100, 1000),
+        "darts": (2, 2, 8, 2, (1,)),
+        "cleaning": 64,
+        "seconds": 0.0,
+        "variants": ("plain", "bf.soba"),
+    },
+}
+
+
+def by_hand(network: networks.Network, optimiser: Any) -> Callable[..., Any]:
+    """SOBA's step as one would write it: `step((z, v, x, states, model_state), batch)`."""
+
+    def step(carry, batch):
+        z, v, x, (state_z, state_v), model_state = carry
+
+        def grads(z):
+            value = jax.value_and_grad(network.inner, (0, 1), has_aux=True)
+            (_, state), both = value(z, x, batch, model_state)
+            return both, state
+
+        (d_z, _), (hvp, cross), state = jax.jvp(grads, (z,), (v,), has_aux=True)
+        at = jax.grad(network.outer, (0, 1), has_aux=True)
+        (outer_z, outer_x), _ = at(z, x, batch, model_state)
+        d_v = jax.tree.map(jnp.add, hvp, outer_z)
+        move_z, state_z = optimiser.update(d_z, state_z, z)
+        move_v, state_v = optimiser.update(d_v, state_v, v)
+        z, v = optax.apply_updates(z, move_z), optax.apply_updates(v, move_v)
+        return (z, v, x - 0.01 * (cross + outer_x), (state_z, state_v), state), None
+
+    return step
+
+
+def plain(network: networks.Network, optimiser: Any) -> Callable[..., Any]:
+    """Training without hyperparameters: `step((z, x, state, model_state), batch)`."""
+
+    def step(carry, batch):
+        z, x, opt_state, state = carry
+        grad, state = jax.grad(network.inner, has_aux=True)(z, x, batch, state)
+        updates, opt_state = optimiser.update(grad, opt_state, z)
+        return (optax.apply_updates(z, updates), x, opt_state, state), None
+
+    return step
+
+
+def variants(
+    network: networks.Network,
+) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
+    """`(name, step, first carry)` of each; the carry is made when it is called."""
+    optimiser, x = optax.adamw(1e-4), jnp.zeros(networks.DOMAINS)
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+
+    def started(of):
+        def start():
+            z, state = network.init()
+            return of(z, state)
+
+        return start
+
+    yield (
+        "plain",
+        plain(network, optimiser),
+        started(lambda z, state: (z, x, optimiser.init(z), state)),
+    )
+    yield (
+        "by hand",
+        by_hand(network, optimiser),
+        started(lambda z, state: (z, zeros(z), x, (optimiser.init(z),) * 2, state)),
+    )
+    problem = network.problem(stateful=jax.eval_shape(network.init)[1] is not None)
+    auto = functools.partial(bf.auto, problem, inner=optimiser, steps=10_000)
+    solvers = {
+        "bf.soba": bf.soba(problem, inner=optimiser, outer=optax.sgd(0.01)),
+        "bf.auto": auto(),
+        "bf.auto cheap": auto(update_every=4, adjoint_update_every=2),
+        "bf.auto, 2 microbatches": bf.auto(
+            bf.oracles.microbatched(problem, 2), inner=optimiser, steps=10_000
+        ),
+        "bf.first_order": bf.first_order(problem, inner=optimiser, steps=10_000),
+    }
+    for name, solver in solvers.items():
+        update = lambda state, batch, solver=solver: solver.update(state, bf.Batch(batch, batch))
+        start = lambda z, state, solver=solver: solver.init(z, x, model_state=state)
+        yield name, update, started(start)
+
+
+def measured(
+    step: Callable[..., Any], start: Callable[..., Any], batch: Any, seconds: float
+) -> dict:
+    """What a step takes; eight steps at least, for cheap settings work in every eighth.
+
+    Args:
+        step: `step(carry, batch) -> (carry, anything)`.
+        start: makes the first carry.
+        batch: on the host.
+        seconds: to be spent on timing.
+    """
+    batch = jax.device_put(batch)
+    carry = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), start())  # donated leaf by leaf
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(carry, batch).compile()
+    found = {"compile_seconds": time.perf_counter() - began}
+    found["temporary_bytes"] = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+
+    def steps(carry, count):
+        began = time.perf_counter()
+        for _ in range(count):
+            carry, _ = compiled(carry, batch)
+        jax.block_until_ready(carry)
+        return carry, (time.perf_counter() - began) / count
+
+    carry, _ = steps(carry, 1)
+    carry, pace = steps(carry, 8)
+    best, ends = pace, time.perf_counter() + seconds
+    while time.perf_counter() < ends:
+        carry, pace = steps(carry, int(np.clip(seconds / 4 / best, 1, 20)) * 8)
+        best = min(best, pace)
+    found["step_seconds"] = best
+    return found
+
+
+def network_rows(network: networks.Network, size: dict[str, Any]) -> Iterator[dict]:
+    """A row for each variant; what cannot be compiled or does not fit says so in its row."""
+    base = None
+    for name, step, start in variants(network):
+        if size["variants"] and name not in size["variants"]:
+            continue
+        try:
+            found = measured(step, start, network.batch, size["seconds"])
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            yield {"variant": name, "error": str(error).split("\n")[0][:200]}
+            continue
+        base = base or found
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        yield {
+            "variant": name,
+            **found,
+            "plain_steps": found["step_seconds"] / base["step_seconds"],
+            "plain_temporaries": found["temporary_bytes"] / max(base["temporary_bytes"], 1),
+            "plain_compile": found["compile_seconds"] / base["compile_seconds"],
+            "items_per_second": network.items / found["step_seconds"],
+            "peak_bytes_so_far": peak,
+        }
+
+
+def gpt(size: dict[str, Any], remat: bool = False, fused: bool = False) -> Iterator[dict]:
+    """The decoder in bfloat16; `fused`: cuDNN's attention with a reference's tangents."""
+    attention = None
+    if fused:
+        on_gpu = jax.default_backend() == "gpu"
+        attention = functools.partial(
+            bf.oracles.dot_product_attention,
+            is_causal=True,
+            implementation="cudnn" if on_gpu else "xla",
+        )
+    network = networks.decoder(*size["gpt"], dtype=jnp.bfloat16, remat=remat, attention=attention)
+    yield from network_rows(network, size)
+
+
+def resnet(size: dict[str, Any]) -> Iterator[dict]:
+    """ResNet-50 in bfloat16."""
+    yield from network_rows(networks.resnet(*size["resnet"], dtype=jnp.bfloat16), size)
+
+
+def cnn(size: dict[str, Any]) -> Iterator[dict]:
+    """The CNN of the cleaning example in float32."""
+    yield from network_rows(networks.small_cnn(size["cnn"]), size)
+
+
+def weights(size: dict[str, Any]) -> Iterator[dict]:
+    """An MLP with a weight for each example, a row of a table moved by lazy Adam."""
+    rng = np.random.default_rng(0)
+
+    def losses(z, batch):
+        logits = jax.nn.relu(batch["image"] @ z["first"]) @ z["second"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    problem = bf.Problem(
+        lambda z, x, batch: jnp.mean(jax.nn.sigmoid(x) * losses(z, batch)),
+        lambda z, x, batch: jnp.mean(losses(z, batch)),
+        per_sample=True,
+    )
+    for count in size["weights"]:
+        batch = {
+            "image": rng.normal(size=(64, 784)).astype(np.float32),
+            "label": rng.integers(0, 10, 64).astype(np.int32),
+            "index": rng.integers(0, count, 64).astype(np.int32),
+        }
+        z = {"first": jnp.zeros((784, 256)), "second": jnp.zeros((256, 10))}
+        solver = bf.soba(problem, inner=optax.sgd(0.01), outer=bf.outer.lazy_adam(0.1))
+        update = lambda state, batch, solver=solver: solver.update(state, bf.Batch(batch, batch))
+        start = lambda count=count, z=z, solver=solver: solver.init(z, jnp.zeros(count))
+        yield {"variant": f"{count} weights", **measured(update, start, batch, size["seconds"])}
+
+
+def darts(size: dict[str, Any]) -> Iterator[dict]:
+    """The search step of `configs/darts_cifar10.py`: how long it compiles and how fast it runs."""
+    cells, width, side, count, reductions = size["darts"]
+    network = SearchNetwork(make_stack(side, width, cells, reductions), 10, False)
+    problem = bf.oracles.mixed_precision(darts_task.make_problem(network), "bfloat16")
+    inner = make_optimizer(learning_rate=0.025, steps=10_000, name="momentum")
+    solver = bf.auto(problem, inner=inner, steps=10_000)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(count, side, side, 3)).astype(np.float32),
+        "label": rng.integers(0, 10, count).astype(np.int32),
+    }
+
+    def start():
+        z = darts_task.search_parameters(network, jax.random.key(0), (side, side, 3))
+        return solver.init(z, darts_task.MIXTURE.init(jax.random.key(1)))
+
+    update = lambda state, batch: solver.update(state, bf.Batch(batch, batch))
+    yield {"variant": f"{cells} cells", **measured(update, start, batch, size["seconds"])}
+
+
+def cleaning(size: dict[str, Any]) -> Iterator[dict]:
+    """The cleaning run's compiled loop beside plain training in the same loop."""
+    count, rng = size["cleaning"], np.random.default_rng(0)
+    arrays = {
+        "image": rng.normal(size=(count, 28, 28, 1)).astype(np.float32),
+        "label": rng.integers(0, 10, count).astype(np.int32),
+    }
+    model, logits = make_model("cnn", 10), bf.outer.sigmoid(count)
+    problem, inner = make_problem(model, logits, 1e-4), optax.sgd(0.03)
+    side = data.partition(arrays, min(64, count))
+    variables = dict(model.init(jax.random.key(0), arrays["image"][:2], train=False))
+    params = variables.pop("params")
+    for name, (of_x, of_v) in {"auto": (1, 1), "cheap": (4, 2)}.items():
+        solver = bf.auto(
+            problem, inner=inner, steps=10_000, update_every=of_x, adjoint_update_every=of_v
+        )
+        state = solver.init(params, logits.init(), model_state=variables)
+        loop = StepRunner(solver, side, side, on_device=True)
+        rounds = {"rounds": 1, "seconds": size["seconds"]}
+        ours, alone = step_time.over_plain(loop, problem, inner, state, **rounds)
+        yield {
+            "variant": name,
+            "steps_per_second": 1 / ours,
+            "plain_steps_per_second": 1 / alone,
+            "plain_steps": ours / alone,
+            "compile_seconds": loop.compile_seconds,
+        }
+
+
+ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[dict]]] = {
+    "gpt": gpt,
+    "gpt fused": functools.partial(gpt, fused=True),
+    "gpt remat": functools.partial(gpt, remat=True),
+    "gpt remat fused": functools.partial(gpt, remat=True, fused=True),
+    "resnet": resnet,
+    "cnn": cnn,
+    "weights": weights,
+    "cleaning": cleaning,
+    "darts": darts,
+}
+
+
+def run(size: str, minutes: float, only: Any = None, log: Callable[[str], None] = print) -> dict:
+    """All entries; those that begin too late are listed as left out."""
+    device, ends = jax.devices()[0], time.monotonic() + 60 * minutes
+    results: dict[str, Any] = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "size": size,
+        "entries": {},
+        "left_out": [],
+    }
+    for name in only or ENTRIES:
+        if time.monotonic() > ends:
+            results["left_out"].append(name)
+            continue
+        rows = results["entries"][name] = []
+        for row in ENTRIES[name](SIZES[size]):
+            rows.append(row)
+            log(f"{name:16s} {_line(row)}")
+            if time.monotonic() > ends:
+                results["left_out"].append(f"the rest of {name}")
+                break
+    return results
+
+
+def _line(row: dict) -> str:
+    numbers = (f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
+    return f"{row['variant']:24s} {row.get('error', '')}{'  '.join(numbers)}"
+
+
+def main() -> None:
+    """Prints a line for each measurement and saves them all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--only", nargs="+", choices=ENTRIES, default=None)
+    args = parser.parse_args()
+    results = run(args.size, args.minutes, args.only, functools.partial(print, flush=True))
+    args.out.write_text(json.dumps(results, indent=1))
+    print(f"saved to {args.out}; left out: {results['left_out'] or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()
