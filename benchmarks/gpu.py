@@ -41,8 +41,8 @@ from examples.mnist_hypercleaning.task import make_problem
 
 GPT = Size(layers=12, width=768, heads=12, hidden=2048, vocabulary=50_304)
 # Per size: (decoder, batch, length), (stages, width, side, batch) of the ResNet, the CNN's batch,
-# (numbers of weights), (cells, width, side, batch, reductions) of DARTS, examples of the cleaning loop, seconds
-# of one measurement, and the variants (None: all).
+# (numbers of weights), (cells, width, side, batch, reductions) of DARTS, examples of the cleaning
+# loop, seconds of one measurement, and the variants (None: all).
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "gpt": (GPT, 16, 1024),
