@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.default_domains = True  # those of BILEVEL_FLAX_DATA/text as well
     config.target = config_dict.placeholder(str)  # None: shakespeare, or else the first domain
     config.target_in_mixture = True  # the rest of a target that is a domain is trained on
+    config.sample_in_mixture = False  # half of F's sample is one more domain; F keeps the other
     config.data = {
         "outer_share": 0.02,
         "validation_share": 0.08,
@@ -50,6 +51,12 @@ def get_config() -> ml_collections.ConfigDict:
     # What it is compared with.
     config.baselines = True
     config.direct_share = 0.25  # of direct_mix's minibatches
+    config.rivals = {
+        "direct_shares": (0.1, 0.25, 0.5, 0.75, 1.0),  # of which direct_mix_tuned takes the best
+        "doremi_rate": 1.0,
+        "regmix_runs": 16,
+        "regmix_share": 0.25,  # of a run's steps, in each of them
+    }
     config.finetune = {"steps": 100, "learning_rate": 1e-3}
 
     config.steps = 600

@@ -5,6 +5,7 @@
 * classifier: of the candidates of a step those that look most like the sample.
 * dds: the mixture by the alignment of gradients (`alignment.py`).
 * retrained: from scratch on the learned mixture, frozen.
+* proportional, direct_mix_tuned, doremi, online, regmix: `rivals.py`.
 
 All read the same stream of candidates. Then each network is fine-tuned on the sample, stopped
 where the validation text says; the plain ones share one compiled chunk of steps.
@@ -13,6 +14,7 @@ where the validation text says; the plain ones share one compiled chunk of steps
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,19 +27,21 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.data import draws
+from bilevel_flax.oracles import FORWARD_UNITS
 from bilevel_flax.solvers.auto import decay_to_zero
 from bilevel_flax.train.config import resolve
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json
 from examples.language_model.model import Decoder
 from examples.language_model.task import adam_directions, nats_of, warmup_cosine
-from examples.lm_data_mixing import classifier
+from examples.lm_data_mixing import classifier, rivals
 from examples.lm_data_mixing.alignment import gradient_alignment
 
 _CHUNK = 25  # steps in a compiled chunk of plain training
 _COMB, _SAMPLE = 21, 22  # draws of the plain selections
 
-METHODS = ("soba", "uniform", "direct_mix", "classifier", "dds")
+HEADLINE = ("soba", "uniform", "direct_mix", "direct_mix_tuned", "classifier", "regmix")
+METHODS = ("soba", "uniform", "direct_mix", "classifier", "dds", *rivals.NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Run:
         nats: `nats(z, windows) -> float`.
         shares: of the domains, of a state.
         weights: `weights(x, candidates) -> [steps, candidates]`, of the candidates of some steps.
+        looked_at: of each domain some windows.
+        sizes: of each domain, in windows.
+        pool: [domains], 0 for the target's sample where that is one of them, else 1.
         workdir: where results go as they come.
         say: prints a line.
     """
@@ -73,6 +80,9 @@ class Run:
     nats: Callable[[Any, np.ndarray], float]
     shares: Callable[[bf.TrainState], dict[str, float]]
     weights: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
+    looked_at: list[np.ndarray]
+    sizes: np.ndarray
+    pool: np.ndarray
     workdir: Path
     say: Callable[[str], None]
 
@@ -94,11 +104,16 @@ class Plain(NamedTuple):
 
 
 class Trainer:
-    """Plain AdamW on windows that someone else has chosen; compiled once."""
+    """Plain AdamW on windows that someone else has chosen; compiled once.
+
+    Attributes:
+        params: z of the run that is under way, for who chooses windows by it.
+    """
 
     def __init__(self, run: Run):
         self._run = run
         self._directions = adam_directions()
+        self.params: Any = None
 
         @jax.jit
         def chunk(z, state, tokens, rates):
@@ -131,6 +146,7 @@ class Trainer:
         best = z
         for start in range(0, steps, _CHUNK):
             stop = min(steps, start + _CHUNK)
+            self.params = z
             tokens = windows(start, stop)
             rates = np.array([float(schedule(step)) for step in range(start, stop)], np.float32)
             short = _CHUNK - len(rates)  # at rate 0 nothing moves
@@ -154,7 +170,8 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     Returns:
         `nats_per_byte`, `validation_nats_per_byte` (method -> before and after fine-tuning, on
         the test and on the validation text), `retrained_nats_per_byte` (the same of `retrained`),
-        `dds_mixture`, `tokens` and what each has seen of the sample.
+        `plain_step_equivalents` (method -> what its training cost, searches included, in steps of
+        plain training), `rival_mixtures`, `dds_mixture` and `tokens`.
     """
     config = run.config
     path = run.workdir / "baselines.json"
@@ -190,10 +207,10 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         return chosen(choose)
 
     def uniform():
-        return by_weights(lambda windows_of_step: np.ones(windows_of_step["domain"].shape))
+        return by_weights(lambda windows_of_step: run.pool[windows_of_step["domain"]])
 
-    def direct():
-        few = round(config.direct_share * per_step)
+    def direct(share=config.direct_share):
+        few = round(share * per_step)
         rest = uniform()
 
         def windows(start, stop):
@@ -213,14 +230,44 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         def choose(steps, windows_of_step):
             del steps
             scores = classifier.score(weights, windows_of_step["tokens"])
+            scores = np.where(run.pool[windows_of_step["domain"]] > 0, scores, -np.inf)
             return np.argsort(-scores, axis=1, kind="stable")[:, :per_step]
 
         return chosen(choose)
 
-    def plain(windows):
+    def plain(windows, steps=config.steps):
         solver = config.solver.inner
-        schedule = warmup_cosine(solver.learning_rate, config.steps)
-        return trainer(run.start().inner_params, windows, schedule, config.steps, config.eval_every)
+        schedule = warmup_cosine(solver.learning_rate, steps)
+        return trainer(run.start().inner_params, windows, schedule, steps, config.eval_every)
+
+    def by_shares(shares):
+        def windows(start, stop):
+            now = np.asarray(shares())
+            return by_weights(lambda candidates: now[candidates["domain"]])(start, stop)
+
+        return windows
+
+    kit = rivals.Kit(
+        steps=config.steps,
+        seed=config.seed,
+        train=plain,
+        params=lambda: trainer.params,
+        by_shares=by_shares,
+        direct=direct,
+        nats=run.nats,
+        validation=run.validation,
+        looked_at=run.looked_at,
+        sizes=run.sizes,
+        pool=run.pool,
+        options=config.rivals,
+    )
+
+    def rival(name):
+        result = rivals.RIVALS[name](kit)
+        costs[name] = result.cost
+        if result.mixture is not None:
+            mixtures[name] = dict(zip(names, result.mixture.tolist(), strict=True))
+        return result.plain
 
     def aligned():
         solver = gradient_alignment(
@@ -240,7 +287,16 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         "classifier": lambda: plain(by_classifier()),
         "dds": aligned,
         "retrained": lambda: plain(learned()),
+        **{name: functools.partial(rival, name) for name in rivals.NAMES},
     }
+    units = resolve(config.solver, problem=run.problem).units
+    costs: dict[str, float] = {
+        **dict.fromkeys(("uniform", "direct_mix", "classifier"), config.steps),
+        "soba": units * config.steps,
+        "dds": (1 + FORWARD_UNITS) * config.steps,
+        "retrained": (units + 1) * config.steps,
+    }
+    mixtures: dict[str, dict[str, float]] = {}
     for number, (name, job) in enumerate(jobs.items()):
         if name in done or (number and not config.baselines):
             continue
@@ -265,6 +321,9 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
             "curve": result.curve,
             "finetune_curve": tuned.curve,
         }
+        done[name]["plain_step_equivalents"] = costs[name]
+        if name in mixtures:
+            done[name]["mixture"] = mixtures[name]
         if name == "dds":
             done[name]["mixture"] = result.mixture
         write_json(path, done)
@@ -279,11 +338,20 @@ def _summary(done: dict[str, Any], config: Any) -> dict[str, Any]:
     results = {
         "nats_per_byte": {name: pairs("", name) for name in methods},
         "validation_nats_per_byte": {name: pairs("validation_", name) for name in methods},
+        "plain_step_equivalents": {
+            name: done[name][key]
+            for name in methods
+            for key in ("plain_step_equivalents",)
+            if key in done[name]  # not in a comparison that began before it was counted
+        },
         "tokens": config.steps * config.batch_size * config.length,
     }
     if "retrained" in done:
         results["retrained_nats_per_byte"] = pairs("", "retrained")
         results["dds_mixture"] = done["dds"]["mixture"]
+        results["rival_mixtures"] = {
+            name: done[name]["mixture"] for name in rivals.NAMES if "mixture" in done[name]
+        }
     return results
 
 

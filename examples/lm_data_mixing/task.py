@@ -31,6 +31,7 @@ from examples.language_model.model import RULES, Decoder, make_model
 from examples.language_model.task import nats_of
 from examples.lm_data_mixing import baselines, report, stream
 
+SAMPLE = "sample"  # the name of the domain that is half of the target's sample
 _PART = 64  # windows at once where the loss is only measured
 _PROPOSED = 32  # windows of each domain on which a network's shares are measured
 
@@ -41,6 +42,7 @@ class Texts(NamedTuple):
     domains: dict[str, stream.Windows]
     target: stream.Target
     name: str  # of the target
+    sample: stream.Windows  # of the target: F's, and with `sample_in_mixture` that of G as well
 
 
 def load_texts(config: Any) -> Texts:
@@ -78,12 +80,25 @@ def load_texts(config: Any) -> Texts:
         domains[chosen] = target.rest
         if not config.target_in_mixture or not len(target.rest):
             del domains[chosen]
+    sample = target.outer
+    if config.sample_in_mixture:
+        # Cross-fitted: what G reads is not in F, or F would reward what z knows by heart.
+        parts = (np.arange(start, len(sample), 2) for start in (0, 1))
+        of_outer, of_inner = (sample.part(part) for part in parts)
+        if len(of_outer) < config.batch_size:
+            raise ConfigError(
+                f"--config.sample_in_mixture=true: the sample has {len(sample)} windows, of which "
+                f"F keeps {len(of_outer)}, fewer than one batch of {config.batch_size}: give it "
+                "more (--config.data.outer_share), or leave sample_in_mixture out"
+            )
+        domains[SAMPLE] = of_inner
+        target = target._replace(outer=of_outer)
     if len(domains) < 2:
         raise ConfigError(
             f"--config.domains: {len(domains)} domain to train on, and a mixture needs two: add "
             "one with --config.domains.NAME=path"
         )
-    return Texts(domains, target, name)
+    return Texts(domains, target, name, sample)
 
 
 def make_mixture(name: str, num_domains: int, temperature: float) -> bf.outer.DataMixture:
@@ -151,9 +166,10 @@ def make_task(config: Any) -> Task:
     """The task that `configs/lm_data_mixing.py` describes.
 
     Args:
-        config: keys `domains`, `default_domains`, `target`, `target_in_mixture`, `size`, `dtype`,
+        config: keys `domains`, `default_domains`, `target`, `target_in_mixture`,
+            `sample_in_mixture`, `size`, `dtype`,
             `remat`, `length`, `batch_size`, `oversampling`, `mixture`, `temperature`, `use`,
-            `seed`, `data`, `baselines`, `finetune`.
+            `seed`, `data`, `baselines`, `rivals`, `finetune`.
 
     Raises:
         ConfigError: an unknown size, mixture or use, or text that is missing or too short.
@@ -170,7 +186,7 @@ def make_task(config: Any) -> Task:
     mixture = make_mixture(config.mixture, len(names), config.temperature)
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
     inner = stream.candidates(texts.domains, count, config.seed)
-    sample = texts.target.outer.all()
+    sample, of_outer = texts.sample.all(), texts.target.outer.all()
     problem = make_problem(model, mixture, config.use, int(oversampling))
     nats = measure(model)
     validation = thin(texts.target.validation.all(), config.data.windows_measured)
@@ -216,6 +232,9 @@ def make_task(config: Any) -> Task:
             nats=nats,
             shares=learned,
             weights=weights_of,
+            looked_at=list(several.values()),
+            sizes=np.array([len(windows) for windows in texts.domains.values()]),
+            pool=np.array([float(name != SAMPLE) for name in names]),
             workdir=workdir,
             say=log,
         )
@@ -224,7 +243,7 @@ def make_task(config: Any) -> Task:
             results["conclusion"] = report.conclusion(results)
         return {"target": texts.name, "mixture": learned(state), **results}
 
-    outer = data.partition({"tokens": sample}, config.batch_size, seed=config.seed)
+    outer = data.partition({"tokens": of_outer}, config.batch_size, seed=config.seed)
     return Task(
         problem=problem,
         init=init,
@@ -234,7 +253,7 @@ def make_task(config: Any) -> Task:
         final_metrics=final_metrics,
         headline=[
             f"nats_per_byte.{name}.{when}"
-            for name in (baselines.METHODS if config.baselines else ("soba",))
+            for name in (baselines.HEADLINE if config.baselines else ("soba",))
             for when in ("after", "before")  # the fine-tuned network is the one to hand over
         ],
         units={
@@ -243,6 +262,7 @@ def make_task(config: Any) -> Task:
             "retrained_nats_per_byte": "nats",
             "mixture": "fraction",
             "dds_mixture": "fraction",
+            "rival_mixtures": "fraction",
         },
         rules=RULES,
     )

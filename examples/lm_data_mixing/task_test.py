@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import config_dict
 
 import bilevel_flax as bf
 from bilevel_flax import data
@@ -22,7 +24,7 @@ from bilevel_flax.outer.data_mixture import comb
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.step_runner import StepRunner
-from examples.lm_data_mixing import baselines, classifier, report, stream, task
+from examples.lm_data_mixing import baselines, classifier, report, rivals, stream, task
 from examples.lm_data_mixing.alignment import gradient_alignment
 
 ROOT = Path(__file__).parents[2]
@@ -250,3 +252,94 @@ def test_a_whole_run(files: Path, more):
         assert 0 < pair["after"] < pair["before"] + 0.1 < 5.7
     assert sum(summary["mixture"].values()) == pytest.approx(1.0, rel=1e-4)
     assert len(report.sections(files / "run")) == 4
+
+
+def test_half_of_the_sample_is_a_domain_and_the_other_half_is_fs(files: Path):
+    plain = task.load_texts(config_of(files, "target=b"))
+    texts = task.load_texts(config_of(files, "target=b", "sample_in_mixture=true"))
+    assert list(texts.domains) == ["a", "b", task.SAMPLE]
+    halves = texts.domains[task.SAMPLE].all(), texts.target.outer.all()
+    rows = [{row.tobytes() for row in half} for half in halves]
+    assert not rows[0] & rows[1]
+    assert rows[0] | rows[1] == {row.tobytes() for row in plain.target.outer.all()}
+    np.testing.assert_array_equal(texts.sample.all(), plain.sample.all())
+    # A target that is no domain has a mixture with its sample, whatever else there is.
+    left_out = config_of(files, "target=b", "target_in_mixture=false", "sample_in_mixture=true")
+    assert list(task.load_texts(left_out).domains) == ["a", task.SAMPLE]
+    with pytest.raises(ConfigError, match="of which F keeps 10, fewer than one batch of 16"):
+        task.load_texts(config_of(files, "target=b", "sample_in_mixture=true", "batch_size=16"))
+
+
+class _Plain(NamedTuple):
+    params: Any
+
+
+def rivals_kit(losses: np.ndarray, pool=(1.0, 1.0, 1.0)):
+    """Runs that are their average mixture, and whose loss is linear in it."""
+    pool = np.array(pool)
+    trained, under_way = [], []
+
+    def train(windows, steps):
+        under_way.append(np.full(3, 1 / 3))
+        mixtures = [windows(start, start + 25) for start in range(0, steps, 25)]
+        trained.append(steps)
+        return _Plain(np.mean(mixtures, axis=0))
+
+    kit = rivals.Kit(
+        steps=100,
+        seed=0,
+        train=train,
+        params=lambda: under_way[-1],
+        by_shares=lambda shares: lambda start, stop: np.asarray(shares()),
+        direct=lambda share: lambda start, stop: np.array([share, 1 - share, 0.0]),
+        # Of a domain's windows, which are its number: its loss; of the validation text: of the run.
+        nats=lambda z, windows: float(
+            losses @ z if windows.ndim == 0 else losses[int(windows[0])] * (1 + z[int(windows[0])])
+        ),
+        validation=np.array(0),
+        looked_at=[np.array([k]) for k in range(3)],
+        sizes=np.array([1, 3, 4]),
+        pool=pool,
+        options=config_dict.ConfigDict(
+            {
+                "direct_shares": (0.1, 0.5, 0.9),
+                "doremi_rate": 1.0,
+                "regmix_runs": 16,
+                "regmix_share": 0.25,
+            }
+        ),
+    )
+    return kit, trained
+
+
+def test_rivals_find_what_they_are_made_to_find_and_count_what_they_cost():
+    losses = np.array([3.0, 1.0, 2.0])
+    kit, trained = rivals_kit(losses)
+    run = rivals.proportional(kit)
+    np.testing.assert_allclose(run.plain.params, [1 / 8, 3 / 8, 4 / 8])
+    assert run.cost == sum(trained) == 100
+    kit, trained = rivals_kit(losses)
+    run = rivals.direct_mix_tuned(kit)
+    assert run.notes == {"share": 0.1}
+    assert run.cost == sum(trained) == 300
+    kit, trained = rivals_kit(losses)
+    run = rivals.regmix(kit)
+    assert run.mixture.argmax() == 1
+    assert run.mixture[1] > 0.7
+    assert run.cost == sum(trained) == 16 * 25 + 100
+    kit, trained = rivals_kit(losses)
+    run = rivals.online(kit)
+    assert run.mixture.argmax() == 0  # where the loss is high, for it knows of no target
+    np.testing.assert_allclose(run.mixture.sum(), 1)
+    kit, trained = rivals_kit(losses)
+    run = rivals.doremi(kit)
+    np.testing.assert_allclose(run.mixture.sum(), 1)
+    assert sum(trained) == 300 < run.cost < 310
+
+
+@pytest.mark.parametrize("name", ["proportional", "online", "doremi"])
+def test_who_knows_of_no_target_does_not_read_its_sample(name: str):
+    kit, _ = rivals_kit(np.array([3.0, 1.0, 2.0]), pool=(1.0, 1.0, 0.0))
+    mixture = rivals.RIVALS[name](kit).mixture
+    assert mixture[2] == 0
+    np.testing.assert_allclose(mixture.sum(), 1)
