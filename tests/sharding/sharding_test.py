@@ -229,7 +229,7 @@ def test_data_parallel_steps_reduce_the_directions_once():
 
 
 def test_a_step_that_moves_z_alone_reduces_z_alone():
-    text, size = compiled_step("auto", every=2, damping=0.0)
+    text, size = compiled_step("auto", update_every=2, damping=0.0)
     shapes = [
         re.findall(r"f32\[([\d,]*)\]", line.split("all-reduce(")[0])
         for line in text.splitlines()

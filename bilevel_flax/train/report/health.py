@@ -71,7 +71,10 @@ def section(
         "Health",
         in_words(rows, summary or {})
         + (curve_grid(panels) if panels else "")
-        + note_html("Measured on fixed minibatches; docs/health.md says what is healthy."),
+        + note_html(
+            "Measured on fixed minibatches; a residual below their noise is left out. "
+            "docs/health.md says what is healthy."
+        ),
     )
 
 

@@ -24,7 +24,7 @@ from bilevel_flax.train.config import flatten
 from bilevel_flax.train.metrics import read_metrics
 from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import health as health_report
-from bilevel_flax.train.report.plots import as_title, curve_figures, humanize
+from bilevel_flax.train.report.plots import SMOOTHED_FROM, as_title, curve_figures, humanize
 from bilevel_flax.train.report.sections import (
     Section,
     curve_grid,
@@ -182,7 +182,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], units: Mapping[str, str]) -> Sect
         return Section(
             "Curves", note_html("metrics.jsonl holds fewer than two steps: nothing to draw")
         )
-    note = note_html("Light: as measured. Strong: centred moving average.")
+    smoothed = len(shown) >= SMOOTHED_FROM
+    note = note_html("Light: as measured. Strong: centred moving average.") if smoothed else ""
     return Section("Curves", curve_grid(figures) + note)
 
 

@@ -21,6 +21,7 @@ _LOSSES = ("inner_loss", "outer_loss")
 _NORMS = ("norm_inner", "norm_adjoint", "norm_outer")
 _NOT_DRAWN = ("step", "oracle_units")
 _RAW_POINTS = 800
+SMOOTHED_FROM = 60  # values of a metric
 _ACRONYMS = re.compile(r"\b(auc|cifar|cnn|hvp|mlp|mnist|saba|soba|srba)\b")
 
 PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.4g} %")
@@ -167,7 +168,7 @@ def _draw(group: Mapping[str, np.ndarray], title: str, unit: str = "") -> Figure
     for number, (name, (steps, values)) in enumerate(group.items()):
         colour = COLOURS[number % len(COLOURS)]
         style = "-" if number < len(COLOURS) else "--"
-        window = 2 * (len(values) // 60) + 1
+        window = 2 * (len(values) // SMOOTHED_FROM) + 1
         if window >= 3:
             thin = slice(None, None, -(-len(values) // _RAW_POINTS))
             axes.plot(steps[thin], values[thin], color=colour, alpha=0.25, linewidth=0.7)
