@@ -101,7 +101,7 @@ def _new(name: str | None, folder: Path) -> None:
     files = recipes.copy(name, folder.expanduser())
     print("\n".join(map(str, files)) or f"{name} is there already, unchanged")
     there = "" if folder == Path() else f"cd {folder}\n    "
-    print(f"\nnow:\n    {there}bilevel-flax train --config configs/{name}.py --workdir runs/{name}")
+    print(f"\nnow:\n    {there}{recipes.command(name)}")
 
 
 def _add_mixture(commands: Any) -> None:

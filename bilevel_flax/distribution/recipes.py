@@ -11,6 +11,7 @@ from bilevel_flax.distribution import shipped
 
 _PACKAGE = Path("examples", "__init__.py")
 _EXAMPLE = re.compile(r"\bexamples\.(\w+)")
+_COMMAND = re.compile(r"bilevel-flax train --config \S+ --workdir \S+")
 
 
 class RecipeError(ValueError):
@@ -27,10 +28,19 @@ def table() -> str:
     width = max(map(len, names()))
     lines = []
     for name in names():
-        source = (shipped.root() / _config(name)).read_text("utf-8")
-        summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+        summary = _docstring(name).partition("\n")[0]
         lines.append(f"{name:{width}s}  {summary}")
     return "\n".join(lines)
+
+
+def command(name: str) -> str:
+    """The first command of a config's docstring: what to type on the machine that is there."""
+    return _COMMAND.findall(_docstring(name))[0]
+
+
+def _docstring(name: str) -> str:
+    source = (shipped.root() / _config(name)).read_text("utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 def files(name: str) -> list[Path]:

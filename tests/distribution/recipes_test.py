@@ -46,6 +46,14 @@ def test_a_copy_holds_all_examples_that_it_names(name, tmp_path):
         assert {path for path in there if not str(path).endswith(("_test.py", ".pyc"))} <= copied
 
 
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("*.py")])
+def test_what_to_type_next_is_what_its_config_begins_with(name, tmp_path, capsys):
+    _, out, _ = new(capsys, name, str(tmp_path))
+    command = out.splitlines()[-1].strip()
+    assert command.startswith(f"bilevel-flax train --config configs/{name}.py")
+    assert f"    {command}" in (ROOT / "configs" / f"{name}.py").read_text().splitlines()[2]
+
+
 def test_an_edited_copy_is_taken_and_the_other_examples_are_found(tmp_path):
     recipes.copy("lm_pod", tmp_path)
     stray = tmp_path / "site-packages" / "examples"

@@ -45,7 +45,10 @@ def test_ragged_minibatches_weigh_every_example_alike():
 
 
 def test_seldom_moving_adjoint():
-    one, many = (run("mlp", "auto", mesh, update_every=2, adjoint_update_every=2) for mesh in (None, "data=8"))
+    one, many = (
+        run("mlp", "auto", mesh, update_every=2, adjoint_update_every=2)
+        for mesh in (None, "data=8")
+    )
     assert largest_difference(one.state, many.state) < 1e-6
     # auto's damping follows the residual, so there it is exact.
     ratio = many.info.adjoint_residual / one.info.adjoint_residual
