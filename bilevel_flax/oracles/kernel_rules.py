@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import core
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
 from bilevel_flax.tree import is_inexact
 
-Shapes = tuple[jax.ShapeDtypeStruct, ...]
+# Abstract values, which know along which axes of a mesh an array varies, too.
+Shapes = tuple[Any, ...]
 
 opaque_p = Primitive("kernel_with_reference")
 pushed_p = Primitive("pushed_by_reference")
@@ -125,10 +125,7 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
     places = {id(var): i for i, var in enumerate(closed.jaxpr.invars)}
     where = [places.get(id(var)) for var in closed.jaxpr.outvars[outputs:]]
     new = [i for i, at in enumerate(where) if at is None]
-    kept_shapes = tuple(
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-        for aval in (closed.out_avals[outputs + i] for i in new)
-    )
+    kept_shapes = tuple(closed.out_avals[outputs + i] for i in new)
 
     def run_value(*leaves):
         out = jaxpr_as_fun(closed)(*leaves)
@@ -159,7 +156,7 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
         leaves = at[:count]
         return jax.jvp(of_floats(reference, leaves), floats(leaves), list(tangents))[1]
 
-    like_floats = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in floats(leaves))
+    like_floats = tuple(jax.typeof(leaf) for leaf in floats(leaves))
     value = Opaque(run_value, value_jvp, (*shapes, *kept_shapes))
     pulled = Opaque(run_pulled, pulled_jvp, like_floats)
     linear = Linear(push, lambda at, cts: pulled(*at, *cts), shapes, count + len(new))
@@ -187,7 +184,7 @@ def _given(tangents: Sequence) -> list:
 
 def batched(shapes: Shapes, size: int) -> Shapes:
     """The shapes with one more axis in front."""
-    return tuple(jax.ShapeDtypeStruct((size, *s.shape), s.dtype) for s in shapes)
+    return tuple(unmapped_aval(size, 0, aval) for aval in shapes)
 
 
 def _axis_size(operands: Sequence, axes: Sequence) -> int:
@@ -247,18 +244,14 @@ def _run_pushed(*operands, map):
     return list(map.push(operands[: map.points], operands[map.points :]))
 
 
-def _abstract(shapes: Shapes) -> list:
-    return [core.ShapedArray(s.shape, s.dtype) for s in shapes]
-
-
 opaque_p.def_impl(_run_opaque)
-opaque_p.def_abstract_eval(lambda *avals, function: _abstract(function.shapes))
+opaque_p.def_abstract_eval(lambda *avals, function: list(function.shapes))
 mlir.register_lowering(opaque_p, mlir.lower_fun(_run_opaque, multiple_results=True))
 ad.primitive_jvps[opaque_p] = _opaque_jvp
 batching.primitive_batchers[opaque_p] = _opaque_batched
 
 pushed_p.def_impl(_run_pushed)
-pushed_p.def_abstract_eval(lambda *avals, map: _abstract(map.shapes))
+pushed_p.def_abstract_eval(lambda *avals, map: list(map.shapes))
 mlir.register_lowering(pushed_p, mlir.lower_fun(_run_pushed, multiple_results=True))
 ad.primitive_jvps[pushed_p] = _pushed_jvp
 ad.primitive_transposes[pushed_p] = _pushed_transposed

@@ -210,8 +210,7 @@ def _flat(function: Callable, call: _Call, leaves: list, name: str):
                 f"with_reference: {name} uses a traced array ({jax.typeof(const)}) that is no "
                 "argument, whose derivative would be lost: pass it as one to both"
             )
-    shapes, tree = jax.tree.flatten(shapes)
-    return closed, shapes, tree
+    return closed, closed.out_avals, jax.tree.structure(shapes)
 
 
 def _values_and_grads(function: Callable[..., list], leaves: list) -> list[list]:

@@ -344,3 +344,27 @@ def test_soba_runs_on_pallas_splash_attention_in_interpret_mode():
     )
     for ours, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         assert jnp.linalg.norm(ours - other) <= 2e-5 * jnp.linalg.norm(other)
+
+
+def test_a_kernel_inside_shard_map(x64):
+    mesh = bf.sharding.make_mesh("data=2", jax.devices()[:2])
+    everywhere, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    w, along = POINT.inner["w"], POINT.adjoint["w"]
+
+    def product(function):
+        def on_share(w, a):
+            loss = lambda w: jnp.sum(function(a, w, jnp.int32(2))[0] ** 2)
+            return jax.lax.psum(jax.jvp(jax.grad(loss), (w,), (along,))[1], "data")
+
+        shared = jax.shard_map(
+            on_share, mesh=mesh, in_specs=(everywhere, cut), out_specs=everywhere
+        )
+        return jax.jit(shared)(w, BATCH)
+
+    kernel = jax.custom_vjp(plain)
+    kernel.defvjp(
+        lambda *args: (plain(*args), args),
+        lambda args, c: (*jax.vjp(lambda a, w: plain(a, w, args[2]), *args[:2])[1](c), None),
+    )
+    lent = oracles.with_reference(kernel, plain)
+    np.testing.assert_allclose(product(lent), product(plain), rtol=1e-12)
