@@ -14,7 +14,8 @@ from jax.extend.core.primitives import copy_p, stop_gradient_p
 from bilevel_flax.base import Problem
 from bilevel_flax.oracles.derivatives import inner_grad
 from bilevel_flax.oracles.jaxprs import coarsest, rewritten
-from bilevel_flax.tree import norm, split
+from bilevel_flax.oracles.trainable import moving_parameters
+from bilevel_flax.tree import is_inexact, norm, split
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,8 +26,14 @@ def gradient_defects(problem: Problem, z, x, batch, model_state=None, rng=None):
         `(asymmetry, stopped, tolerance)`, scalars; see `diagnostics.SymmetryCheck`.
     """
     floats = split(z)
+    # What is held by intent (`oracles.trainable`) is a constant here, and no part of the system.
+    flags = moving_parameters(problem.inner_loss, z)
+    pairs = [] if flags is None else zip(jax.tree.leaves(flags), jax.tree.leaves(z), strict=True)
+    held = [not flag for flag, leaf in pairs if is_inexact(leaf)] or [False] * len(floats.leaves)
+    constants = floats.leaves
 
     def field(leaves):
+        leaves = [c if h else p for c, h, p in zip(constants, held, leaves, strict=True)]
         grad = inner_grad(problem, floats.merge(leaves), x, batch, model_state, rng)
         return split(grad).leaves
 

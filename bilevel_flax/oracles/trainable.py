@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,26 @@ from bilevel_flax.base.condition import Condition
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.linear_models import LinearLoss
 from bilevel_flax.oracles.wrapped_loss import SIDES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartlyHeld(WrappedLoss):
+    """A loss that sees some parameters as constants.
+
+    Attributes:
+        moves: `moves(z)`, a tree of z's with False for those.
+    """
+
+    moves: Callable[[PyTree], PyTree]
+
+
+def moving_parameters(loss: Any, z: PyTree) -> PyTree:
+    """A tree of booleans, False where a loss holds its parameters; None: it holds none."""
+    while isinstance(loss, WrappedLoss):
+        if isinstance(loss, PartlyHeld):
+            return loss.moves(z)
+        loss = loss.loss
+    return None
 
 
 def trainable(problem: Problem, mask: Any) -> Problem:
@@ -74,14 +95,16 @@ def trainable(problem: Problem, mask: Any) -> Problem:
 
     def wrapped(loss):
         if isinstance(loss, Condition):
-            return dataclasses.replace(loss, loss=condition_of_the_rest(loss.loss))
+            held_fixed = PartlyHeld(condition_of_the_rest(loss.loss), moves)
+            return dataclasses.replace(loss, loss=held_fixed)
         if isinstance(loss, LinearLoss):
             parts = {
                 name: first_held(getattr(loss, name)) for name in ("loss", "logits", "penalty")
             }
+            parts["loss"] = PartlyHeld(parts["loss"], moves)
             return dataclasses.replace(loss, **parts)
         if isinstance(loss, WrappedLoss):
             return dataclasses.replace(loss, loss=wrapped(loss.loss))
-        return first_held(loss)
+        return PartlyHeld(first_held(loss), moves)
 
     return dataclasses.replace(problem, **{name: wrapped(getattr(problem, name)) for name in SIDES})

@@ -237,6 +237,9 @@ def test_frozen_parameters_are_no_part_of_v(x64):
     for d, e in zip(found.directions, expected.directions, strict=True):
         jax.tree.map(close, d["lora"] if isinstance(d, dict) and "lora" in d else d, e)
     close(found.info.adjoint_residual, expected.info.adjoint_residual)
+    held = bf.oracles.trainable(problem, LORA)
+    point = bf.Variables(z, v, jnp.zeros(()))
+    assert bf.diagnostics.check_symmetry(held, point, batch).ok  # it is held by intent
 
 
 def test_mistakes_are_told_in_one_line():
