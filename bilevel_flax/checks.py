@@ -139,7 +139,58 @@ def check_finite(info: Info, step: Any = None) -> None:
 
 
 def _all_finite(values: Any) -> bool:
-    return bool(np.all(np.isfinite(np.asarray(values, np.float64))))
+    return values is None or bool(np.all(np.isfinite(np.asarray(values, np.float64))))
+
+
+def problem(value: Any) -> None:
+    """Raises unless `value` is a `Problem`.
+
+    Raises:
+        TypeError: a loss, a tuple of two, or anything else.
+    """
+    if not isinstance(value, Problem):
+        raise TypeError(
+            f"problem={value!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
+        )
+
+
+def key(name: str, value: Any) -> None:
+    """Raises unless `value` is a PRNG key, or None.
+
+    Raises:
+        TypeError: a seed, or anything else.
+    """
+    dtype = getattr(value, "dtype", None)
+    if value is None or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+        return
+    if dtype != np.uint32 or np.ndim(value) != 1:
+        seed = value if isinstance(value, numbers.Integral) else 0
+        raise TypeError(f"{name}={value!r:.40} is no key: pass {name}=jax.random.key({seed})")
+
+
+def at_least(name: str, value: Any, least: float = 0.0) -> None:
+    """Raises unless `value` is a number >= `least`.
+
+    Raises:
+        TypeError: no number.
+        ValueError: below, or NaN.
+    """
+    is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
+    if not (isinstance(value, numbers.Real) or is_scalar):
+        raise TypeError(f"{name}={value!r:.40} must be a number >= {least:g}")
+    if not float(value) >= least:
+        raise ValueError(f"{name}={value} must be >= {least:g}")
+
+
+def learning_rate(name: str, value: Any) -> None:
+    """Raises unless `value` is a schedule or a number >= 0.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a negative number.
+    """
+    if not callable(value):
+        at_least(name, value)
 
 
 def optimizer(name: str, value: Any) -> optax.GradientTransformation:
@@ -231,13 +282,13 @@ def losses(
     A condition's x may have leaves for F alone (a read-out of the fixed point).
 
     Raises:
-        ValueError: names the first such leaf.
+        ValueError: names the first such leaf; or G does not depend on z at all.
         TypeError: a `jax.custom_vjp` function, which forward mode cannot differentiate.
     """
     z, _, x = variables
     paths = jax.tree.leaves_with_path(x)
 
-    def loss(x):
+    def loss(x, z=z):
         visible = rows.gather(problem.per_sample, x, batch.inner)
         args = (z, visible, batch.inner)
         context = (model_state, rng)
@@ -256,6 +307,11 @@ def losses(
         _differences_resolve(jaxpr, z)
     elif any(name.startswith("custom_vjp_call") for name in primitives(jaxpr)):
         _differentiable_twice(problem, z, x, batch.inner, model_state, rng)
+    if not any(depends_on(lambda z: loss(x, z), z)):
+        raise ValueError(
+            "inner_loss never uses inner_params, so there is nothing to train: losses are called "
+            "as inner_loss(inner_params, outer_params, batch)"
+        )
     used = depends_on(lambda x: (loss(x), outer_loss(x), also(x)), x)
     for (path, leaf), alive in zip(paths, used, strict=True):
         if is_inexact(leaf) and not alive:
@@ -360,12 +416,18 @@ def outer_loss_sees_all(
             )
 
 
-def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
+def require_ids(batch: Batch, name: str, needed: dict[str, bool], scalars: bool = False) -> None:
     """Raises where `needed[side]` and the side has data but no id, or an id is no integer.
+
+    Args:
+        batch: the minibatches.
+        name: the method's.
+        needed: whether the ids are read, by side.
+        scalars: whether the method takes one minibatch of each side.
 
     Raises:
         TypeError: names the id that is no integer.
-        ValueError: names the missing one.
+        ValueError: names the missing one, or the one that is no scalar.
     """
     for side, needs in needed.items():
         position = getattr(batch, f"{side}_id")
@@ -373,6 +435,11 @@ def require_ids(batch: Batch, name: str, needed: dict[str, bool]) -> None:
             raise TypeError(
                 f"batch.{side}_id={position!r:.40} must be an integer, the minibatch's position in "
                 f"the partition, got {jnp.result_type(position)}"
+            )
+        if position is not None and scalars and jnp.ndim(position):
+            raise ValueError(
+                f"batch.{side}_id has shape {jnp.shape(position)}, but must be a scalar: "
+                f"{name or 'this solver'} takes one minibatch of each side"
             )
         if needs and position is None and getattr(batch, side) is not None:
             raise ValueError(

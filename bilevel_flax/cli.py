@@ -141,7 +141,9 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("task", metavar="TASK")
     bench.add_argument(
-        "--solvers", default="soba,saba,srba,amigo", metavar="A,B,...", help="default: %(default)s"
+        "--solvers",
+        metavar="A,B,...",
+        help="default: soba,saba,srba,amigo; darts_micro: soba,darts1,darts2",
     )
     bench.add_argument("--seconds", type=float, metavar="S", help="of a run; default: the task's")
     bench.add_argument("--seeds", type=int, metavar="K", help="default: 1; darts_micro: 10")
@@ -217,7 +219,9 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         bench.run(
             bench.Options(
                 task=arguments.task,
-                solvers=tuple(filter(None, arguments.solvers.split(","))),
+                solvers=None
+                if arguments.solvers is None
+                else tuple(filter(None, arguments.solvers.split(","))),
                 out=(arguments.out or Path("runs", "bench", arguments.task)).expanduser(),
                 seconds=arguments.seconds,
                 seeds=arguments.seeds,

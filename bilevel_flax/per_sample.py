@@ -146,6 +146,11 @@ def add(direction: PyTree, other: PyTree) -> PyTree:
     )
 
 
+def dense_leaves(tree: PyTree) -> list:
+    """The leaves of a direction that are no `Rows`."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_rows) if not is_rows(node)]
+
+
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Params + updates in the dtypes of params; `Rows` touch their rows only, None leaves stay."""
 

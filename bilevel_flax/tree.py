@@ -102,6 +102,16 @@ def norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
 
 
+def dot(tree: PyTree, other: PyTree) -> jax.Array:
+    """Inner product of two trees of floats, in float32 at least."""
+
+    def product(a, b):
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.vdot(a.astype(wide), b.astype(wide))
+
+    return sum(jax.tree.leaves(jax.tree.map(product, tree, other)), start=jnp.float32(0.0))
+
+
 def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
     """Top / bottom; 0/0 is 0."""
     return jnp.where(

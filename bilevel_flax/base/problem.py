@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from bilevel_flax import deprecated
 from bilevel_flax.base.condition import Condition, is_condition
 from bilevel_flax.base.variables import Metrics, PyTree
@@ -95,6 +98,12 @@ class Problem:
                 f"derivatives={self.derivatives!r} gives Jv, and a condition needs Jᵀv: leave "
                 "derivatives out"
             )
+        for flag in jax.tree.leaves(self.per_sample):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise TypeError(
+                    f"per_sample={self.per_sample!r:.60} must be a tree of booleans, such as "
+                    'per_sample=True or {"weights": True, "rest": False}'
+                )
         deprecated.wrap_old_settings(self, remat, microbatches, compute_dtype)
 
     @classmethod

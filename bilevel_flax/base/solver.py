@@ -70,7 +70,7 @@ class Info(NamedTuple):
 
     Attributes:
         inner_loss: G on the minibatch, at the point before the update.
-        outer_loss: F on the minibatch.
+        outer_loss: F on the minibatch; None: not evaluated (plain training).
         norms: Variables of float32, the Euclidean norms of the three directions.
         finite: `Finite`, whether each direction is. Where one is not, the state did not move.
         adjoint_residual: ‖Hv + ∇₁F‖ / ‖∇₁F‖ on the minibatch; where `sharding.data_parallel`
@@ -80,7 +80,7 @@ class Info(NamedTuple):
     """
 
     inner_loss: jax.Array
-    outer_loss: jax.Array
+    outer_loss: jax.Array | None
     norms: Variables
     finite: Finite
     adjoint_residual: jax.Array
@@ -90,7 +90,9 @@ class Info(NamedTuple):
     @property
     def ok(self) -> jax.Array:
         """Bool, whether the three directions and both losses are finite."""
-        losses = jnp.isfinite(self.inner_loss) & jnp.isfinite(self.outer_loss)
+        losses = jnp.isfinite(self.inner_loss)
+        if self.outer_loss is not None:
+            losses &= jnp.isfinite(self.outer_loss)
         return self.finite.inner & self.finite.adjoint & self.finite.outer & losses
 
 

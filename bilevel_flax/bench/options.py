@@ -11,6 +11,7 @@ import numpy as np
 from bilevel_flax.bench import methods, tasks
 from bilevel_flax.train.config import ConfigError
 
+SOLVERS = ("soba", "saba", "srba", "amigo")
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 RHOS = tuple(2.0**k for k in range(-5, 4))
 RATIOS = tuple(10 ** (k / 2) for k in range(-4, 3))
@@ -22,7 +23,7 @@ class Options:
 
     Attributes:
         task: name of the task.
-        solvers: names of the methods.
+        solvers: names of the methods; None: the task's own.
         out: the folder for results.
         seconds: budget of a run; None: the task's own.
         seeds: runs with the chosen steps, seeds 0, 1, ...; None: the task's own number.
@@ -32,13 +33,18 @@ class Options:
     """
 
     task: str
-    solvers: tuple[str, ...]
+    solvers: tuple[str, ...] | None
     out: Path
     seconds: float | None = None
     seeds: int | None = None
     grid: int = 0
     manual_dir: str | None = None
     clock: str = "wall"
+
+    def with_solvers(self, default: tuple[str, ...]) -> tuple[Options, tuple[str, ...]]:
+        """The options with a task's methods where none were asked for, and the methods."""
+        solvers = default if self.solvers is None else self.solvers
+        return dataclasses.replace(self, solvers=solvers), solvers
 
     def check_shared(self) -> None:
         """Raises on a mistake in what every protocol reads: task, seeds, out.
@@ -59,7 +65,7 @@ class Options:
             ConfigError: names the option, its value and the fix.
         """
         self.check_shared()
-        methods.check_names(list(self.solvers))
+        methods.check_names(list(self.with_solvers(SOLVERS)[1]))
         if self.seconds is not None and not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise ConfigError(f"--seconds={self.seconds}: give a positive number of seconds")
         if not 0 <= self.grid <= len(RHOS) * len(RATIOS):

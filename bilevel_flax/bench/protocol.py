@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from bilevel_flax.bench import folder, methods, report, results, searches, tasks
-from bilevel_flax.bench.options import CLOCKS, Options, grid
+from bilevel_flax.bench.options import CLOCKS, SOLVERS, Options, grid
 from bilevel_flax.bench.results import DIVERGED, SCREENED, Key, Row, Runs, params_text
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import BenchTask, Context
@@ -49,11 +49,12 @@ def run(options: Options, say: Callable[[str], None] = print) -> Any:
 
 
 def _compare(options: Options, say: Callable[[str], None]) -> Runs:
+    options, solvers = options.with_solvers(SOLVERS)
     options.check()
     with folder.lock(options.out):
-        bench = _Bench(options, say)
+        bench = _Bench(options, solvers, say)
         chosen: Runs = {}
-        for number, solver in enumerate(options.solvers):
+        for number, solver in enumerate(solvers):
             chosen |= bench.choose_and_run(solver, number)
         bench.finish(chosen)
     return chosen
@@ -62,8 +63,8 @@ def _compare(options: Options, say: Callable[[str], None]) -> Runs:
 class _Bench:
     """One folder's runs: those that are there, and those that are missing."""
 
-    def __init__(self, options: Options, say: Callable[[str], None]):
-        self._options, self._say = options, say
+    def __init__(self, options: Options, solvers: tuple[str, ...], say: Callable[[str], None]):
+        self._options, self._solvers, self._say = options, solvers, say
         self._path = options.out / "results.csv"
         # Before the task is made: that may take minutes and leave files in the folder.
         asked = {
@@ -78,7 +79,7 @@ class _Bench:
         task = self._task_of(0)
         self._seconds = task.seconds if options.seconds is None else options.seconds
         folder.claim(options.out, {**asked, "seconds": self._seconds, "data": _checksum(task)})
-        for solver in set(options.solvers) & set(methods.SEARCHES):
+        for solver in set(solvers) & set(methods.SEARCHES):
             searches.check(solver, task)
         self._runner = Runner(self._seconds, options.clock)
         self._pairs = grid(options.grid)
@@ -93,7 +94,7 @@ class _Bench:
             number: of methods before it.
         """
         per_solver = len(self._pairs) + self._seeds
-        before, total = number * per_solver, len(self._options.solvers) * per_solver
+        before, total = number * per_solver, len(self._solvers) * per_solver
         pair, scores = self._task_of(0).tuned.get(solver, self._task_of(0).default), []
         for count, candidate in enumerate(self._pairs, start=before + 1):
             rows = self._ensure(solver, 0, candidate, f"{count}/{total}", screening=True)

@@ -17,6 +17,8 @@ from bilevel_flax.oracles.derivatives import (
     outer_value_and_grads,
 )
 from bilevel_flax.oracles.weighted_sums import amount
+from bilevel_flax.per_sample import add as add_rows
+from bilevel_flax.per_sample import dense_leaves
 from bilevel_flax.tree import add, is_inexact, norm, ratio
 
 NOTHING = Oracles(None, None, None, None, None)
@@ -32,6 +34,8 @@ class Evaluation(NamedTuple):
         model_state: the mutable state after the step (stateful problems).
         metrics: the user's scalars, `inner_` and `outer_` before their names.
         residual: the adjoint's relative residual; None: not evaluated.
+        product: ‖Hv‖, or None.
+        through_inner: ‖∇²₂₁G v‖ / ‖D_x‖ over the leaves of x that are not per-sample, or None.
         directions: (D_z, D_v, D_x) where `Oracle.directions` or `Oracle.difference` was asked.
         codes: what stands for the oracles of a linear model (`residual_codes.Codes`), or None.
     """
@@ -42,6 +46,8 @@ class Evaluation(NamedTuple):
     model_state: PyTree
     metrics: Metrics
     residual: Any = None
+    product: Any = None
+    through_inner: Any = None
     directions: Variables | None = None
     codes: Any = None
 
@@ -189,6 +195,12 @@ def residual(oracles: Oracles) -> jax.Array:
     """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞."""
     top = norm(add(oracles.hvp, oracles.outer_grad_inner))
     return ratio(top, norm(oracles.outer_grad_inner))
+
+
+def through_inner(oracles: Oracles) -> jax.Array:
+    """‖∇²₂₁G v‖ / ‖D_x‖ over the dense leaves of x: how much of D_x goes by way of z."""
+    whole = add_rows(oracles.cross_jvp, oracles.outer_grad_outer)
+    return ratio(norm(dense_leaves(oracles.cross_jvp)), norm(dense_leaves(whole)))
 
 
 def _named(side: str, aux: Aux) -> Metrics:

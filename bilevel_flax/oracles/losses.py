@@ -12,7 +12,7 @@ from bilevel_flax.base import Aux, Problem
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.minibatches import repeat_real
 from bilevel_flax.oracles.loss_errors import explain
-from bilevel_flax.tree import depends_on, is_inexact, split
+from bilevel_flax.tree import depends_on, split
 
 
 def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context: tuple):
@@ -40,7 +40,9 @@ def checked_call(loss: Callable, name: str, stateful: bool, args: tuple, context
                 "bf.oracles.weighted_sums"
             )
         value, aux = out, Aux()
-    if jnp.shape(value) != () or not is_inexact(value):
+    if value is None:
+        raise TypeError(f"{name} returned None: return the mean over the minibatch")
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(
             f"{name} must return a real scalar, got shape {jnp.shape(value)} "
             f"dtype {jnp.result_type(value)}: take the mean over the minibatch"

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, TrainState, Variables
 from bilevel_flax.oracles.derivatives import inner_value_and_grad
-from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual
+from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual, through_inner
 from bilevel_flax.oracles.importance import importance_weighted
 from bilevel_flax.oracles.residual_codes import evaluate_linear
-from bilevel_flax.tree import add, filter_inexact, is_inexact, rows_at
+from bilevel_flax.tree import add, filter_inexact, is_inexact, norm, rows_at
 
 
 def directions(oracles: Oracles) -> Variables:
@@ -150,14 +150,21 @@ class Oracle:
         """With the losses as the user wrote them, and the residual."""
         oracles = self._movable(evaluation.oracles)
         by_inner, by_outer = self.factors
-        relative = evaluation.residual
+        relative, product = evaluation.residual, evaluation.product
+        if product is None and oracles.hvp is not None:
+            product = norm(oracles.hvp)
         if relative is None and oracles.hvp is not None and oracles.outer_grad_inner is not None:
             relative = residual(oracles)
+        share = evaluation.through_inner
+        if share is None and self.batch.outer is not None and oracles.cross_jvp is not None:
+            share = through_inner(oracles)
         return evaluation._replace(
             oracles=oracles,
             inner_loss=_unscaled(evaluation.inner_loss, by_inner),
             outer_loss=_unscaled(evaluation.outer_loss, by_outer),
             residual=relative,
+            product=product,
+            through_inner=share,
         )
 
 

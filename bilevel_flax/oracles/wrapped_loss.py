@@ -30,7 +30,14 @@ def wrap_losses(
         problem: the problem.
         transform: of a loss; the result takes and returns the same.
         sides: the losses in question.
+
+    Raises:
+        TypeError: a loss in the place of the problem.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"problem={problem!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
+        )
 
     def wrapped(loss):
         if isinstance(loss, WrappedLoss):

@@ -76,12 +76,13 @@ def microbatched(problem: Problem, parts: int) -> Problem:
         raise ValueError(f"microbatches={parts!r} must be an integer >= 1")
     if parts == 1:
         return problem
+    checked = wrap_losses(problem, lambda loss: loss)
     for name in SIDES:
-        if not getattr(innermost(getattr(problem, name)), "is_mean", True):
+        if not getattr(innermost(getattr(checked, name)), "is_mean", True):
             raise ValueError(
                 f"microbatches={parts}: {name} has floors or a temperature (bf.outer.goals), so "
                 "that it is no mean over parts of a minibatch: leave one of them out"
             )
     return dataclasses.replace(
-        problem, **{name: Microbatched(getattr(problem, name), int(parts)) for name in SIDES}
+        problem, **{name: Microbatched(getattr(checked, name), int(parts)) for name in SIDES}
     )

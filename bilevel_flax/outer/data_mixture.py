@@ -121,6 +121,11 @@ def domain_weights(
     share = jnp.asarray(given / given.sum(), jnp.float32)
 
     def weights(outer_params, batch):
+        if jnp.shape(outer_params) != (num_domains,):
+            raise ValueError(
+                f"outer_params has shape {jnp.shape(outer_params)}, but there are {num_domains} "
+                f"domains: one logit for each, [{num_domains}]"
+            )
         domain, real = _domains(batch)
         each = rows_at(jax.nn.softmax(outer_params / temperature) / share, domain)
         return each if real is None else jnp.where(real, each, 0.0)

@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import PyTree
-from bilevel_flax.checks import check_count
+from bilevel_flax.checks import at_least, check_count
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.tree import rows_at
 
@@ -49,9 +50,10 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
         init: the initial logit of every example.
 
     Raises:
-        ValueError: n is not a positive integer.
+        ValueError: n is not a positive integer, or `init` is no number.
     """
     check_count("num_samples", num_samples)
+    at_least("init", init, -math.inf)
 
     def apply(outer_params, batch, losses=None):
         del batch, losses

@@ -39,7 +39,7 @@ from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
-from bilevel_flax.tree import add, is_inexact, norm, ratio
+from bilevel_flax.tree import is_inexact, norm, ratio
 
 _NOTHING = Oracles(*(None,) * 5)
 _EVERYWHERE = PartitionSpec()
@@ -105,7 +105,7 @@ def _evaluate(
     """The evaluation at the first point, with `combine` of the oracles at them all.
 
     Where there is a `combine`, the oracles themselves are None: only what it makes is added up, and
-    the length of ∇₁F, which the residual needs, comes from a sketch.
+    the lengths of ∇₁F, Hv and ∇²₂₁G v come from sketches.
     """
     problem, batch = shared.problem, shared.batch
     z = points[0].inner
@@ -117,6 +117,7 @@ def _evaluate(
     gathered = [
         point._replace(outer=_rows_of(problem, point.outer, batch, mesh)) for point in points
     ]
+    parted = any(entry is not None for spec in like_z for entry in spec)
     data = {"inner": batch.inner, "outer": batch.outer}
     data_specs = jax.tree.map_with_path(
         lambda path, leaf: batch_spec(jax.tree_util.keystr(path), leaf.shape, mesh), data
@@ -150,11 +151,12 @@ def _evaluate(
         ]
         evaluation, sketches = several[0], None
         if combine is not None:
-            _, hvp, _, grad, _ = evaluation.oracles
+            _, hvp, cross, grad, _ = evaluation.oracles
+            dense = rows.dense_leaves(cross)
+            sketches = [None, None, sketch(dense) if dense and len(points) == 1 else None]
             if hvp is not None:
-                # Of one point, the reduced D_v tells its own length.
-                d_v = sketch(add(hvp, grad)) if len(points) > 1 else None
-                sketches = d_v, sketch(grad)
+                # Of one point and a whole D_v, the reduced D_v tells what Hv is.
+                sketches[:2] = sketch(hvp) if len(points) > 1 or parted else None, sketch(grad)
             evaluation = evaluation._replace(
                 directions=combine(*(each.oracles for each in several)), oracles=_NOTHING
             )
@@ -173,9 +175,16 @@ def _evaluate(
     evaluation, sketches = shape["join"](parts)
     if sketches is None:
         return evaluation
-    d_v, length = sketches
-    d_v = evaluation.directions.adjoint if d_v is None else d_v
-    return evaluation._replace(residual=ratio(norm(d_v), norm(length)))
+    hvp, grad, cross = sketches
+    d_v = evaluation.directions.adjoint
+    if cross is not None:
+        whole = norm(rows.dense_leaves(evaluation.directions.outer))
+        evaluation = evaluation._replace(through_inner=ratio(norm(cross), whole))
+    if grad is None:
+        return evaluation
+    length = norm(hvp + grad if len(points) > 1 else d_v)
+    hvp = sketch(d_v) - grad if hvp is None else hvp
+    return evaluation._replace(residual=ratio(length, norm(grad)), product=norm(hvp))
 
 
 def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:

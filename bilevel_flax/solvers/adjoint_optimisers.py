@@ -7,6 +7,7 @@ point is v* whatever the preconditioner, and where D_v explodes its own statisti
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import PyTree
-from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint
+from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint, is_linear
 from bilevel_flax.solvers.step import tolerant
 from bilevel_flax.tree import norm, ratio
 
@@ -23,6 +24,11 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 # δ between 1e-26 and 1e26: ρδ stays a float32.
 _LOG_LIMIT = 60.0
+# Running means: of what gives D_v its unit, as slow as Adam's; of what gives v's step its length.
+_SLOW, _FAST = 0.999, 0.9
+_FASTEST = 5.0  # steps of v
+# Squares of H times a probe stay in float32 for curvatures between 1e-7 and 1e7.
+_PROBE = 1e-12
 
 
 def _needed(extra_args: dict, *names: str) -> list:
@@ -79,6 +85,97 @@ def like_inner_optimizer(
     return optax.GradientTransformationExtraArgs(step.init, update)
 
 
+class OwnUnitsState(NamedTuple):
+    """State of `in_own_units`; scalars are float32."""
+
+    count: jax.Array  # int32, steps taken
+    size: jax.Array  # running mean of ‖D_v‖
+    product: jax.Array  # running mean of ‖Hv‖
+    length: jax.Array  # the same of ‖v‖
+    residual: jax.Array  # running mean of the adjoint's, at most 1
+    longest: jax.Array  # of the transformation's steps so far
+    inner: PyTree  # the state of the transformation
+
+
+def in_own_units(
+    transform: optax.GradientTransformation, *, time_constant: float = 100.0
+) -> optax.GradientTransformationExtraArgs:
+    """Steps of v whose length does not depend on the units of F and G.
+
+    Adam and its like step by their learning rate, in units of z, whatever the gradient. V has other
+    units: those of z times F / G. So here the transformation U gives the step's direction, and the
+    part of its longest step so far that this one has (its schedule, and how far gradients agree);
+    gradient descent gives the length (grafting):
+
+        v -= ‖D_v‖ / (κ τ r) · U / max ‖U‖        κ = ‖Hv‖ / ‖v‖
+
+    with r the running adjoint residual, at most 1: where noise keeps it there, v is a slow average,
+    and where v can be solved for, it is fast.
+
+    A multiple of F is one of v, and of G one of 1/v, exactly. D_v is handed on in units of its
+    running norm, so that the same holds for clips and ε.
+
+    Args:
+        transform: any optimiser that is not linear in the gradient.
+        time_constant: τ, steps of v; τ r is never below 5, for the sake of momentum.
+
+    Returns:
+        A transformation whose `update` needs the extra arguments `adjoint_product` (‖Hv‖) and
+        `adjoint_residual`, as `single_loop` hands them on.
+
+    Raises:
+        ValueError: `time_constant` is below 1.
+        TypeError: from `update`, without the extra arguments.
+
+    References:
+        N. Agarwal, R. Anil, E. Hazan, T. Koren, C. Zhang. Disentangling adaptive gradient methods
+        from learning rates. arXiv 2020.
+    """
+    if not time_constant >= 1:
+        raise ValueError(f"time_constant={time_constant} must be >= 1")
+    step = optax.with_extra_args_support(transform)
+
+    def init(params):
+        size, product, length, longest = (jnp.zeros((), jnp.float32) for _ in range(4))
+        means = size, product, length, jnp.float32(1.0)
+        return OwnUnitsState(jnp.int32(0), *means, longest, step.init(params))
+
+    def update(updates, state, params=None, **extra_args):
+        product, residual = _needed(extra_args, "adjoint_product", "adjoint_residual")
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def running(old, new, decay):
+            return decay * old + (1 - decay) * new.astype(jnp.float32)
+
+        now = norm(updates)
+        size = running(state.size, now, _SLOW)
+        unit = size / (1 - _SLOW ** count.astype(jnp.float32))
+        length = running(state.length, norm(params), _FAST)
+        product = running(state.product, product, _FAST)
+        residual = jnp.minimum(jnp.nan_to_num(residual, nan=1.0), 1.0)
+        residual = running(state.residual, residual, _FAST)
+        steps = jnp.maximum(time_constant * residual, jnp.minimum(time_constant, _FASTEST))
+        scaled = functools.partial(_times, 1 / jnp.where(unit > 0, unit, 1.0))
+        moved, inner = step.update(scaled(updates), state.inner, scaled(params), **extra_args)
+        own = norm(moved)
+        longest = jnp.maximum(state.longest, own)
+        # ‖D_v‖ / κ; at v = 0 nothing is known of κ, and a step too short to matter will tell.
+        far = jnp.where(
+            product > 0,
+            now * length / jnp.where(product > 0, product * steps, 1.0),
+            jnp.maximum(_PROBE * now, length),
+        )
+        factor = far / jnp.where(longest > 0, longest, 1.0)
+        state = OwnUnitsState(count, size, product, length, residual, longest, inner)
+        return _times(factor, moved), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _times(factor: jax.Array, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)
+
+
 def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
     """V's optimiser state with z's clock in its schedules, and z's injected hyperparameters.
 
@@ -98,6 +195,30 @@ def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
     return jax.tree.map(shared, state, inner_opt_state, is_leaf=is_leaf)
 
 
+def scale_free_like(
+    inner: optax.GradientTransformation, *, time_constant: float = 100.0
+) -> optax.GradientTransformationExtraArgs:
+    """`like_inner_optimizer`; where that is not linear in the gradient, `in_own_units`.
+
+    So v is a multiple of F, whatever z's optimiser.
+
+    Args:
+        inner: z's optimiser.
+        time_constant: as in `in_own_units`.
+    """
+    plain = like_inner_optimizer(inner)
+    grafted = in_own_units(plain, time_constant=time_constant)
+
+    def chosen(params):
+        return plain if is_linear(inner, params) else grafted
+
+    def update(updates, state, params=None, **extra_args):
+        step = grafted if isinstance(state, OwnUnitsState) else plain
+        return step.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: chosen(params).init(params), update)
+
+
 def damped(
     transform: optax.GradientTransformation, damping: float
 ) -> optax.GradientTransformationExtraArgs:
@@ -110,8 +231,8 @@ def damped(
     Raises:
         ValueError: δ is negative.
     """
-    if damping < 0:
-        raise ValueError(f"damping={damping} must be >= 0")
+    checks.optimizer("transform", transform)
+    checks.at_least("damping", damping)
     step = optax.with_extra_args_support(transform)
 
     def update(updates, state, params=None, **extra_args):
@@ -124,7 +245,8 @@ def damped(
 class SelfDampedState(NamedTuple):
     """State of `self_damped`."""
 
-    log_damping: jax.Array  # float32, log δ
+    log_damping: jax.Array  # float32, log of δ / unit
+    unit: jax.Array  # float32, ‖Hv‖ / ‖v‖ when it was first known; 0 until then
     inner: PyTree  # the state of the transformation
 
 
@@ -156,7 +278,8 @@ def self_damped(
         target: r to hold, > 1.
         rate: η, in (0, 1].
         initial: δ to start from, > 0. It need not be known: a factor of 10 off costs some 200
-            steps from above, fewer from below.
+            steps from above, fewer from below. In units of the first ‖Hv‖ / ‖v‖ where `update` is
+            handed `adjoint_product` (‖Hv‖), as it is by `single_loop`: δ is then a multiple of G.
 
     Returns:
         A transformation whose `update` needs the extra argument `adjoint_residual`, as
@@ -179,15 +302,23 @@ def self_damped(
     step = optax.with_extra_args_support(transform)
 
     def init(params):
-        return SelfDampedState(jnp.log(jnp.float32(initial)), step.init(params))
+        log_damping = jnp.log(jnp.float32(initial))
+        return SelfDampedState(log_damping, jnp.zeros((), jnp.float32), step.init(params))
 
     def update(updates, state, params=None, **extra_args):
         (residual,) = _needed(extra_args, "adjoint_residual")
+        product = extra_args.get("adjoint_product")
         moved, inner = step.update(updates, state.inner, params, **extra_args)
         # Momentum goes on where D_v is 0, and says nothing about ρ there.
         length = norm(updates)
         rho = jnp.where(length > 0, ratio(norm(moved), length), 0.0)
-        share = 1 - 1 / (1 + rho * jnp.exp(state.log_damping))
+        if product is None:
+            unit = jnp.float32(1.0)
+        else:
+            size = norm(params)
+            curvature = product / jnp.where(size > 0, size, 1.0)
+            unit = jnp.where(state.unit > 0, state.unit, curvature.astype(jnp.float32))
+        share = 1 - 1 / (1 + rho * unit * jnp.exp(state.log_damping))
 
         def take_back(u, v):
             return u - share.astype(u.dtype) * (v + u)
@@ -198,7 +329,7 @@ def self_damped(
         excess = jnp.where(residual == 0, -1.0, jnp.clip(excess, -1.0, 1.0))
         most = jnp.float32(_LOG_LIMIT)
         log_damping = jnp.clip(state.log_damping + rate * excess, -most, most)
-        return moved, SelfDampedState(log_damping, inner)
+        return moved, SelfDampedState(log_damping, unit, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -2,9 +2,12 @@
 
 SOBA's directions (see `solvers/soba.py`) with, each for a measured reason (`docs/auto.md`):
 
-* v moved by z's own transformation, schedule included, with statistics of its own;
+* v moved by z's own transformation, schedule included, with statistics of its own; where that is
+  not linear in the gradient (Adam), in steps whose length has v's units, so that a multiple of F or
+  of G changes nothing;
 * x moved in units of x by `outer.robust_sgd`: neither the number of examples, the length of the
   run nor the scale of v matters, and no single example can make the others stand still;
+* dense x no faster than z can follow (`optimisers/paced.py`);
 * a step of x that falls linearly to 0 over the run, and needs the number of steps only;
 * a damping of v that follows its residual: none where Hv is exact, enough where the noise of Hv
   or negative curvature has the better of it;
@@ -19,9 +22,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Estimator, Problem
-from bilevel_flax.checks import as_count, host_moves_z, optimizer
 from bilevel_flax.deprecated import renamed_arguments
+from bilevel_flax.outer.optimisers.paced import paced
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.solvers import adjoint_optimisers, cheap_steps
 from bilevel_flax.solvers.single_loop import single_loop
@@ -30,6 +34,10 @@ from bilevel_flax.solvers.single_loop import single_loop
 _ADJOINT_LIMIT = 1e12
 # One visit, however few there are in the run, says no more than this about a row.
 _LONGEST_VISIT = 1.0
+# V's time constant, in steps of v.
+# How far z may be behind dense x, as a share of the steps of x.
+_LAG = 0.0025
+_LONGEST_CONSTANT, _SHARE_OF_RUN = 100.0, 0.04
 
 
 def decay_to_zero(peak: float, steps: int, frozen: int = 0) -> optax.Schedule:
@@ -84,7 +92,8 @@ def auto(
             travel in the whole run with the step that it starts with, whatever the number of
             examples, of epochs and the minibatch. While visits agree the step grows.
         travel: in the same units, the limit of that: a learning rate above it counts as `travel`.
-        dense_learning_rate: of the other leaves of x, which move in every step.
+        dense_learning_rate: of the other leaves of x, which move in every step: at most, for they
+            wait for z.
         warmup: share of the steps in which x stands still, in [0, 1).
         damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
             (`adjoint.self_damped`).
@@ -124,10 +133,12 @@ def auto(
         M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that
         enables stochastic and global variance reduction algorithms. NeurIPS 2022.
     """
-    steps = as_count("steps", steps)
-    host_moves_z(inner, adjoint)
+    steps = checks.as_count("steps", steps)
+    checks.problem(problem)
+    checks.host_moves_z(inner, adjoint)
     if inner is not None:
-        optimizer("inner", inner)
+        checks.optimizer("inner", inner)
+    checks.at_least("warmup", warmup)
     if not 0 <= warmup < 1:
         raise ValueError(
             f"warmup={warmup} must lie in [0, 1): the share of the steps with x frozen"
@@ -137,8 +148,7 @@ def auto(
         ("travel", travel),
         ("dense_learning_rate", dense_learning_rate),
     ):
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be >= 0")
+        checks.at_least(name, value)
     cheaper = (subsample, update_every, adjoint_update_every)
     if estimator is None:
         estimator = cheap_steps.estimator(*cheaper)
@@ -152,7 +162,9 @@ def auto(
     moves_v = adjoint
     if moves_v is None:
         assert inner is not None
-        moves_v = adjoint_optimisers.like_inner_optimizer(inner)
+        turns = steps / (update_every * adjoint_update_every)
+        constant = max(1.0, min(_LONGEST_CONSTANT, turns * _SHARE_OF_RUN))
+        moves_v = adjoint_optimisers.scale_free_like(inner, time_constant=constant)
     moves_v = adjoint_optimisers.bounded(moves_v, _ADJOINT_LIMIT)
     if damping is None:
         moves_v = adjoint_optimisers.self_damped(moves_v)
@@ -168,6 +180,8 @@ def auto(
             dense_learning_rate=decay_to_zero(dense_learning_rate * update_every, moves, frozen),
             catch_up=_LONGEST_VISIT,
         )
+        if inner is not None:  # how far z goes is else not known here
+            outer = paced(outer, max_lag=_LAG * moves, update_every=update_every)
     return single_loop(
         problem,
         estimator,

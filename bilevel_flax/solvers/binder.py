@@ -42,7 +42,7 @@ class Binder:
 
     def part(self, state: Any, batch: Batch, trainable: PyTree = None) -> Oracle:
         """The oracles on a batch of which a side may be missing (a full pass)."""
-        checks.require_ids(batch, self._name, self._needed)
+        checks.require_ids(batch, self._name, self._needed, scalars=True)
         keys = {"factors": self._factors, "fixed_keys": self._fixed_keys}
         return bind(self._problem, state, batch, trainable=trainable, **keys)
 

@@ -98,7 +98,8 @@ def estimator(
 
     def init(variables):
         del variables
-        return CheapStepsState(jnp.int32(0), jnp.float32(jnp.nan), jnp.float32(1.0))
+        # Step 0 evaluates everything, and so sets the loss.
+        return CheapStepsState(jnp.int32(0), jnp.float32(0.0), jnp.float32(1.0))
 
     def everything(oracle, variables, state):
         evaluate = oracles.evaluate_all
@@ -143,7 +144,17 @@ def moves_at(count: jax.Array | int, update_every: int) -> jax.Array:
 
 
 def _estimate(evaluation: oracles.Evaluation, state: CheapStepsState) -> Estimate:
-    evaluation = evaluation._replace(outer_loss=state.outer_loss, residual=state.residual)
+    # What is left out is 0: the variable that would ask for it rests.
+    product, share = (
+        jnp.float32(0.0) if value is None else value.astype(jnp.float32)
+        for value in (evaluation.product, evaluation.through_inner)
+    )
+    evaluation = evaluation._replace(
+        outer_loss=state.outer_loss,
+        residual=state.residual,
+        product=product,
+        through_inner=share,
+    )
     directions = evaluation.directions
     assert directions is not None
     return Estimate(directions, state, evaluation, direction_norms(directions))

@@ -190,6 +190,55 @@ def applies_to_adjoint(
         return _probe(transform, update, floats)
 
 
+def is_linear(
+    transform: optax.GradientTransformation,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> bool:
+    """Whether twice the gradients give twice the steps (SGD, momentum), found out by asking.
+
+    Args:
+        transform: z's optimiser.
+        params: z, or shapes.
+        outer_params: x, for transformations that are handed it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> [is_linear(tx, jnp.ones(2)) for tx in (optax.sgd(0.1, momentum=0.9), optax.adam(0.1))]
+        [True, False]
+    """
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with jax.ensure_compile_time_eval():
+        point = jax.tree.map(_small, filter_inexact(params))
+        nothing = jax.tree.map(jnp.zeros_like, point)
+        update = functools.partial(_update, transform, _shaped(shapes))
+        answers = []  # RAdam is linear in its first steps alone
+        for step in _STEPS:
+            state = _at_step(transform.init(nothing), step)
+            once, *others = (
+                update(_scaled(point, scale), state, nothing) for scale in (1.0, 1e4, 1e-4)
+            )
+            if not (_finite(once) and _largest(once) > 0):
+                continue
+            answers += [
+                _near(other, _scaled(once, scale))
+                for other, scale in zip(others, (1e4, 1e-4), strict=True)
+            ]
+    return bool(answers) and all(answers)
+
+
+def _at_step(state: PyTree, step: int) -> PyTree:
+    """The state of an optimiser, fresh but for its counters."""
+    return jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, step) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf,
+        state,
+    )
+
+
+def _scaled(tree: PyTree, factor: float) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), tree)
+
+
 def _refuse_values_of_the_loss(
     transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
 ) -> None:
@@ -215,34 +264,25 @@ def _small(leaf: Any) -> jax.Array:
 def _probe(
     transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
 ) -> bool:
-    def scaled(tree, factor):
-        return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), tree)
-
     def at(step, gradient, params):
         # A state of these very parameters: some remember them (SAM, schedule-free).
-        state = jax.tree.map(
-            lambda leaf: (
-                jnp.full_like(leaf, step) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
-            ),
-            transform.init(params),
-        )
-        return update(gradient, state, params)
+        return update(gradient, _at_step(transform.init(params), step), params)
 
     point = jax.tree.map(_small, params)
-    nothing = scaled(point, 0.0)
+    nothing = _scaled(point, 0.0)
     decays, normalises = False, False
     for step in _STEPS:
         still = functools.partial(at, step, nothing)
-        pull, push = still(point), still(scaled(point, -1.0))
+        pull, push = still(point), still(_scaled(point, -1.0))
         moves = not (_near(pull, nothing) and _near(push, nothing))
         if not moves or not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
             continue
-        odd = _near(push, scaled(pull, -1.0))
-        twice = still(scaled(point, 2.0))
-        if odd and _near(twice, scaled(pull, 2.0)):
+        odd = _near(push, _scaled(pull, -1.0))
+        twice = still(_scaled(point, 2.0))
+        if odd and _near(twice, _scaled(pull, 2.0)):
             decays = True
-            once, doubled = at(step, point, nothing), at(step, scaled(point, 2.0), nothing)
-            normalises |= not _near(doubled, scaled(once, 2.0))
+            once, doubled = at(step, point, nothing), at(step, _scaled(point, 2.0), nothing)
+            normalises |= not _near(doubled, _scaled(once, 2.0))
         elif not (odd and _near(twice, pull)):  # nor decay in front of a normaliser
             raise ValueError(
                 "inner changes parameters by their values (a projection, a clip, a constraint), "

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from bilevel_flax import checks
@@ -38,7 +40,7 @@ from bilevel_flax.solvers.step import (
     settled,
     tolerant,
 )
-from bilevel_flax.tree import filter_inexact
+from bilevel_flax.tree import dot, filter_inexact, norm
 
 
 def single_loop(
@@ -73,6 +75,7 @@ def single_loop(
             ids missing from a batch, an outer leaf that the inner loss never uses, or whatever the
             oracles refuse.
     """
+    checks.problem(problem)
     checks.host_moves_z(inner, adjoint)
     moves_z = optax.set_to_zero() if inner is None else inner
     for optimiser, value in (("inner", moves_z), ("outer", outer), ("adjoint", adjoint or inner)):
@@ -120,9 +123,8 @@ def single_loop(
         new_v, v_opt = optimizer_step(
             tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, **about_v
         )
-        new_x, x_opt, d_x = move_outer(
-            tx.outer, d_x, alive, state, awake.outer, value=evaluation.outer_loss
-        )
+        about_x = outer_extra_args(evaluation, state, new_z)
+        new_x, x_opt, d_x = move_outer(tx.outer, d_x, alive, state, awake.outer, **about_x)
 
         new = state.replace(
             step=state.step + 1,
@@ -177,7 +179,20 @@ def adjoint_extra_args(evaluation: Evaluation, state: TrainState, directions: Va
         "inner_direction": filter_inexact(directions.inner),
         "inner_params": filter_inexact(state.inner_params),
         "adjoint_residual": evaluation.residual,
+        "adjoint_product": evaluation.product,
         "value": evaluation.inner_loss,
         "grad": filter_inexact(directions.adjoint),
         "outer_params": state.outer_params,
+    }
+
+
+def outer_extra_args(evaluation: Evaluation, state: TrainState, new_inner: Any) -> dict:
+    """What x's optimiser may ask for: how z moves in this step, and what x does to it."""
+    z, v, new = (filter_inexact(tree) for tree in (*state.variables[:2], new_inner))
+    return {
+        "value": evaluation.outer_loss,
+        "adjoint_product": evaluation.product,
+        "adjoint_length": norm(v),
+        "inner_step_along_adjoint": dot(v, jax.tree.map(jnp.subtract, new, z)),
+        "through_inner": evaluation.through_inner,
     }

@@ -76,8 +76,8 @@ def estimator(
     """
 
     def init(variables):
-        # Not a number until the first full pass: a loop that leaves it out must not run on.
-        unknown = averages.start(variables, jnp.nan, problem.per_sample, lazy)
+        # Infinite until the first full pass: a loop that leaves it out must not run on.
+        unknown = averages.start(variables, jnp.inf, problem.per_sample, lazy)
         return SARAHState(unknown, variables, jnp.int32(0), jnp.int32(0), jnp.int32(0))
 
     def update(oracle, variables, batch, state):

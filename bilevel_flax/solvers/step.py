@@ -71,6 +71,7 @@ def init_variables(
     problem: Problem, inner_params: PyTree, outer_params: PyTree, model_state: PyTree, rng: Any
 ) -> tuple[Variables, PyTree, jax.Array]:
     """`((z, 0, x), model_state, rng)`, checked, every leaf a buffer of its own."""
+    checks.key("rng", rng)
     checks.parameters("inner_params", inner_params)
     checks.parameters("outer_params", outer_params)
     checks.per_sample(problem, outer_params)

@@ -154,7 +154,7 @@ def raise_if_lost(lost: str | None, step: int, saved: int | None) -> None:
 
 
 def raise_if_diverged(info: Info, step: int, saved: int | None) -> None:
-    """Raises `Diverged` if the chunk's last step was not finite, with what to try.
+    """Raises `Diverged` if the chunk's last step was not `info.ok`, with what to try.
 
     Args:
         info: of a chunk, leaves [steps].
@@ -163,6 +163,14 @@ def raise_if_diverged(info: Info, step: int, saved: int | None) -> None:
     """
     finite = [bool(side[-1]) for side in info.finite]
     if all(finite):
+        losses = {"inner (G)": info.inner_loss, "outer (F)": info.outer_loss}
+        for side, loss in losses.items():
+            if loss is not None and not np.isfinite(loss[-1]):
+                raise Diverged(
+                    f"step {step}: the {side} loss is {float(loss[-1])}, although the directions "
+                    f"are finite; {_what_is_saved(saved)}; try `bf.check_finite` on the first "
+                    "minibatch, and check labels, masks and logarithms in the loss"
+                )
         return
     lost = [side for side, good in zip(_SIDES, finite, strict=True) if not good]
     remedy = (

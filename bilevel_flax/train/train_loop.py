@@ -242,7 +242,7 @@ def _updates(info: Info) -> int:
 def _raise_if_diverged(
     info: Info, state: TrainState, step: int, check: FiniteCheck, checkpointer: Checkpointer
 ) -> None:
-    if all(side[-1] for side in info.finite):
+    if all(info.ok[-1:]):
         return
     saved = checkpointer.latest_step()
     # A NaN that an optimiser left in the state is the cause; the directions only show it.

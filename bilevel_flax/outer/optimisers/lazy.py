@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax.base import PyTree, Rows, Table
 from bilevel_flax.per_sample import RowTransformation, is_rows
 
@@ -84,6 +85,7 @@ def lazy_sgd(learning_rate: optax.ScalarOrSchedule) -> RowTransformation:
         >>> update.index.tolist(), update.values.tolist()
         ([3, 7], [-1.0, -2.0])
     """
+    checks.learning_rate("learning_rate", learning_rate)
 
     def init(params):
         del params
@@ -136,6 +138,7 @@ def lazy_adam(
         >>> int(state.by_row.rows.count.sum())
         2
     """
+    checks.learning_rate("learning_rate", learning_rate)
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value} must lie in [0, 1)")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Rows, Table
 from bilevel_flax.outer.optimisers.robust import mean_over_rows
@@ -54,6 +55,7 @@ def normalized_sgd(
         >>> [round(float(value), 3) for value in update]
         [-0.1, 0.1]
     """
+    checks.learning_rate("learning_rate", learning_rate)
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must lie in [0, 1)")
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import deprecated
+from bilevel_flax import checks, deprecated
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Rows, Table
 from bilevel_flax.per_sample import RowTransformation
@@ -102,6 +102,7 @@ def robust_sgd(
         >>> [round(float(value), 4) for value in update]
         [-0.0004, 0.0004, -0.0, -0.1]
     """
+    checks.learning_rate("learning_rate", learning_rate)
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must lie in [0, 1)")
     if not clip > 0:

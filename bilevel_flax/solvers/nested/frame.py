@@ -177,6 +177,7 @@ def nested(
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
             at trace time missing ids or leading axes.
     """
+    checks.problem(problem)
     inner = checks.optimizer("inner", inner)
     for variable, value in (("outer", outer), ("adjoint", adjoint or inner)):
         checks.optimizer(variable, value)

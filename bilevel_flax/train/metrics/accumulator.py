@@ -43,9 +43,9 @@ class MetricAccumulator:
 
 
 def _by_name(info: Info) -> dict[str, Any]:
+    losses = {"inner_loss": info.inner_loss, "outer_loss": info.outer_loss}
     return {
-        "inner_loss": info.inner_loss,
-        "outer_loss": info.outer_loss,
+        **{name: loss for name, loss in losses.items() if loss is not None},
         "norm_inner": info.norms.inner,
         "norm_adjoint": info.norms.adjoint,
         "norm_outer": info.norms.outer,

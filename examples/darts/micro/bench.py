@@ -31,6 +31,7 @@ from examples.darts.micro.search import make_search
 from examples.darts.micro.space import check as check_genotype
 
 SEEDS = 10
+SOLVERS = ("soba", "darts1", "darts2")
 
 
 class Row(NamedTuple):
@@ -68,7 +69,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
     """Runs what is missing in `options.out`, then writes the table and `bench.html`.
 
     Args:
-        options: `solvers`, `seeds` (None: 10) and `out`.
+        options: `solvers` (None: soba, darts1, darts2), `seeds` (None: 10) and `out`.
         say: prints a line.
 
     Returns:
@@ -78,19 +79,22 @@ def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
         ConfigError: an option that has no meaning here, an unknown method, another bench's folder.
         ValueError: the table of the micro-space is not complete.
     """
-    check(options)
+    options, solvers = options.with_solvers(SOLVERS)
+    check(options, solvers)
     with folder.lock(options.out):
-        return _run_missing(options, say)
+        return _run_missing(options, solvers, say)
 
 
-def _run_missing(options: Options, say: Callable[[str], None]) -> list[Row]:
+def _run_missing(
+    options: Options, solvers: tuple[str, ...], say: Callable[[str], None]
+) -> list[Row]:
     seeds = SEEDS if options.seeds is None else options.seeds
     path = options.out / "genotypes.csv"
     done = {(one.solver, one.seed): one for one in read_searches(path)}
     settings = {"task": options.task, "units": methods.BUDGET}
     folder.claim(options.out, settings)
-    wanted = [(solver, seed) for solver in options.solvers for seed in range(seeds)]
-    searchers = {solver: Searcher(solver) for solver in options.solvers}
+    wanted = [(solver, seed) for solver in solvers for seed in range(seeds)]
+    searchers = {solver: Searcher(solver) for solver in solvers}
     for count, (solver, seed) in enumerate(wanted, 1):
         if (solver, seed) in done:
             continue
@@ -113,17 +117,17 @@ def _run_missing(options: Options, say: Callable[[str], None]) -> list[Row]:
     return asked
 
 
-def check(options: Options) -> None:
+def check(options: Options, solvers: tuple[str, ...]) -> None:
     """Raises on options that this bench has no use for.
 
     Raises:
         ConfigError: names the option and the fix.
     """
-    if not options.solvers:
+    if not solvers:
         raise ConfigError(f"--solvers is empty: choose some of {', '.join(methods.METHODS)}")
-    for name in options.solvers:
+    for name in solvers:
         methods.check_method(name, "--solvers")
-        if options.solvers.count(name) > 1:
+        if solvers.count(name) > 1:
             raise ConfigError(f"--solvers names {name} twice: give each once")
     for name, given in (
         ("--seconds", options.seconds is not None),

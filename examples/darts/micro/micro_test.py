@@ -328,6 +328,12 @@ def test_mistakes_on_the_bench_are_named(fake, tmp_path, changes, message):
         bench.run(bench.Options(**options), lambda line: None)
 
 
+def test_the_bench_has_methods_of_its_own(fake, tmp_path):
+    bench.run(bench.Options("darts_micro", None, tmp_path / "out", seeds=1), lambda line: None)
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert [row["solver"] for row in csv.DictReader(file)] == ["soba", "darts1", "darts2"]
+
+
 def test_a_search_is_not_resumed_in_another_space(tmp_path):
     record = plain(load("configs/darts_micro.py"))
     for name, content in (("config.json", record), ("summary.json", {})):
