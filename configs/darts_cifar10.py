@@ -14,7 +14,9 @@ Hardware: one GPU, or a TPU slice with `--config.mesh=data=8` (the minibatch's s
 taken over all devices; XLA places the reductions). bfloat16 beside float32 masters. Not run here:
 no accelerator. `bilevel-flax plan --config configs/darts_cifar10.py --topology v5e:2x2` says what
 it needs.
-Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original file.
+Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original file. A part of it,
+as train/CLASS/IMAGE (and test/...) files in DIR or in a cifar10*.tar there, is read as it is: pass
+`--config.data.splits=(2500,2500,1000)` and `--config.data.held_out=100` for 5,000 + 1,000 images.
 """
 
 import ml_collections

@@ -54,6 +54,7 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
         "splits": config_dict.placeholder(tuple),
     }
     config.task = {"call": "examples.deq.task:make_task"}
+    counts = ("inner_steps", "adjoint_steps") if solver == "bsg" else ()
     config.solver = {
         "call": table.qualified_name(solver),
         "inner": {"call": "optax:sgd", "learning_rate": 1.0},  # z becomes its iterate
@@ -65,8 +66,6 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
                 "decay_steps": config.get_oneway_ref("steps"),
             },
         },
+        **{name: config.get_oneway_ref(name) for name in counts},
     }
-    if solver == "bsg":
-        config.solver.inner_steps = config.get_oneway_ref("inner_steps")
-        config.solver.adjoint_steps = config.get_oneway_ref("adjoint_steps")
     return config

@@ -1,6 +1,9 @@
-"""Labelled images of the user's own: arrays in a file, or a folder with a folder for each class."""
+"""Labelled images of the user's own: arrays in a file, or CLASS/IMAGE files in a folder or tar."""
 
+import io
 import pathlib
+import tarfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -9,9 +12,31 @@ from examples.datasets.prepared import Part
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+# An image's place, relative to the root: (CLASS, file name); and how to open it.
+_Files = Iterator[tuple[tuple[str, ...], bytes]]
+
+
 def is_own(name: str) -> bool:
-    """Whether a name is a path: of an .npz file, or of a folder that is there."""
-    return name.endswith(".npz") or pathlib.Path(name).expanduser().is_dir()
+    """Whether a name is a path: of an .npz file or a tar, or of a folder that is there."""
+    return name.endswith((".npz", *_TARS)) or pathlib.Path(name).expanduser().is_dir()
+
+
+def beside_originals(name: str, folder: pathlib.Path) -> pathlib.Path | None:
+    """Images of a named data set in a folder where its original files are not.
+
+    Args:
+      name: the data set's, "cifar10".
+      folder: with train/CLASS/IMAGE (and test/CLASS/IMAGE), or with one tar of such files whose
+        name begins with the data set's.
+
+    Returns:
+      What `read` takes; None: there is no such thing.
+    """
+    if any((folder / "train").glob("*/*")):
+        return folder
+    tars = [path for path in sorted(folder.glob(f"{name}*")) if path.name.endswith(_TARS)]
+    return tars[0] if len(tars) == 1 else None
 
 
 def read(name: str) -> tuple[dict[str, Part], list[str]]:
@@ -31,7 +56,9 @@ def read(name: str) -> tuple[dict[str, Part], list[str]]:
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _parts(name, _files_of_folder(path))
+    if path.is_file() and name.endswith(_TARS):
+        return _parts(name, _files_of_tar(path))
     if not path.is_file():
         raise ValueError(f"--config.data.name={name}: no such file or folder")
     try:
@@ -66,39 +93,66 @@ def _arrays(arrays: dict[str, np.ndarray], prefix: str, name: str) -> Part:
     return Part(images[..., None] if images.ndim == 3 else images, labels.astype(np.int32))
 
 
-def _folder(path: pathlib.Path) -> tuple[dict[str, Part], list[str]]:
-    split = (path / "train").is_dir()
-    roots = {"train": path / "train" if split else path}
-    if split and (path / "test").is_dir():
-        roots["test"] = path / "test"
-    names = sorted(
-        {child.name for root in roots.values() for child in root.iterdir() if child.is_dir()}
-    )
-    parts = {part: _images(root, names) for part, root in roots.items()}
-    return parts, names
+def _files_of_folder(path: pathlib.Path) -> _Files:
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in _SUFFIXES and file.is_file():
+            yield file.relative_to(path).parts, file.read_bytes()
 
 
-def _images(root: pathlib.Path, names: list[str]) -> Part:
+def _files_of_tar(path: pathlib.Path) -> _Files:
+    try:
+        with tarfile.open(path) as archive:
+            members = sorted(archive.getmembers(), key=lambda member: member.name)
+            for member in members:
+                place = pathlib.PurePosixPath(member.name)
+                if place.suffix.lower() not in _SUFFIXES or not member.isfile():
+                    continue
+                file = archive.extractfile(member)
+                assert file is not None
+                yield tuple(part for part in place.parts if part != "."), file.read()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"--config.data.name={path}: no readable tar ({error})") from error
+
+
+def _parts(name: str, files: _Files) -> tuple[dict[str, Part], list[str]]:
+    """Images by part: those below `train` and `test`, or all of them."""
+    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    whole: list[tuple[str, np.ndarray]] = []
+    for place, content in files:
+        if len(place) == 3 and place[0] in ("train", "test"):
+            images, label = found.setdefault(place[0], []), place[1]
+        elif len(place) == 2:
+            images, label = whole, place[0]
+        else:
+            continue
+        images.append((label, _pixels("/".join((name, *place)), content, images)))
+    if "train" not in found:
+        found = {"train": whole}
+    if not all(found.values()):
+        raise ValueError(f"--config.data.name={name}: no CLASS/IMAGE files in there")
+    names = sorted({label for images in found.values() for label, _ in images})
+    number = {label: position for position, label in enumerate(names)}
+    return {
+        part: Part(
+            np.stack([pixels for _, pixels in images]),
+            np.array([number[label] for label, _ in images], np.int32),
+        )
+        for part, images in found.items()
+    }, names
+
+
+def _pixels(name: str, content: bytes, before: list[tuple[str, np.ndarray]]) -> np.ndarray:
     from PIL import Image
 
-    images, labels = [], []
-    for label, name in enumerate(names):
-        for file in sorted((root / name).glob("*")):
-            if file.suffix.lower() not in _SUFFIXES:
-                continue
-            try:
-                with Image.open(file) as image:
-                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-            except OSError as error:
-                raise ValueError(f"{file} is no readable image ({error})") from error
-            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-            if images and pixels.shape != images[0].shape:
-                raise ValueError(
-                    f"{file} is {list(pixels.shape)}, the images before it {list(images[0].shape)}"
-                    ": bring all of them to one size and one mode"
-                )
-            images.append(pixels)
-            labels.append(label)
-    if not images:
-        raise ValueError(f"--config.data.name={root}: no CLASS/IMAGE files in there")
-    return Part(np.stack(images), np.array(labels, np.int32))
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{name} is no readable image ({error})") from error
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if before and pixels.shape != before[0][1].shape:
+        raise ValueError(
+            f"{name} is {list(pixels.shape)}, the images before it {list(before[0][1].shape)}: "
+            "bring all of them to one size and one mode"
+        )
+    return pixels

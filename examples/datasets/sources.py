@@ -58,7 +58,8 @@ def load(
     `mnist`, `fashion_mnist`, `kmnist`, `emnist/...`, `cifar10` and `cifar100` are prepared on first
     use from original files in `manual_dir`, checked against TFDS's checksums, or from a download
     where there is a network; the prepared set stays in `data_dir`, and later runs need no
-    `manual_dir`.
+    `manual_dir`. Where `manual_dir` holds images in their place, train/CLASS/IMAGE as files or in a
+    tar (a part of the set, say), these are read each time, and nothing is prepared.
 
     Args:
         name: "mnist5k", a path, or a TFDS name, "name", "name/config" or "name:version".
@@ -89,6 +90,8 @@ def load(
     elif own.is_own(name) and not catalog.known(name):
         parts, class_names = own.read(name)
         sizes = sizes or _fifths(parts)
+    elif images := _images_in(name, manual_dir, data_dir):
+        parts, class_names = own.read(str(images))
     else:
         parts, class_names = prepared.read(_prepared_folder(name, manual_dir, data_dir))
     for part, (_, labels) in parts.items():
@@ -105,6 +108,22 @@ def load(
     return ImageData(
         **fields, num_classes=len(class_names), class_names=tuple(class_names), name=name
     )
+
+
+def _images_in(
+    name: str, manual_dir: str | pathlib.Path | None, data_dir: str | pathlib.Path | None
+) -> pathlib.Path | None:
+    """Image files in `manual_dir`, where it has no original files and none are prepared."""
+    base = name.partition(":")[0].partition("/")[0]
+    if manual_dir is None or base not in originals.READERS or base != name:
+        return None
+    manual = pathlib.Path(manual_dir).expanduser()
+    folder = pathlib.Path(data_dir).expanduser() if data_dir else prepared.default_data_dir()
+    if not manual.is_dir() or prepared.find(folder, name, None):
+        return None
+    if not originals.missing(name, manual):
+        return None
+    return own.beside_originals(name, manual)
 
 
 def _prepared_folder(

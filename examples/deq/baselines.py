@@ -189,7 +189,7 @@ def _cost(step: Callable, carry: Any, batch: Any) -> dict[str, Any]:
 
     one = jax.jit(step).lower(carry, batch).compile()
     many = jax.jit(several).lower(carry, batch).compile()
-    memory = one.memory_analysis()
+    memory: Any = one.memory_analysis()
     seconds = []
     for _ in range(_REPEATS):
         began = time.perf_counter()

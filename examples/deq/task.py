@@ -105,7 +105,7 @@ def make_task(config: Any) -> Task:
         return InitialValues(jnp.zeros((rows, config.width)), x)
 
     def error(x: model.Weights, pixels: np.ndarray, labels: np.ndarray) -> float:
-        z = model.equilibrium(x, config.margin, pixels, *settings)
+        z = model.equilibrium(x, config.margin, jnp.asarray(pixels), *settings)
         return float(jnp.mean(jnp.argmax(model.logits(x, z), -1) != labels))
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:

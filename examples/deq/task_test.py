@@ -62,7 +62,8 @@ def test_the_tracked_states_end_at_the_gradient(iterations, x64):
     both = bf.Batch(batch, batch)
     run = jax.jit(lambda s: jax.lax.scan(lambda s, _: solver.update(s, both), s, None, 400)[0])
     state = run(state)
-    found = bf.oracles.directions(bf.oracles.evaluate(problem, state.variables, both)).outer
+    found = bf.oracles.evaluate_all(problem, state.variables, both).oracles
+    found = bf.oracles.directions(found).outer
     close(found, gradient(x, batch))
     assert not np.any(state.inner_params[EXAMPLES:])
 

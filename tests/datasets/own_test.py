@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,47 @@ def test_a_test_part_stays_apart(tmp_path: Path):
         assert (len(data.train_labels), len(data.validation_labels)) == (16, 4)
 
 
+def pack(folder: Path, path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png"), reverse=True):
+            archive.add(file, file.relative_to(folder))
+
+
+def test_a_tar_is_the_folder_that_was_packed(tmp_path: Path):
+    write(tmp_path / "mine" / "train", IMAGES[:20], LABELS[:20])
+    write(tmp_path / "mine" / "test", IMAGES[20:], LABELS[20:])
+    pack(tmp_path / "mine", tmp_path / "mine.tar")
+    one, other = (sources.load(str(tmp_path / name)) for name in ("mine", "mine.tar"))
+    for part in ("train", "validation", "test"):
+        for kind in ("images", "labels"):
+            arrays = (getattr(data, f"{part}_{kind}") for data in (one, other))
+            np.testing.assert_array_equal(*arrays)
+    assert one.class_names == other.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_images_stand_in_for_a_sets_original_files(packed: bool, tmp_path: Path):
+    manual, prepared = tmp_path / "manual", tmp_path / "prepared"
+    write(tmp_path / "mine" / "train", IMAGES[:20], LABELS[:20])
+    write(tmp_path / "mine" / "test", IMAGES[20:], LABELS[20:])
+    if packed:
+        manual.mkdir()
+        pack(tmp_path / "mine", manual / "cifar10_part.tar")
+    else:
+        (tmp_path / "mine").rename(manual)
+    where = {"manual_dir": manual, "data_dir": prepared}
+    data = sources.load("cifar10", **where, splits=(12, 8, 6))
+    assert [len(getattr(data, f"{p}_labels")) for p in ("train", "validation", "test")] == [
+        12,
+        8,
+        6,
+    ]
+    assert pairs(data.test_images, data.test_labels) <= pairs(IMAGES[20:], LABELS[20:])
+    assert not prepared.exists()
+    with pytest.raises(ValueError, match="20"):
+        sources.load("cifar10", **where, splits=(25_000, 25_000, 6))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -84,6 +126,9 @@ def test_files_that_are_none_are_one_line(tmp_path: Path):
     (tmp_path / "bad.npz").write_text("not a file of arrays")
     with pytest.raises(ValueError, match="no readable .npz file"):
         sources.load(str(tmp_path / "bad.npz"))
+    (tmp_path / "bad.tar").write_text("not a tar")
+    with pytest.raises(ValueError, match="no readable tar"):
+        sources.load(str(tmp_path / "bad.tar"))
     write(tmp_path / "mine", IMAGES[:3], LABELS[:3])
     Image.fromarray(IMAGES[0][:2]).save(tmp_path / "mine" / "a" / "small.png")
     with pytest.raises(ValueError, match=r"small.png is \[2, 4, 1\], .* \[5, 4, 1\]"):
