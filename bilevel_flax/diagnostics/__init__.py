@@ -1,6 +1,7 @@
 """How good is the hypergradient: full directions, the adjoint's residual, a reference."""
 
 from bilevel_flax.diagnostics.hypergradient import HypergradientCheck, hypergradient_check
+from bilevel_flax.diagnostics.means import check_means
 from bilevel_flax.diagnostics.residual import (
     adjoint_residual,
     decoupled_decay,
@@ -13,6 +14,7 @@ __all__ = [
     "HypergradientCheck",
     "SymmetryCheck",
     "adjoint_residual",
+    "check_means",
     "check_symmetry",
     "decoupled_decay",
     "full_oracles",

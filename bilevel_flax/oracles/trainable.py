@@ -79,7 +79,7 @@ def trainable(problem: Problem, mask: Any) -> Problem:
         return jax.tree.map(lambda flag, p: p if flag else jax.lax.stop_gradient(p), moves(z), z)
 
     def first_held(function):
-        return None if function is None else lambda z, *args: function(held(z), *args)
+        return lambda z, *args: function(held(z), *args)
 
     def condition_of_the_rest(condition):
         def call(z, x, batch, *context):
@@ -98,11 +98,12 @@ def trainable(problem: Problem, mask: Any) -> Problem:
             held_fixed = PartlyHeld(condition_of_the_rest(loss.loss), moves)
             return dataclasses.replace(loss, loss=held_fixed)
         if isinstance(loss, LinearLoss):
-            parts = {
-                name: first_held(getattr(loss, name)) for name in ("loss", "logits", "penalty")
-            }
-            parts["loss"] = PartlyHeld(parts["loss"], moves)
-            return dataclasses.replace(loss, **parts)
+            return dataclasses.replace(
+                loss,
+                loss=PartlyHeld(first_held(loss.loss), moves),
+                logits=first_held(loss.logits),
+                penalty=None if loss.penalty is None else first_held(loss.penalty),
+            )
         if isinstance(loss, WrappedLoss):
             return dataclasses.replace(loss, loss=wrapped(loss.loss))
         return PartlyHeld(first_held(loss), moves)

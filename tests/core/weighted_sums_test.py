@@ -143,6 +143,24 @@ def test_what_is_counted_is_not_rounded():
     assert float(problem.inner_loss(1.0, 0.0, ones)) == pytest.approx(1000 / 1001, rel=1e-6)
 
 
+def test_a_sum_that_is_handed_in_as_a_mean_is_told():
+    side = {key: jnp.asarray(leaf) for key, leaf in BATCH.items()}
+    batch, at = bf.Batch(side, side), point()
+    check = bf.diagnostics.check_means
+    total = lambda pair: lambda *args: pair(*args)[0]
+    mean = mean_of(outer_pair)
+    problem = bf.Problem(mean_of(inner_pair), mean, per_sample=PER_SAMPLE)
+    assert not check(problem, at, batch)
+    assert not check(sums(stateful=True), at, batch, model_state={})
+    for inner, outer, name in (
+        (total(inner_pair), mean, "inner_loss"),
+        (mean_of(inner_pair), total(outer_pair), "outer_loss"),
+    ):
+        problem = bf.Problem(inner, outer, per_sample=PER_SAMPLE)
+        with pytest.warns(UserWarning, match=f"{name} of a minibatch is .*return the mean"):
+            assert name in check(problem, at, batch)
+
+
 def test_mistakes_are_told_in_one_line():
     side = jax.tree.map(jnp.asarray, BATCH)
     batch, at = bf.Batch(side, side), (jnp.float32(1.0), jnp.float32(2.0))
