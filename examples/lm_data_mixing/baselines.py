@@ -265,6 +265,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     def rival(name):
         result = rivals.RIVALS[name](kit)
         costs[name] = result.cost
+        notes[name] = result.notes
         if result.mixture is not None:
             mixtures[name] = dict(zip(names, result.mixture.tolist(), strict=True))
         return result.plain
@@ -297,6 +298,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         "retrained": (units + 1) * config.steps,
     }
     mixtures: dict[str, dict[str, float]] = {}
+    notes: dict[str, Any] = {}
     for number, (name, job) in enumerate(jobs.items()):
         if name in done or (number and not config.baselines):
             continue
@@ -322,6 +324,8 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
             "finetune_curve": tuned.curve,
         }
         done[name]["plain_step_equivalents"] = costs[name]
+        if notes.get(name):
+            done[name]["notes"] = notes[name]
         if name in mixtures:
             done[name]["mixture"] = mixtures[name]
         if name == "dds":

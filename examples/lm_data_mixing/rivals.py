@@ -82,7 +82,7 @@ class RivalRun(NamedTuple):
 
     plain: Any
     cost: float
-    mixture: np.ndarray | None = None
+    mixture: Any = None
     notes: dict[str, Any] | None = None
 
 
