@@ -114,19 +114,22 @@ def _update(
     state: PyTree,
     params: PyTree,
     value: Any = 0.0,
+    times: int = 1,
 ) -> PyTree:
-    """The update, with stand-ins for what a training loop hands over beside the gradient."""
+    """The last of some updates, with stand-ins for what a loop hands over beside the gradient."""
     value = jnp.asarray(value)
-    updates, _ = tolerant(transform).update(
-        gradient,
-        state,
-        params,
-        value=value,
-        grad=gradient,
-        value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
-        grad_fn=lambda params, _: gradient,
-        outer_params=outer_params,
-    )
+    updates = None
+    for _ in range(times):
+        updates, state = tolerant(transform).update(
+            gradient,
+            state,
+            params,
+            value=value,
+            grad=gradient,
+            value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
+            grad_fn=lambda params, _: gradient,
+            outer_params=outer_params,
+        )
     return updates
 
 
@@ -211,7 +214,8 @@ def is_linear(
     with jax.ensure_compile_time_eval():
         point = jax.tree.map(_small, filter_inexact(params))
         nothing = jax.tree.map(jnp.zeros_like, point)
-        update = functools.partial(_update, transform, _shaped(shapes))
+        # The second of two steps: some divide by what the step before has left (ACProp).
+        update = functools.partial(_update, transform, _shaped(shapes), times=2)
         answers = []  # RAdam is linear in its first steps alone
         for step in _STEPS:
             state = _at_step(transform.init(nothing), step)

@@ -166,6 +166,7 @@ def test_rows_are_not_paced_and_what_is_missing_is_named():
         (lambda: optax.chain(optax.clip(1.0), optax.sgd(0.1)), False),
         (lambda: optax.adamw(0.1), False),
         (lambda: optax.radam(0.1), False),
+        (lambda: optax.contrib.acprop(0.1), False),
         (lambda: optax.adafactor(0.1), False),
         (lambda: optax.contrib.muon(0.1), False),
     ],
