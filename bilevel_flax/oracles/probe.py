@@ -69,7 +69,8 @@ def probe(
         The best mode that works, and for each of the others what stops it.
 
     Raises:
-        TypeError: the loss cannot be differentiated even once; names what stops it.
+        TypeError: the loss cannot be differentiated even once; names what stops it. Or `point` is
+            something else.
         ValueError: a kernel and its reference compute different things; names the difference.
 
     Example:
@@ -83,6 +84,11 @@ def probe(
         model_state = point.model_state if model_state is None else model_state
         rng = point.rng if rng is None else rng
         point = point.variables
+    if not isinstance(point, Variables):
+        raise TypeError(
+            f"point is a {type(point).__name__}, but must be a TrainState (solver.init), or "
+            "bf.Variables(inner_params, adjoint, outer_params)"
+        )
     if problem.stateful and rng is None:
         rng = jax.random.PRNGKey(0)
     minibatch = batch.inner if isinstance(batch, Batch) else batch

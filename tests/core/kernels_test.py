@@ -201,6 +201,8 @@ def test_probe_names_what_stops_each_mode():
     never = lambda z, x, b: jnp.sum(
         jax.pure_callback(lambda a: np.asarray(a), z["w"], z["w"]) * x[0]
     )
+    with pytest.raises(TypeError, match=r"point is a dict, but must be a TrainState"):
+        oracles.probe(problem_of(bare), point.inner, batch)
     with pytest.raises(TypeError, match=r"not be differentiated even once: .*pure_callback"):
         oracles.probe(problem_of(never), point, batch)
 
