@@ -22,8 +22,8 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.outer.augmentation import Policy
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.setup import make_solver
 from examples.augmentation import compared, images, signals, task

@@ -46,7 +46,7 @@ from bilevel_flax.solvers import (
 from bilevel_flax.solvers.directions import directions
 
 if TYPE_CHECKING:
-    from bilevel_flax import checkpoints, contrib, diagnostics, nnx, sharding
+    from bilevel_flax import checkpoints, contrib, diagnostics, nnx, recipes, sharding
 
 __version__ = "0.1.0"
 
@@ -79,6 +79,7 @@ __all__ = [
     "nnx",
     "oracles",
     "outer",
+    "recipes",
     "saba",
     "sharding",
     "single_loop",
@@ -90,7 +91,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: flax.nnx alone takes a tenth of a second.
-_LATE = ("checkpoints", "contrib", "diagnostics", "nnx", "sharding")
+_LATE = ("checkpoints", "contrib", "diagnostics", "nnx", "recipes", "sharding")
 _old_name = deprecated.names(__name__)
 deprecated.find_old_modules()
 

@@ -13,9 +13,9 @@ import optax
 
 import bilevel_flax
 from bilevel_flax.base import BilevelSolver
-from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.bench.tasks import BenchTask, Setting
 from bilevel_flax.solvers import table
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.train import config as configs
 
 

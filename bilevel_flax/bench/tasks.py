@@ -26,7 +26,10 @@ TASKS = {
     "mnist_hypercleaning_p90": "benchmarks.tasks.hypercleaning:make",
 }
 # Tasks with a protocol, and columns, of their own: `run(options, say)`.
-PROTOCOLS = {"darts_micro": "examples.darts.micro.bench:run"}
+PROTOCOLS = {
+    "cleaning": "examples.mnist_hypercleaning.bench:run",
+    "darts_micro": "examples.darts.micro.bench:run",
+}
 
 
 class Context(NamedTuple):

@@ -7,11 +7,17 @@ import numpy as np
 from bilevel_flax.data import draws
 
 _STREAM = 3
-_KINDS = ("symmetric", "class")
+_KINDS = ("symmetric", "class", "instance")
+_SPREAD = 0.2  # of the rates of `instance` noise, to either side of p
 
 
 def corrupt_labels(
-    labels: np.ndarray, p: float, num_classes: int, seed: int, kind: str = "symmetric"
+    labels: np.ndarray,
+    p: float,
+    num_classes: int,
+    seed: int,
+    kind: str = "symmetric",
+    confusion: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Makes a share of the labels wrong, and says which.
 
@@ -19,20 +25,25 @@ def corrupt_labels(
     included, so that a share p (1 - 1/num_classes) is wrong: .45 for p = .5 and ten classes.
     `class`: with probability p label y becomes (y + 1) mod num_classes. Above p = .5 the wrong
     label is the commonest of its class, and only clean validation data can tell the two apart.
+    `instance`: example i has a probability of its own, uniform in p ± .2 (cut to [0, 1]), and its
+    wrong label is drawn from what the example itself looks like, row i of `confusion`.
 
     Args:
         labels: integers [n] in [0, num_classes).
         p: the probability of a draw, in [0, 1].
         num_classes: classes, at least 2.
         seed: non-negative.
-        kind: "symmetric" or "class".
+        kind: "symmetric", "class" or "instance".
+        confusion: float [n, num_classes]: for "instance", some network's probabilities. The true
+            label's own is left out.
 
     Returns:
         (noisy labels int32 [n], bool [n]: where they differ from `labels`).
 
     Raises:
         TypeError: labels are no integers.
-        ValueError: `p`, `kind`, `num_classes` or a label is out of range.
+        ValueError: `p`, `kind`, `num_classes` or a label is out of range; "instance" without a
+            `confusion` of the right shape.
 
     Example:
         >>> import numpy as np
@@ -43,10 +54,13 @@ def corrupt_labels(
     References:
         L. Franceschi, M. Donini, P. Frasconi, M. Pontil, "Forward and Reverse Gradient-Based
         Hyperparameter Optimization", ICML 2017 (hypercleaning with resampled labels).
+        X. Xia et al., "Part-Dependent Label Noise: Towards Instance-Dependent Label Noise",
+        NeurIPS 2020 (rates that differ by example, labels by what is seen).
     """
     if kind not in _KINDS:
         near = difflib.get_close_matches(str(kind), _KINDS, 1, 0.3) or _KINDS[:1]
-        raise ValueError(f'kind must be "symmetric" or "class", got {kind!r}: use "{near[0]}"')
+        choices = " or ".join(f'"{name}"' for name in _KINDS)
+        raise ValueError(f'kind must be {choices}, got {kind!r}: use "{near[0]}"')
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability in [0, 1], got {p}")
     if num_classes < 2:
@@ -54,13 +68,32 @@ def corrupt_labels(
     seed = draws.check_seed(seed)
     labels = check_labels(labels, num_classes)
 
-    n = len(labels)
+    n, rate = len(labels), p
     if kind == "symmetric":
         drawn = (draws.uniform(n, seed, _STREAM, 1) * num_classes).astype(np.int32)
-    else:
+    elif kind == "class":
         drawn = (labels + 1) % num_classes
-    noisy = np.where(draws.uniform(n, seed, _STREAM, 0) < p, drawn, labels).astype(np.int32)
+    else:
+        drawn = _drawn_by_likeness(
+            labels, confusion, num_classes, draws.uniform(n, seed, _STREAM, 1)
+        )
+        rate = p + _SPREAD * (2 * draws.uniform(n, seed, _STREAM, 2) - 1)
+    noisy = np.where(draws.uniform(n, seed, _STREAM, 0) < rate, drawn, labels).astype(np.int32)
     return noisy, noisy != labels
+
+
+def _drawn_by_likeness(labels, confusion, num_classes, uniform) -> np.ndarray:
+    shape = (len(labels), num_classes)
+    if confusion is None or np.shape(confusion) != shape:
+        raise ValueError(
+            f'confusion must be [{shape[0]}, {shape[1]}] for kind="instance", got '
+            f"{None if confusion is None else list(np.shape(confusion))}: pass a network's "
+            "probabilities of the examples"
+        )
+    others = np.array(confusion, np.float64) + 1e-6
+    others[np.arange(len(labels)), labels] = 0.0
+    cumulated = np.cumsum(others / others.sum(1, keepdims=True), axis=1)
+    return np.minimum((cumulated <= uniform[:, None]).sum(1), num_classes - 1).astype(np.int32)
 
 
 def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> np.ndarray:

@@ -65,7 +65,6 @@ MODULES = {
     "bilevel_flax.solvers.f2sa": "bilevel_flax.solvers.nested.f2sa",
     "bilevel_flax.solvers.fsla": "bilevel_flax.contrib.fsla",
     "bilevel_flax.solvers.implicit": "bilevel_flax.solvers.nested.implicit",
-    "bilevel_flax.solvers.inner_only": "bilevel_flax.bench.plain_training",
     "bilevel_flax.solvers.masoba": "bilevel_flax.contrib.masoba",
     "bilevel_flax.solvers.mrbo": "bilevel_flax.contrib.mrbo",
     "bilevel_flax.solvers.nested": "bilevel_flax.solvers.nested.frame",

@@ -1,6 +1,7 @@
 """How good is the hypergradient: full directions, the adjoint's residual, a reference."""
 
 from bilevel_flax.diagnostics.hypergradient import HypergradientCheck, hypergradient_check
+from bilevel_flax.diagnostics.influence import Influence, influence
 from bilevel_flax.diagnostics.means import check_means
 from bilevel_flax.diagnostics.residual import (
     adjoint_residual,
@@ -12,6 +13,7 @@ from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 
 __all__ = [
     "HypergradientCheck",
+    "Influence",
     "SymmetryCheck",
     "adjoint_residual",
     "check_means",
@@ -19,5 +21,6 @@ __all__ = [
     "decoupled_decay",
     "full_oracles",
     "hypergradient_check",
+    "influence",
     "probe_estimator",
 ]

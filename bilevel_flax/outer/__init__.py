@@ -10,6 +10,7 @@ from bilevel_flax.outer.data_mixture import (
     select,
 )
 from bilevel_flax.outer.goals import goals
+from bilevel_flax.outer.labels import SoftLabels, labels
 from bilevel_flax.outer.meta_weight_net import meta_weight_net
 from bilevel_flax.outer.optimisers.lazy import lazy_adam, lazy_sgd
 from bilevel_flax.outer.optimisers.learned import learned_optimizer
@@ -24,8 +25,10 @@ __all__ = [
     "augmentation",
     "image_policy",
     "Selected",
+    "SoftLabels",
     "domain_weights",
     "goals",
+    "labels",
     "lazy_adam",
     "lazy_sgd",
     "learned_optimizer",

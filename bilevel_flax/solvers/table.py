@@ -59,7 +59,7 @@ ROWS = (
 _COMPARED = ("masoba", "fsla", "spaba", "bsa", "ttsa", "mrbo", "sustain", "vrbo", "bsg", "bsgo")
 _HOMES = {
     **dict.fromkeys((*_COMPARED, "darts1", "darts2"), "bilevel_flax.contrib"),
-    "inner_only": "bilevel_flax.bench.plain_training",
+    "inner_only": "bilevel_flax.solvers.inner_only",
 }
 
 COST = """\

@@ -25,7 +25,7 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.bench.plain_training import inner_only
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.train.config import ConfigError, resolve
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import read_json, write_json

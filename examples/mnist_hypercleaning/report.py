@@ -3,10 +3,12 @@
 Everything is drawn from `summary.json` and `learned.npz` in the run's folder:
 
     weights            float32 [n]        learned weights, in [0, 1]
+    wrong_probability  float32 [n]        that the given label is wrong; optional
+    suggested_label    int [n]            the likeliest label; optional
     is_wrong           bool [n]           whether the given label differs from the true one
     given_label        int [n]            what the training saw
     true_label         int [n]            what it should have seen
-    suspicious_index   int [k]            the examples with the lowest weights, lowest first
+    suspicious_index   int [k]            whom to look at first
     suspicious_images  uint8 [k, h, w(, c)]
     class_names        str [classes]      optional
 """
@@ -20,15 +22,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bilevel_flax.train.report.page import Section, figure_section, gallery_section
+from bilevel_flax.train.report.page import (
+    Section,
+    figure_section,
+    gallery_section,
+)
 from bilevel_flax.train.report.plots import COLOURS, PERCENT, new_figure
-from bilevel_flax.train.report.sections import compare_in_words
+from bilevel_flax.train.report.sections import compare_in_words, table_section
 from bilevel_flax.train.workdir import read_json, replaced
 from examples.mnist_hypercleaning import ranking
 
 _CLEAN, _WRONG = COLOURS[0], COLOURS[1]
 
 _ERRORS = (
+    ("test_error_handover", "hand-over: recipes.clean"),
     ("test_error_no_weights", "no weights"),
     ("test_error_validation_only", "validation data only"),
     ("test_error", "learned weights"),
@@ -41,7 +48,7 @@ _PLAIN = (
     ("test_error_validation_only", "the clean validation data alone"),
     ("test_error_no_weights", "all labels as they are"),
 )
-_LEARNED = ("test_error", "test_error_retrained", "test_error_refit")
+_LEARNED = ("test_error_handover", "test_error", "test_error_retrained", "test_error_refit")
 _REQUIRED = (
     "weights",
     "is_wrong",
@@ -71,7 +78,7 @@ def sections(workdir: str | Path) -> list[Section]:
         parts += _errors(read_json(workdir / "summary.json"))
     if (workdir / "learned.npz").exists():
         learned = load_learned(workdir / "learned.npz")
-        parts += [_weights(learned), *_roc(learned), _gallery(learned)]
+        parts += [_weights(learned), *_roc(learned), *_precision(learned), _gallery(learned)]
     return parts
 
 
@@ -102,39 +109,55 @@ def load_learned(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_suspicious_csv(
-    path: str | Path, weights: np.ndarray, given_label: np.ndarray, *, limit: int | None = None
+    path: str | Path,
+    weights: np.ndarray,
+    given_label: np.ndarray,
+    *,
+    wrong_probability: np.ndarray | None = None,
+    suggested_label: np.ndarray | None = None,
+    limit: int | None = None,
 ) -> Path:
     """Writes the training examples in the order in which a person should look at them.
 
-    The columns are `index` (position in the training set), `given_label`, `weight` and `rank`;
-    rank 1 has the lowest weight, equal weights stand in order of index.
+    The columns are `index` (position in the training set), `given_label`, `weight`, `rank`, and
+    `wrong_probability` and `suggested_label` where they are given. Rank 1 is the likeliest wrong,
+    or without probabilities the lowest weight; equals stand in order of index.
 
     Args:
         path: The file to write.
         weights: [n], in [0, 1].
         given_label: [n] int.
+        wrong_probability: [n], in [0, 1].
+        suggested_label: [n] int.
         limit: Number of lines; None writes every example.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the lengths differ or a weight is not a number.
+        ValueError: If the lengths differ or what ranks the examples is not a number.
     """
-    weights, given_label = np.asarray(weights), np.asarray(given_label)
-    if weights.ndim != 1 or weights.shape != given_label.shape:
-        raise ValueError(
-            f"weights {weights.shape} and given_label {given_label.shape} must both be [n]"
-        )
-    if np.isnan(weights).any():
-        raise ValueError(f"weights holds {np.isnan(weights).sum()} NaN: there is no order in them")
+    optional = {"wrong_probability": wrong_probability, "suggested_label": suggested_label}
+    columns = {
+        "given_label": np.asarray(given_label),
+        "weight": np.asarray(weights),
+        **{name: np.asarray(column) for name, column in optional.items() if column is not None},
+    }
+    if len({column.shape for column in columns.values()}) != 1 or columns["weight"].ndim != 1:
+        shapes = ", ".join(f"{name} {column.shape}" for name, column in columns.items())
+        raise ValueError(f"{shapes} must both be [n]")
+    trust = columns["weight"] if wrong_probability is None else -columns["wrong_probability"]
+    if np.isnan(trust).any():
+        raise ValueError(f"{np.isnan(trust).sum()} NaN: there is no order in them")
     path = Path(path)
+    given, weight, *others = columns.values()
     with replaced(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["index", "given_label", "weight", "rank"])
-        order = np.argsort(weights, kind="stable")[:limit]
+        writer.writerow(["index", "given_label", "weight", "rank", *list(columns)[2:]])
+        order = np.argsort(trust, kind="stable")[:limit]
         for rank, index in enumerate(order.tolist(), start=1):
-            writer.writerow([index, int(given_label[index]), str(weights[index]), rank])
+            rest = [str(column[index]) for column in others]
+            writer.writerow([index, int(given[index]), str(weight[index]), rank, *rest])
     return path
 
 
@@ -144,9 +167,11 @@ def conclusion(summary: Mapping[str, Any]) -> str:
     Args:
         summary: with the errors of the baselines, in [0, 1].
     """
-    ours = "the network trained on all data with the learned weights (refit)"
+    ours = ("the network trained on all data with the learned weights (refit)", "test_error_refit")
+    if "test_error_handover" in summary:
+        ours = ("the network of recipes.clean (hand-over)", "test_error_handover")
     others = {label: summary[key] for key, label in _PLAIN if key in summary}
-    return compare_in_words("test error", (ours, summary["test_error_refit"]), others, "fraction")
+    return compare_in_words("test error", (ours[0], summary[ours[1]]), others, "fraction")
 
 
 def _errors(summary: Mapping[str, Any]) -> list[Section]:
@@ -210,14 +235,43 @@ def _roc(learned: Mapping[str, np.ndarray]) -> list[Section]:
     wrong = learned["is_wrong"].astype(bool)
     if wrong.all() or not wrong.any():
         return []
-    false_alarms, detections = ranking.roc_curve(learned["weights"], wrong)
-    area = ranking.wrong_label_auc(learned["weights"], wrong)
+    trust = _trust(learned)
+    false_alarms, detections = ranking.roc_curve(trust, wrong)
+    area = ranking.wrong_label_auc(trust, wrong)
     figure = _roc_figure(false_alarms, detections, area)
     caption = (
-        f"Examples are called suspicious from the lowest weight upwards; the area under the "
-        f"curve is {area:.3f} (1: every wrong label comes before every correct one)."
+        f"Examples are called suspicious from the {_order(learned)} on; the area under the curve "
+        f"is {area:.4f} (1: every wrong label comes before every correct one). The learned "
+        f"weights alone reach {ranking.wrong_label_auc(learned['weights'], wrong):.4f}."
     )
     return [figure_section("Finding the wrong labels", figure, caption)]
+
+
+def _trust(learned: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What ranks the examples: low is suspicious. A run of version 0.1 has weights only."""
+    if "wrong_probability" in learned:
+        return -learned["wrong_probability"]
+    return learned["weights"]
+
+
+def _order(learned: Mapping[str, np.ndarray]) -> str:
+    return "likeliest wrong" if "wrong_probability" in learned else "lowest weight"
+
+
+def _precision(learned: Mapping[str, np.ndarray]) -> list[Section]:
+    """How many of the first k that one looks at are really wrong."""
+    wrong = learned["is_wrong"].astype(bool)
+    if not wrong.any():
+        return []
+    in_order = wrong[np.argsort(_trust(learned), kind="stable")]
+    marks = [k for k in (10, 30, 100, 300, 1000, 3000, 10_000, 30_000) if k <= len(wrong)]
+    rows = [
+        [f"{k:,}", f"{in_order[:k].mean():.1%}", f"{in_order[:k].sum() / wrong.sum():.1%}"]
+        for k in marks
+    ]
+    heads = ["looked at", "really wrong", "of all wrong labels"]
+    caption = f"From the {_order(learned)} on; {wrong.sum():,} labels are wrong in all."
+    return [table_section("Precision of the first examples", heads, rows, caption)]
 
 
 def _roc_figure(false_alarms: np.ndarray, detections: np.ndarray, area: float) -> Figure:
@@ -245,17 +299,17 @@ def _gallery(learned: Mapping[str, np.ndarray]) -> Section:
 
     wrong = learned["is_wrong"].astype(bool)[index]
     captions = [
-        f"given {name(given)}\nis {name(true)}"
-        if given != true
-        else f"given {name(given)}\ncorrect"
-        for given, true in zip(
+        f"given {name(given)}\nsuggested {name(suggested)}\n"
+        + (f"is {name(true)}" if given != true else "given is right")
+        for given, suggested, true in zip(
             learned["given_label"][index].tolist(),
+            learned.get("suggested_label", learned["true_label"])[index].tolist(),
             learned["true_label"][index].tolist(),
             strict=True,
         )
     ]
     caption = (
-        f"The {len(index)} training examples with the lowest weights, lowest first; "
+        f"The first {len(index)} training examples from the {_order(learned)} on; "
         f"{wrong.sum()} of them really have a wrong label (framed red). All examples in this "
         "order are in suspicious.csv."
     )

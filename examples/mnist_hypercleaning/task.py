@@ -31,7 +31,8 @@ from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.datasets import own, sources
-from examples.mnist_hypercleaning import baselines, report
+from examples.mnist_hypercleaning import baselines, handover, report
+from examples.mnist_hypercleaning.confusion import confused
 from examples.mnist_hypercleaning.model import Linear, error, losses, make_model
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
 
@@ -53,14 +54,18 @@ FIXED = bf.outer.SampleWeights(
     per_sample=False,
 )
 HEADLINE = (
-    "test_error_refit",  # the network that one would hand over
+    "test_error_handover",
+    "test_error_refit",
     "test_error_retrained",
     "test_error",
     "test_error_no_weights",
     "test_error_validation_only",
     "test_error_clean",
     "wrong_label_auc",
+    "corrected_label_accuracy",
+    "plain_step_equivalents",
 )
+_ERRORS = (*(name for name in HEADLINE if name.startswith("test_error")), "validation_error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +107,25 @@ def load_examples(config: Any) -> Examples:
             raise ConfigError(
                 f"--config.data.splits={splits}: no {part} examples; hypercleaning needs all three"
             )
+    standardized = data.standardize(
+        images.train_images, images.validation_images, images.test_images
+    )
+    likeness = None
+    if config.noise == "instance":
+        likeness = confused(standardized[0], images.train_labels, images.num_classes, config.seed)
     try:
         given, is_wrong = data.corrupt_labels(
-            images.train_labels, config.corruption, images.num_classes, config.seed, config.noise
+            images.train_labels,
+            config.corruption,
+            images.num_classes,
+            config.seed,
+            config.noise,
+            likeness,
         )
     except ValueError as error:
         raise ConfigError(
             f"--config.corruption={config.corruption}, --config.noise={config.noise}: {error}"
         ) from error
-    standardized = data.standardize(
-        images.train_images, images.validation_images, images.test_images
-    )
     return Examples(
         train_images=standardized[0],
         given_labels=given,
@@ -263,8 +276,12 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         best_metric="validation_error",  # as the baselines: stopped early on validation data
-        headline=HEADLINE if config.baselines else ("test_error", "wrong_label_auc"),
-        units={name: "fraction" for name in (*HEADLINE[:-1], "validation_error")},
+        headline=(
+            HEADLINE
+            if config.baselines
+            else tuple(name for name in HEADLINE if name in ("test_error", *handover.KEYS))
+        ),
+        units={name: "fraction" for name in (*_ERRORS, "corrected_label_accuracy")},
     )
 
 
@@ -287,12 +304,20 @@ def hold_out(
     )
 
 
-def save_learned(workdir: Path, examples: Examples, weights: np.ndarray, gallery: int = 40) -> None:
+def save_learned(
+    workdir: Path,
+    examples: Examples,
+    weights: np.ndarray,
+    cleaned: bf.recipes.Cleaned,
+    gallery: int = 40,
+) -> None:
     """Writes `learned.npz` (what the report draws) and `suspicious.csv`."""
-    suspicious = np.argsort(weights, kind="stable")[:gallery]
+    suspicious = cleaned.suspicious.index[:gallery]
     np.savez_compressed(
         workdir / "learned.npz",
         weights=weights,
+        wrong_probability=cleaned.wrong_probability,
+        suggested_label=cleaned.suggested_label,
         is_wrong=examples.is_wrong,
         given_label=examples.given_labels,
         true_label=examples.true_labels,
@@ -301,5 +326,9 @@ def save_learned(workdir: Path, examples: Examples, weights: np.ndarray, gallery
         class_names=np.array(examples.class_names),
     )
     report.write_suspicious_csv(
-        workdir / "suspicious.csv", weights=weights, given_label=examples.given_labels
+        workdir / "suspicious.csv",
+        weights,
+        examples.given_labels,
+        wrong_probability=cleaned.wrong_probability,
+        suggested_label=cleaned.suggested_label,
     )

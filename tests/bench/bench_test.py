@@ -17,10 +17,10 @@ from bilevel_flax.base import Batch
 from bilevel_flax.bench import folder, methods, protocol, results, searches, steps, tasks
 from bilevel_flax.bench import report as bench_report
 from bilevel_flax.bench.options import grid
-from bilevel_flax.bench.plain_training import inner_only
 from bilevel_flax.bench.results import DIVERGED, FINISHED, SCREENED, Key, Row
 from bilevel_flax.bench.runner import Runner
 from bilevel_flax.bench.tasks import Context, Setting
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.train.config import ConfigError
 from examples.datasets import catalog
 from examples.mnist_hypercleaning import published

@@ -29,7 +29,7 @@ LAYERS = (
     {"solvers"},
     {"diagnostics"},
     {"contrib", "nnx", "sharding", "checkpoints"},
-    {"trainers"},
+    {"trainers", "recipes"},
     # The plugin ends here: nothing above is imported below.
     {"train"},
     {"bench", "plan"},

@@ -382,7 +382,10 @@ def test_the_conclusion_names_the_network_to_hand_over():
         assert text.startswith("It did not pay here")
         assert better in text
         assert "24.50 %" in text
-    assert HEADLINE[0] == "test_error_refit"
+    assert conclusion(errors(0.3, 0.12, 0.18) | {"test_error_handover": 0.08}).startswith(
+        "The network of recipes.clean (hand-over)"
+    )
+    assert HEADLINE[0] == "test_error_handover"
 
 
 def test_without_wrong_labels_there_is_no_roc_curve(tmp_path):
@@ -428,6 +431,11 @@ def test_the_csv_holds_every_example_once_in_rank_order(tmp_path):
     np.testing.assert_array_equal(written, np.sort(weights))
     labels = [int(line["given_label"]) for line in lines]
     np.testing.assert_array_equal(labels, arrays["given_label"][index])
+    ours = {"wrong_probability": weights[::-1], "suggested_label": arrays["true_label"]}
+    with write_suspicious_csv(path, weights, arrays["given_label"], **ours).open() as file:
+        first = next(csv.DictReader(file))
+    assert int(first["index"]) == np.argmax(weights[::-1])
+    assert list(first)[-2:] == ["wrong_probability", "suggested_label"]
     short = write_suspicious_csv(path, weights, arrays["given_label"], limit=7)
     assert len(short.read_text().splitlines()) == 8
 

@@ -36,6 +36,9 @@ SMALL = (
 SUMMARY = {
     "test_error",
     "test_error_retrained",
+    "test_error_handover",
+    "corrected_label_accuracy",
+    "plain_step_equivalents",
     "test_error_refit",
     "test_error_no_weights",
     "test_error_validation_only",

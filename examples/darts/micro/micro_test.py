@@ -13,7 +13,7 @@ import pytest
 
 import bilevel_flax as bf
 from bilevel_flax import bench, contrib
-from bilevel_flax.bench.plain_training import inner_only
+from bilevel_flax.solvers.inner_only import inner_only
 from bilevel_flax.train import workdir as workdirs
 from bilevel_flax.train.config import ConfigError, load, plain
 from examples.darts.micro import bench as darts_bench

@@ -1,0 +1,304 @@
+"""Which labels are wrong, what they should be, and the best network: three trainings, no knob.
+
+1. A network is trained on all given labels through a confusion matrix, which is learned with it by
+   expectation maximisation, and on the clean examples as they are.
+2. Where it agrees with the given label, the label is kept: a network trained on these and the clean
+   ones. What was not kept it has never seen, so that its word on those labels is a stranger's.
+3. With that word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
+   labels that it is sure of, given or not, and the clean ones train the network to hand over.
+
+What it costs is 3.25 plain trainings of the same length. Why no learned weights: on every cell that
+was tried the matrix ranks wrong labels better than a weight for each example does
+(`benchmarks/results/cleaning.md`, with the ablation of every part).
+
+References:
+    G. Patrini et al. CVPR 2017; A. J. Bekker, J. Goldberger. ICASSP 2016 (see `noise_model.py`).
+    D. Hendrycks, M. Mazeika, D. Wilson, K. Gimpel. Using trusted data to train deep networks on
+    labels corrupted by severe noise. NeurIPS 2018 (a matrix and a few clean labels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from bilevel_flax.base import PyTree, TrainState
+from bilevel_flax.checks import as_count
+from bilevel_flax.checks import optimizer as checked_optimizer
+from bilevel_flax.recipes import noise_model, sources
+from bilevel_flax.recipes.networks import as_network
+from bilevel_flax.recipes.training import Trainer
+
+# A label is trained on if it is this sure.
+_SURE = 0.9
+# That the second network is this sure of another label makes the given one surely wrong.
+_CLEARLY = 0.8
+_STEP = 1e-3  # AdamW's first, which falls to 0
+_DECAY = 1e-4
+
+
+class Suspicious(NamedTuple):
+    """Training examples, the likeliest wrong first.
+
+    Attributes:
+        index: int [n], positions in the training set.
+        probability: float32 [n], that the given label is wrong.
+        suggested: int32 [n], the likeliest true label.
+    """
+
+    index: np.ndarray
+    probability: np.ndarray
+    suggested: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaned:
+    """What `clean` found.
+
+    Attributes:
+        params: the network to hand over.
+        model_state: its other variables (BatchNorm's statistics); {} where there are none.
+        wrong_probability: float32 [n], that each given label is wrong.
+        suggested_label: int32 [n], each example's likeliest label.
+        confusion: float [K, K], P(given label | true label).
+        resemblance: γ of `noise_model`: 0 for noise that ignores the example itself.
+        plain_step_equivalents: what was spent, in plain trainings of the same number of steps.
+        notes: sentences about the data that a user should know.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    wrong_probability: np.ndarray
+    suggested_label: np.ndarray
+    confusion: np.ndarray
+    resemblance: float
+    plain_step_equivalents: float
+    notes: tuple[str, ...]
+    _predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+
+    @property
+    def suspicious(self) -> Suspicious:
+        """All examples in the order in which a person should look at them."""
+        order = np.argsort(-self.wrong_probability, kind="stable")
+        return Suspicious(order, self.wrong_probability[order], self.suggested_label[order])
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The network's class probabilities, float32 [m, K], of inputs [m, ...]."""
+        return self._predict(np.asarray(inputs))
+
+    def add_columns(self, dataset: Any) -> Any:
+        """`dataset` with the columns `wrong_probability` and `suggested_label`.
+
+        Args:
+            dataset: the training set as a Hugging Face `Dataset`, or a dict of columns.
+
+        Raises:
+            ValueError: it has another length than the training set.
+        """
+        columns = {
+            "wrong_probability": self.wrong_probability,
+            "suggested_label": self.suggested_label,
+        }
+        if isinstance(dataset, dict):
+            length = len(next(iter(dataset.values()), ()))
+        else:
+            length = len(dataset)
+        if length != len(self.wrong_probability):
+            raise ValueError(
+                f"dataset has {length} rows, the training set had {len(self.wrong_probability)}: "
+                "pass the one that was cleaned"
+            )
+        if isinstance(dataset, dict):
+            return {**dataset, **columns}
+        for name, values in columns.items():
+            dataset = dataset.add_column(name, values.tolist())
+        return dataset
+
+    def report(self) -> str:
+        """A few lines: how many labels are wrong, how sure that is, what was spent."""
+        wrong = self.wrong_probability
+        expected, sure = float(wrong.sum()), int((wrong > _SURE).sum())
+        rate = 1 - float(np.diag(self.confusion).mean())
+        lines = [
+            f"{expected:,.0f} of {len(wrong):,} labels are expected to be wrong, {sure:,} of them "
+            f"with probability above {_SURE}",
+            f"a label of an average class is wrong with probability {rate:.2f}",
+            f"spent: {self.plain_step_equivalents:.2f} plain trainings of this length",
+        ]
+        return "\n".join((*lines, *self.notes))
+
+
+def clean(
+    model: Any,
+    train: Any,
+    clean: Any,
+    *,
+    steps: int = 3000,
+    batch_size: int = 64,
+    optimizer: optax.GradientTransformation | None = None,
+    penalty: Callable[[PyTree], Any] | None = None,
+    inputs: str = "image",
+    label: str = "label",
+    seed: int = 0,
+    log: Callable[[str], None] | None = None,
+) -> Cleaned:
+    """Finds the wrong labels of a training set by a few clean examples, and trains without them.
+
+    Args:
+        model: the classifier: a Linen or NNX module that takes inputs [batch, ...] and returns
+            logits [batch, classes], or two functions (`recipes.Network`). A Linen module may take
+            `train`, `training`, `is_training`, `deterministic` or `use_running_average`.
+        train: examples with labels some of which are wrong: a dict of arrays, (inputs, labels), a
+            Hugging Face `Dataset`, a TFDS data source or a Grain `MapDataset`. Inputs are numbers
+            [n, ...], scaled as the network wants them; labels are integers from 0.
+        clean: a few examples with right labels, of every class.
+        steps: of each of the three trainings.
+        batch_size: examples a step.
+        optimizer: z's, of a training of `steps` steps; None: AdamW(1e-3, decay 1e-4), its step
+            falling linearly to 0.
+        penalty: `penalty(params) -> scalar`, added to the mean loss; None: nothing.
+        inputs: the key, or column, of the inputs.
+        label: that of the labels.
+        seed: of the networks, the minibatches and dropout.
+        log: prints a line; None: prints nothing.
+
+    Returns:
+        `Cleaned`.
+
+    Raises:
+        TypeError: `model` or a data set is of a kind that is not known.
+        ValueError: a key is missing; a class has no clean example; the two sets' inputs differ in
+            shape.
+
+    Warns:
+        UserWarning: clean examples also stand in the training set.
+
+    Example:
+        >>> import flax.linen as nn, numpy as np, bilevel_flax as bf
+        >>> rng = np.random.default_rng(0)
+        >>> true = rng.integers(0, 2, 200)
+        >>> x = (rng.normal(size=(200, 3)) + 3 * true[:, None]).astype(np.float32)
+        >>> given = np.where(np.arange(200) < 40, 1 - true, true)  # the first 40 are wrong
+        >>> cleaned = bf.recipes.clean(
+        ...     nn.Dense(2), (x[:180], given[:180]), (x[180:], true[180:]), steps=200
+        ... )
+        >>> int((cleaned.suspicious.index[:40] < 40).sum()) >= 38
+        True
+    """
+    steps, batch_size = as_count("steps", steps), as_count("batch_size", batch_size)
+    network = as_network(model)
+    noisy_inputs, given = sources.read("train", train, inputs, label)
+    clean_inputs, known = sources.read("clean", clean, inputs, label)
+    _checked(noisy_inputs, given, clean_inputs, known)
+    notes = []
+    num_classes = int(known.max()) + 1
+    twins = sources.positions(noisy_inputs, clean_inputs)
+    if (twins >= 0).any():
+        notes.append(
+            f"{int((twins >= 0).sum())} training examples also stand in clean, whose labels they "
+            "are judged by; they are not trained on twice"
+        )
+        warnings.warn(notes[-1], stacklevel=2)
+    if optimizer is not None:
+        checked_optimizer("optimizer", optimizer)
+
+    def default(steps: int) -> optax.GradientTransformation:
+        return optax.adamw(optax.linear_schedule(_STEP, 0.0, steps), weight_decay=_DECAY)
+
+    trainer = Trainer(
+        network,
+        np.concatenate([noisy_inputs, clean_inputs.astype(noisy_inputs.dtype)]),
+        len(known),
+        num_classes,
+        batch_size,
+        default if optimizer is None else lambda steps: optimizer,
+        penalty or (lambda params: 0.0),
+        seed,
+    )
+    return _three_trainings(
+        trainer, steps, given, known, twins, tuple(notes), log or (lambda line: None)
+    )
+
+
+def _checked(noisy: np.ndarray, given: np.ndarray, clean: np.ndarray, known: np.ndarray) -> None:
+    if noisy.shape[1:] != clean.shape[1:]:
+        raise ValueError(
+            f"train has inputs of shape {list(noisy.shape[1:])}, clean of {list(clean.shape[1:])}"
+        )
+    num_classes = int(max(given.max(), known.max())) + 1
+    counts = np.bincount(known, minlength=num_classes)
+    if (counts == 0).any():
+        missing = ", ".join(map(str, np.flatnonzero(counts == 0).tolist()))
+        raise ValueError(
+            f"clean has no example of class {missing}, and labels go up to {num_classes - 1}: add "
+            "some, one will do, or leave the class out of train"
+        )
+    if num_classes < 2:
+        raise ValueError("there is only one class: nothing to tell apart")
+
+
+def _three_trainings(
+    trainer: Trainer,
+    steps: int,
+    given: np.ndarray,
+    known: np.ndarray,
+    twins: np.ndarray,
+    notes: tuple[str, ...],
+    log: Callable[[str], None],
+) -> Cleaned:
+    noisy, usable = trainer.inputs[: len(given)], twins < 0
+    clean_rows = np.arange(len(given), len(given) + len(known))
+    spent = 0.0
+
+    def trained(state: TrainState, cost: float, what: str) -> np.ndarray:
+        nonlocal spent
+        spent += cost / steps
+        probabilities = trainer.probabilities(state, noisy)
+        log(f"{what}: it agrees with {(probabilities.argmax(1) == given).mean():.1%} of the labels")
+        return probabilities
+
+    labels = np.concatenate([given, known])
+    state, taken = trainer.fit_through_noise(np.flatnonzero(usable), labels, steps)
+    judged = trained(state, taken * trainer.cost_through_noise, "1/3 through a confusion matrix")
+
+    kept = usable & (judged.argmax(1) == given)
+    state = trainer.fit(np.append(np.flatnonzero(kept), clean_rows), labels, steps)
+    judged = trained(state, steps, "2/3 on the labels that the first keeps")
+
+    # Kept labels are right far more often than those that were not: a matrix for each.
+    parts = [(rows, noise_model.confusion(judged[rows], given[rows])) for rows in (kept, ~kept)]
+    held = judged.argmax(1)
+    wrong = ~kept & (held != given) & (judged.max(1) > _CLEARLY)
+    gamma = noise_model.resemblance(judged[wrong], given[wrong], parts[1][1])
+
+    def posterior_of(judged: np.ndarray) -> np.ndarray:
+        posterior = np.zeros(judged.shape)
+        for rows, matrix in parts:
+            posterior[rows] = noise_model.posterior(judged[rows], given[rows], matrix, gamma)
+        return posterior
+
+    posterior = posterior_of(judged)
+    sure = usable & (posterior.max(1) > _SURE)
+    labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
+    state = trainer.fit(np.append(np.flatnonzero(sure), clean_rows), labels, steps)
+    judged = trained(state, steps, "3/3 on the labels that are sure")
+
+    posterior = posterior_of(judged)
+    posterior[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
+    doubt = 1 - posterior[np.arange(len(given)), given]
+    return Cleaned(
+        params=state.inner_params,
+        model_state=state.model_state,
+        wrong_probability=doubt.astype(np.float32),
+        suggested_label=posterior.argmax(1).astype(np.int32),
+        confusion=noise_model.confusion(posterior, given),
+        resemblance=gamma,
+        plain_step_equivalents=spent,
+        notes=notes,
+        _predict=lambda inputs: trainer.probabilities(state, inputs),
+    )

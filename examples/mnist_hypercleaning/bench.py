@@ -1,0 +1,316 @@
+"""`bilevel-flax bench cleaning`: what people do about wrong labels, beside `recipes.clean`.
+
+Every method gets the same data, network, optimiser and number of steps a training (`rivals.py`);
+how many trainings it takes is a column. No method sees a test image, and none sees which labels are
+wrong. `results.csv` has a row for each method, setting and seed; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from matplotlib.figure import Figure
+
+from bilevel_flax.bench import folder
+from bilevel_flax.bench.options import Options
+from bilevel_flax.bench.report import aligned
+from bilevel_flax.train.config import ConfigError, check_choice
+from bilevel_flax.train.report import page as report
+from bilevel_flax.train.report.plots import COLOURS, new_figure
+from bilevel_flax.train.report.sections import Section, figure_section, table_section
+from examples.mnist_hypercleaning import rivals
+from examples.mnist_hypercleaning.model import MODELS
+from examples.mnist_hypercleaning.ranking import wrong_label_auc
+from examples.mnist_hypercleaning.task import load_examples
+
+# Probability of a wrong label, by kind.
+NOISE = {"symmetric": 0.5, "class": 0.4, "instance": 0.4}
+_DEFAULTS = {
+    "clean": "500,100",
+    "noise": "symmetric,class,instance",
+    "model": "cnn",
+    "data": "mnist5k",
+    "steps": "1000",
+}
+_BATCH = 64
+_TEST_SHARE, _MOST_TRAIN, _MOST_TEST = 0.2, 20_000, 10_000
+_MNIST5K = 5000
+
+
+class Row(NamedTuple):
+    """A method in a setting; errors, accuracy and areas are fractions.
+
+    `cost` is in plain trainings of the same number of steps, starts that methods share included.
+    """
+
+    data: str
+    model: str
+    noise: str
+    clean: int
+    method: str
+    seed: int
+    test_error: float
+    wrong_label_auc: float
+    average_precision: float
+    corrected_label_accuracy: float
+    cost: float
+    seconds: float
+
+    @property
+    def setting(self) -> tuple[str, str, str, int]:
+        """What all methods have in common."""
+        return (self.data, self.model, self.noise, self.clean)
+
+
+def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
+    """Runs what is missing in `options.out`, then writes the tables and `bench.html`.
+
+    Args:
+        options: `solvers` (None: all of `rivals.METHODS`), `seeds` (None: 1), `manual_dir`, `out`,
+            and `choices`: clean, noise, model, data, steps.
+        say: prints a line.
+
+    Returns:
+        The rows asked for.
+
+    Raises:
+        ConfigError: an unknown method, noise or network, sizes that the data do not have, another
+            bench's folder.
+    """
+    options, methods = options.with_solvers(tuple(rivals.METHODS))
+    choices = _checked(options, methods)
+    with folder.lock(options.out):
+        folder.claim(options.out, {"task": options.task, "steps": choices["steps"]})
+        return _run_missing(options, methods, choices, say)
+
+
+def _checked(options: Options, methods: Sequence[str]) -> dict[str, Any]:
+    for name, given in (
+        ("--seconds", options.seconds is not None),
+        ("--grid", options.grid != 0),
+        ("--clock", options.clock != "wall"),
+    ):
+        if given:
+            raise ConfigError(f"{name}: cleaning compares at equal steps; leave it out")
+    for method in methods:
+        check_choice("--solvers", method, rivals.METHODS)
+    chosen = {**_DEFAULTS, **options.choices}
+    names = {
+        key: [part for part in chosen[key].split(",") if part]
+        for key in ("noise", "model", "data", "clean")
+    }
+    for key, known in (("noise", NOISE), ("model", MODELS)):
+        for name in names[key]:
+            check_choice(f"--{key}={name}", name, known)
+    sizes = {"clean": names["clean"], "steps": [chosen["steps"]]}
+    for key, values in sizes.items():
+        for value in values:
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"--{key}={value}: give whole numbers of 1 or more")
+    names["clean"] = [int(value) for value in names["clean"]]
+    empty = [key for key, values in names.items() if not values]
+    if empty:
+        raise ConfigError(f"--{empty[0]} is empty: name some, or leave it out")
+    return {**names, "steps": int(chosen["steps"])}
+
+
+def _run_missing(
+    options: Options, methods: Sequence[str], choices: dict[str, Any], say: Callable[[str], None]
+) -> list[Row]:
+    path = options.out / "results.csv"
+    done = {(*row.setting, row.method, row.seed): row for row in read(path)}
+    settings = list(
+        itertools.product(
+            choices["data"], choices["model"], choices["noise"], choices["clean"],
+            range(options.seeds or 1),
+        )
+    )  # fmt: skip
+    asked = []
+    for number, (data, model, noise, clean, seed) in enumerate(settings, 1):
+        keys = [(data, model, noise, clean, method, seed) for method in methods]
+        if missing := [key for key in keys if key not in done]:
+            say(f"[{number}/{len(settings)}] {data}, {model}, {noise}, {clean} clean, seed {seed}")
+            examples = _examples(options, data, noise, clean, seed)
+            bout = rivals.Bout(examples, model, choices["steps"], _BATCH, seed)
+            for key in missing:
+                done[key] = _row(key, bout)
+                folder.write_csv(path, Row._fields, map(_as_text, done.values()))
+                row = done[key]
+                say(f"    {row.method}: {row.test_error:.2%}, AUC {row.wrong_label_auc:.4f}")
+        asked += [done[key] for key in keys]
+    _write_page(options.out, asked)
+    for setting, lines in _tables(asked):
+        say(f"\n{_in_words(setting)}\n{aligned(HEADER, lines)}")
+    say(f"\n{path}, {options.out / 'bench.html'}")
+    return asked
+
+
+def _examples(options: Options, data: str, noise: str, clean: int, seed: int) -> Any:
+    if data == "mnist5k":
+        test = int(_TEST_SHARE * _MNIST5K)
+        splits = (_MNIST5K - test - clean, clean, test)
+    else:
+        splits = (_MOST_TRAIN, clean, _MOST_TEST)
+    config = ml_collections.ConfigDict(
+        {
+            "data": {
+                "name": data,
+                "manual_dir": options.manual_dir,
+                "data_dir": None,
+                "splits": splits,
+            },
+            "noise": noise,
+            "corruption": NOISE[noise],
+            "seed": seed,
+        }
+    )
+    return load_examples(config)
+
+
+def _row(key: tuple, bout: rivals.Bout) -> Row:
+    outcome, seconds = rivals.timed(key[4], bout)
+    ex = bout.examples
+    return Row(
+        *key,
+        test_error=float(np.mean(outcome.predict(ex.test_images).argmax(1) != ex.test_labels)),
+        wrong_label_auc=wrong_label_auc(-outcome.doubt, ex.is_wrong),
+        average_precision=average_precision(outcome.doubt, ex.is_wrong),
+        corrected_label_accuracy=float(np.mean(outcome.probabilities.argmax(1) == ex.true_labels)),
+        cost=outcome.cost,
+        seconds=seconds,
+    )
+
+
+def average_precision(doubt: np.ndarray, is_wrong: np.ndarray) -> float:
+    """Mean, over the wrong labels, of the precision down to each; NaN where none is wrong.
+
+    Args:
+        doubt: float [n], high: likely wrong.
+        is_wrong: bool [n].
+    """
+    if not is_wrong.any():
+        return float("nan")
+    in_order = is_wrong[np.argsort(-doubt, kind="stable")]
+    precision = np.cumsum(in_order) / np.arange(1, len(in_order) + 1)
+    return float(precision[in_order].mean())
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a `results.csv`; none where there is no file.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        whole = {"clean", "seed"}
+        words = {"data", "model", "noise", "method"}
+        return [
+            Row(
+                **{
+                    name: line[name]
+                    if name in words
+                    else (int if name in whole else float)(line[name])
+                    for name in Row._fields
+                }
+            )
+            for line in lines
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
+
+
+def _as_text(row: Row) -> list:
+    return [f"{value:.6g}" if isinstance(value, float) else value for value in row]
+
+
+HEADER = ("method", "test error", "AUC", "precision", "labels right", "trainings", "seconds")
+
+
+def _tables(rows: Sequence[Row]) -> list[tuple[tuple, list[list[str]]]]:
+    """For each setting its methods, the lowest test error first; means and spread over seeds."""
+    tables = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        lines = []
+        for method in dict.fromkeys(row.method for row in rows):
+            group = [row for row in rows if row.setting == setting and row.method == method]
+            if group:
+                lines.append((np.mean([row.test_error for row in group]), _line(method, group)))
+        tables.append((setting, [line for _, line in sorted(lines, key=lambda pair: pair[0])]))
+    return tables
+
+
+def _line(method: str, group: Sequence[Row]) -> list[str]:
+    errors = 100 * np.array([row.test_error for row in group])
+    spread = f" ± {errors.std(ddof=1):.2f}" if len(group) > 1 else ""
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(row, name) for row in group]))
+
+    return [
+        method,
+        f"{errors.mean():.2f} %{spread}",
+        f"{mean('wrong_label_auc'):.4f}",
+        f"{mean('average_precision'):.4f}",
+        f"{mean('corrected_label_accuracy'):.2%}",
+        f"{mean('cost'):.2f}",
+        f"{mean('seconds'):.0f}",
+    ]
+
+
+def _in_words(setting: tuple) -> str:
+    data, model, noise, clean = setting
+    return f"{data}, {model}, {noise} {NOISE[noise]}, {clean:,} clean"
+
+
+def _write_page(out: Path, rows: Sequence[Row]) -> Path:
+    sections: list[Section] = []
+    for setting, lines in _tables(rows):
+        sections.append(table_section(_in_words(setting), list(HEADER), lines, _NOTE))
+        here = [row for row in rows if row.setting == setting]
+        title = f"Error against cost: {_in_words(setting)}"
+        sections.append(figure_section(title, _figure(here), "A mark a method and seed."))
+    body = (
+        '<header><p class="kicker">bilevel_flax bench</p><h1>Cleaning</h1>'
+        '<p class="lead">What people do about wrong labels, at equal steps a training.</p></header>'
+    ) + "".join(
+        f"<section><h2>{html.escape(section.title)}</h2>{section.html}</section>"
+        for section in sections
+    )
+    return report.write_page(out / "bench.html", report.page("cleaning · bilevel_flax bench", body))
+
+
+_NOTE = (
+    "Test error of the network that one would hand over. AUC, average precision: of ranking the "
+    "wrong labels first. Labels right: the training labels as the method would correct them. "
+    "Trainings: the cost, in plain trainings of this length."
+)
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+    figure, axes = new_figure(7.2, 3.6)
+    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        group = [row for row in rows if row.method == method]
+        axes.scatter(
+            [row.cost for row in group],
+            [100 * row.test_error for row in group],
+            color=COLOURS[number % len(COLOURS)],
+            marker=("o", "s", "^", "D", "v", "P", "X")[number % 7],
+            s=36,
+            label=method,
+        )
+    axes.set_xlabel("plain trainings")
+    axes.set_ylabel("test error, %")
+    axes.set_ylim(0, None)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
