@@ -34,6 +34,9 @@ from bilevel_flax.recipes import noise_model, sources
 from bilevel_flax.recipes.networks import as_network
 from bilevel_flax.recipes.training import Trainer
 
+# Passes over the data after which the first training only learns wrong labels by heart, and the
+# steps that a network needs all the same.
+_PASSES, _LEAST_STEPS = 15, 300
 # A label is trained on if it is this sure.
 _SURE = 0.9
 # That the second network is this sure of another label makes the given one surely wrong.
@@ -263,32 +266,26 @@ def _three_trainings(
         return probabilities
 
     labels = np.concatenate([given, known])
-    state, taken = trainer.fit_through_noise(np.flatnonzero(usable), labels, steps)
-    judged = trained(state, taken * trainer.cost_through_noise, "1/3 through a confusion matrix")
+    passes = -(-_PASSES * len(given) // trainer.batch_size)
+    first = min(steps, max(passes, _LEAST_STEPS))
+    state = trainer.fit_through_noise(np.flatnonzero(usable), labels, first)
+    judged = trained(state, first * trainer.cost_through_noise, "1/3 through a confusion matrix")
 
     kept = usable & (judged.argmax(1) == given)
     state = trainer.fit(np.append(np.flatnonzero(kept), clean_rows), labels, steps)
     judged = trained(state, steps, "2/3 on the labels that the first keeps")
 
-    # Kept labels are right far more often than those that were not: a matrix for each.
-    parts = [(rows, noise_model.confusion(judged[rows], given[rows])) for rows in (kept, ~kept)]
+    matrix = noise_model.confusion(judged, given)
     held = judged.argmax(1)
     wrong = ~kept & (held != given) & (judged.max(1) > _CLEARLY)
-    gamma = noise_model.resemblance(judged[wrong], given[wrong], parts[1][1])
-
-    def posterior_of(judged: np.ndarray) -> np.ndarray:
-        posterior = np.zeros(judged.shape)
-        for rows, matrix in parts:
-            posterior[rows] = noise_model.posterior(judged[rows], given[rows], matrix, gamma)
-        return posterior
-
-    posterior = posterior_of(judged)
+    gamma = noise_model.resemblance(judged[wrong], given[wrong], matrix)
+    posterior = noise_model.posterior(judged, given, matrix, gamma)
     sure = usable & (posterior.max(1) > _SURE)
     labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
     state = trainer.fit(np.append(np.flatnonzero(sure), clean_rows), labels, steps)
     judged = trained(state, steps, "3/3 on the labels that are sure")
 
-    posterior = posterior_of(judged)
+    posterior = noise_model.posterior(judged, given, matrix, gamma)
     posterior[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
     doubt = 1 - posterior[np.arange(len(given)), given]
     return Cleaned(

@@ -29,8 +29,6 @@ _PRIOR = 20.0  # steps that the first confusion matrix counts for
 _LEARN_SHARE = (
     0.25  # of the steps in which it is learned; later some wrong labels are known by heart
 )
-_HELD = 10  # one in so many noisy examples is held back
-_PATIENCE = 2.0  # times the steps to the best network, before a training is given up
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +60,7 @@ class Trainer:
         rows: np.ndarray,
         labels: np.ndarray,
         steps: int,
-        watch: Callable[[TrainState], bool] | None = None,
+        watch: Callable[[TrainState], None] | None = None,
     ) -> TrainState:
         """A network trained on some rows.
 
@@ -70,7 +68,7 @@ class Trainer:
             rows: int [r], which.
             labels: int32 [n], of all rows.
             steps: of the training.
-            watch: is handed the state after every 100 steps; True ends the training.
+            watch: is handed the state after every 100 steps.
         """
         solver, chunk = self._plain(steps)
         return self._run(solver, chunk, rows, labels, steps, {}, watch)
@@ -86,38 +84,23 @@ class Trainer:
         labels: np.ndarray,
         steps: int,
         matrix: np.ndarray | None = None,
-    ) -> tuple[TrainState, int]:
+    ) -> TrainState:
         """A network trained on given labels through a confusion matrix that is learned with it.
 
-        A quarter as many clean examples as noisy ones are a part of every minibatch. A tenth of the
-        noisy ones is held back: the network is the one that foretells their given labels best, for
-        later it knows wrong labels by heart.
+        A quarter as many clean examples as noisy ones are a part of every minibatch.
 
         Args:
             rows: int [r], which of the noisy ones.
             labels: int32 [n], the clean ones' last.
-            steps: of the training at most.
+            steps: of the training.
             matrix: float [K, K], which is not learned then; None: learned.
-
-        Returns:
-            The network, and the steps that were taken.
         """
         solver, chunk = self._through_noise(steps)
         start = mostly_right(self.num_classes) if matrix is None else np.float32(matrix)
         counts = _PRIOR * self.batch_size / self.num_classes * start
         learned_in = _LEARN_SHARE * steps if matrix is None else 0
         extra = {"counts": jnp.asarray(counts), "learning": jnp.int32(learned_in)}
-        held = np.random.default_rng(self.seed).permutation(rows)[: -(-len(rows) // _HELD)]
-        best = _Best()
-
-        def watch(state: TrainState) -> bool:
-            judged = self.probabilities(network_alone(state), self.inputs[held])
-            confusion = np.asarray(normalized(state.model_state["counts"]))
-            foretold = (judged * confusion[:, labels[held]].T).sum(1)
-            return best.take(-float(np.log(foretold + 1e-12).mean()), state)
-
-        self._run(solver, chunk, np.setdiff1d(rows, held), labels, steps, extra, watch)
-        return network_alone(best.state), best.steps
+        return self._run(solver, chunk, rows, labels, steps, extra)
 
     def probabilities(self, state: TrainState, inputs: np.ndarray) -> np.ndarray:
         """The network's class probabilities, float32 [m, K]."""
@@ -152,8 +135,8 @@ class Trainer:
                     f"a training diverged before step {done + _CHUNK}: pass optimizer= with a "
                     "smaller step"
                 )
-            if watch is not None and watch(state):
-                break
+            if watch is not None:
+                watch(network_alone(state))
         return network_alone(state)
 
     @functools.cached_property
@@ -224,22 +207,6 @@ class Trainer:
             return state, finite.all()
 
         return solver, chunk
-
-
-@dataclasses.dataclass
-class _Best:
-    """The state with the lowest loss so far."""
-
-    loss: float = np.inf
-    state: Any = None
-    steps: int = 0
-
-    def take(self, loss: float, state: TrainState) -> bool:
-        """Takes note of a state; True: it has not become better for long."""
-        self.steps = int(state.step)
-        if loss < self.loss or self.state is None:
-            self.loss, self.state = loss, state
-        return self.steps > _PATIENCE * int(self.state.step) + 10 * _CHUNK
 
 
 def network_alone(state: TrainState) -> TrainState:

@@ -36,7 +36,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax.recipes.networks import as_network
-from bilevel_flax.recipes.training import Trainer, network_alone
+from bilevel_flax.recipes.training import Trainer
 from examples.mnist_hypercleaning import handover
 from examples.mnist_hypercleaning.model import make_model
 
@@ -127,13 +127,11 @@ class Bout:
     def _stopped_early(self) -> Any:
         ex, best = self.examples, [np.inf, None]
 
-        def watch(state) -> bool:
-            state = network_alone(state)
+        def watch(state) -> None:
             judged = self.trainer.probabilities(state, ex.validation_images).argmax(1)
             error = np.mean(judged != ex.validation_labels)
             if error < best[0]:
                 best[:] = [error, state]
-            return False
 
         self.trainer.fit(self.noisy_rows, self.labels, self.steps, watch)
         return best[1]
@@ -214,9 +212,8 @@ def _gold_correction(bout: Bout) -> Outcome:
     state, _ = bout.start("noisy")
     on_clean = bout.trainer.probabilities(state, ex.validation_images)
     matrix = np.stack([on_clean[ex.validation_labels == k].mean(0) for k in range(ex.num_classes)])
-    state, taken = bout.trainer.fit_through_noise(bout.noisy_rows, bout.labels, bout.steps, matrix)
-    cost = taken / bout.steps * bout.trainer.cost_through_noise
-    return bout.outcome(state, bout.judge(state), 1.0 + cost)
+    state = bout.trainer.fit_through_noise(bout.noisy_rows, bout.labels, bout.steps, matrix)
+    return bout.outcome(state, bout.judge(state), 1.0 + bout.trainer.cost_through_noise)
 
 
 def _clean(bout: Bout) -> Outcome:

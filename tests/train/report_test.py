@@ -348,6 +348,7 @@ def test_the_cleaning_sections_tell_the_story(tmp_path):
         "Test error against the baselines",
         "Learned weights",
         "Finding the wrong labels",
+        "Precision of the first examples",
         "Most suspicious examples",
     ]
     assert "17.13 %" in made["Test error against the baselines"]
