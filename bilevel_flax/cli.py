@@ -136,14 +136,14 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="compare methods on a task: one budget, one protocol; the same command resumes",
         description="Compare methods on a task (quadratics, breast_cancer, ijcnn1, covtype, "
-        "mnist_hypercleaning, darts_micro) and write results.csv and bench.html. The same command "
-        "resumes.",
+        "mnist_hypercleaning, darts_micro, cleaning) and write results.csv and bench.html. The "
+        "same command resumes.",
     )
     bench.add_argument("task", metavar="TASK")
     bench.add_argument(
         "--solvers",
         metavar="A,B,...",
-        help="default: soba,saba,srba,amigo; darts_micro: soba,darts1,darts2",
+        help="default: soba,saba,srba,amigo; darts_micro: soba,darts1,darts2; cleaning: all rivals",
     )
     bench.add_argument("--seconds", type=float, metavar="S", help="of a run; default: the task's")
     bench.add_argument("--seeds", type=int, metavar="K", help="default: 1; darts_micro: 10")
@@ -159,6 +159,16 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--clock", default="wall", metavar="wall|cpu", help="what S is counted in; default: wall"
     )
+    cleaning = bench.add_argument_group("cleaning alone: lists, of which all pairs are run")
+    cleaning.add_argument("--clean", metavar="N,...", help="clean examples; default: 500,100")
+    cleaning.add_argument(
+        "--noise", metavar="A,...", help="symmetric, class, instance; default: all three"
+    )
+    cleaning.add_argument("--model", metavar="A,...", help="linear, mlp, cnn; default: cnn")
+    cleaning.add_argument(
+        "--data", metavar="A,...", help="as config.data.name of mnist_hypercleaning; mnist5k"
+    )
+    cleaning.add_argument("--steps", metavar="N", help="of a training; default: 1000")
 
 
 def _add_plan(commands: Any) -> None:
@@ -228,6 +238,11 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 grid=arguments.grid,
                 manual_dir=arguments.manual_dir,
                 clock=arguments.clock,
+                choices={
+                    name: value
+                    for name in bench.CHOICES
+                    if (value := getattr(arguments, name)) is not None
+                },
             )
         )
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from bilevel_flax.bench import methods, tasks
 from bilevel_flax.train.config import ConfigError
 
 SOLVERS = ("soba", "saba", "srba", "amigo")
+CHOICES = ("clean", "noise", "model", "data", "steps")
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 RHOS = tuple(2.0**k for k in range(-5, 4))
 RATIOS = tuple(10 ** (k / 2) for k in range(-4, 3))
@@ -30,6 +32,7 @@ class Options:
         grid: pairs (ρ, ρ/γ) that each method chooses from; 0 takes the recorded pair.
         manual_dir: folder of original data files.
         clock: "wall" or "cpu", what the budget is counted in.
+        choices: `CHOICES` by name, as given; for `cleaning` alone.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Options:
     grid: int = 0
     manual_dir: str | None = None
     clock: str = "wall"
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def with_solvers(self, default: tuple[str, ...]) -> tuple[Options, tuple[str, ...]]:
         """The options with a task's methods where none were asked for, and the methods."""
@@ -57,6 +61,10 @@ class Options:
             raise ConfigError(f"--seeds={self.seeds}: give 1 or more")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out={self.out}: a file is in the way, choose a folder")
+        if self.choices and self.task != "cleaning":
+            raise ConfigError(
+                f"--{next(iter(self.choices))} is an option of `bench cleaning`: leave it out"
+            )
 
     def check(self) -> None:
         """Raises on a mistake in anything.
