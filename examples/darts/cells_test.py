@@ -13,7 +13,6 @@ from jax import lax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.train import experiment
 from bilevel_flax.train.config import ConfigError, load
 from bilevel_flax.train.step_runner import StepRunner
 from examples.darts import augment, training
@@ -331,16 +330,3 @@ def test_the_search_step_of_the_papers_setting_is_traced_and_lowered(cifar):
     assert inner.shape == (64, 32, 32, 3)
     assert lowered.flops / lowered.gradient_flops <= 4.05
     assert "convolution" in lowered.program.as_text()
-
-
-@pytest.mark.slow
-def test_twenty_steps_of_the_papers_search_in_a_small_width(data_dir, tmp_path):
-    """On a part of CIFAR-10 as image files, on a CPU."""
-    settings = [f"data.manual_dir={data_dir}", f"data.data_dir={tmp_path}", "data.held_out=16"]
-    settings += ["data.splits=(64,64,32)", "network.width=2", "network.cells=1", "batch_size=16"]
-    settings += ["network.reductions=()", "steps=20", "eval_every=20", "log_every=10"]
-    settings += ["problem.compute_dtype=None", "health.every=0", "health.summary=False"]
-    config = load("configs/darts_cifar10.py", settings)
-    summary = experiment.train_and_evaluate(config, tmp_path / "run")
-    assert summary["steps"] == 20
-    assert (tmp_path / "run" / "genotype.json").exists()

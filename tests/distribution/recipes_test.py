@@ -38,7 +38,7 @@ def test_a_copy_holds_all_examples_that_it_names(name, tmp_path):
     sources = [(tmp_path / path).read_text() for path in written if path.suffix == ".py"]
     words = set(re.findall(r"\bexamples\.(\w+)", "\n".join(sources)))
     named = {word for word in words if (ROOT / "examples" / word).is_dir()}
-    assert named >= {"datasets"} or name.startswith("lm_")
+    assert named >= {"datasets"} or name.startswith(("lm_", "few_shot"))
     for example in named:
         original = ROOT / "examples" / example
         there = {path.relative_to(ROOT) for path in original.rglob("*") if path.is_file()}
