@@ -65,7 +65,7 @@ def _linen(module: nn.Module) -> Network:
     names = set(inspect.signature(module.__call__).parameters)
     switch = next((name for name in _SWITCHES if name in names), None)
 
-    def mode(train: bool) -> dict[str, bool]:
+    def mode(train: bool) -> dict[str, Any]:
         return {} if switch is None else {switch: train == _SWITCHES[switch]}
 
     def init(rng: jax.Array, inputs: Any) -> tuple[PyTree, PyTree]:

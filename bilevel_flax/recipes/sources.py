@@ -29,7 +29,8 @@ def read(name: str, source: Any, inputs: str, label: str) -> tuple[np.ndarray, n
     elif isinstance(source, Mapping):
         pair = (_column(name, source, inputs), _column(name, source, label))
     elif hasattr(source, "column_names"):  # Hugging Face: whole columns, decoded as it likes
-        columns = {key: source[key] for key in source.column_names if key in (inputs, label)}
+        names = getattr(source, "column_names")  # noqa: B009  no stub of it here
+        columns = {key: source[key] for key in names if key in (inputs, label)}
         pair = (_column(name, columns, inputs), _column(name, columns, label))
     elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         rows = [source[i] for i in range(len(source))]

@@ -102,7 +102,7 @@ def _checked(options: Options, methods: Sequence[str]) -> dict[str, Any]:
     for method in methods:
         check_choice("--solvers", method, rivals.METHODS)
     chosen = {**_DEFAULTS, **options.choices}
-    names = {
+    names: dict[str, Any] = {
         key: [part for part in chosen[key].split(",") if part]
         for key in ("noise", "model", "data", "clean")
     }
@@ -125,13 +125,11 @@ def _run_missing(
     options: Options, methods: Sequence[str], choices: dict[str, Any], say: Callable[[str], None]
 ) -> list[Row]:
     path = options.out / "results.csv"
-    done = {(*row.setting, row.method, row.seed): row for row in read(path)}
-    settings = list(
-        itertools.product(
-            choices["data"], choices["model"], choices["noise"], choices["clean"],
-            range(options.seeds or 1),
-        )
-    )  # fmt: skip
+    done: dict[tuple[Any, ...], Row] = {
+        (*row.setting, row.method, row.seed): row for row in read(path)
+    }
+    lists: list[Any] = [choices[key] for key in ("data", "model", "noise", "clean")]
+    settings: list[tuple[Any, ...]] = list(itertools.product(*lists, range(options.seeds or 1)))
     asked = []
     for number, (data, model, noise, clean, seed) in enumerate(settings, 1):
         keys = [(data, model, noise, clean, method, seed) for method in methods]
@@ -213,19 +211,10 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        whole = {"clean", "seed"}
-        words = {"data", "model", "noise", "method"}
-        return [
-            Row(
-                **{
-                    name: line[name]
-                    if name in words
-                    else (int if name in whole else float)(line[name])
-                    for name in Row._fields
-                }
-            )
-            for line in lines
-        ]
+        kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(Row._fields, float)
+        kinds |= dict.fromkeys(("data", "model", "noise", "method"), str)
+        kinds |= dict.fromkeys(("clean", "seed"), int)
+        return [Row(*(kind(line[name]) for name, kind in kinds.items())) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): use another --out") from error
 

@@ -94,7 +94,7 @@ class Bout:
         self.labels = np.concatenate([self.given, examples.validation_labels])
         self.noisy_rows = np.arange(count)
         self.clean_rows = np.arange(count, count + clean_count)
-        self._starts: dict[str, Any] = {}
+        self._starts: dict[str, tuple[Any, np.ndarray]] = {}
 
     def train(self, kept: np.ndarray, labels: np.ndarray | None = None):
         """A network on the kept noisy rows and the clean ones; (state, probabilities)."""
@@ -114,7 +114,7 @@ class Bout:
         doubt = 1 - probabilities[self.noisy_rows, self.given]
         return Outcome(probabilities, doubt, lambda x: self.trainer.probabilities(state, x), cost)
 
-    def start(self, name: str) -> Any:
+    def start(self, name: str) -> tuple[Any, np.ndarray]:
         """(state, probabilities) of "noisy" or "clean", trained once for all methods."""
         if name not in self._starts:
             if name == "clean":

@@ -242,11 +242,14 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
 
     def final_metrics(state: bf.TrainState, workdir: Path, log) -> dict[str, Any]:
         learned_weights = learned(state)
+        cleaned = handover.clean(config, model, examples, log)
         results: dict[str, Any] = {
             **evaluate(state),
+            "learned_weight_auc": wrong_label_auc(learned_weights, examples.is_wrong),
             "test_error": error(model, state, examples.test_images, examples.test_labels),
+            **handover.results(cleaned, examples),
         }
-        save_learned(workdir, examples, learned_weights)
+        save_learned(workdir, examples, learned_weights, cleaned)
         if config.baselines:
             results |= baselines.run(
                 config,
