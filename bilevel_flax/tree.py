@@ -109,7 +109,10 @@ def dot(tree: PyTree, other: PyTree) -> jax.Array:
         wide = jnp.promote_types(a.dtype, jnp.float32)
         return jnp.vdot(a.astype(wide), b.astype(wide))
 
-    return sum(jax.tree.leaves(jax.tree.map(product, tree, other)), start=jnp.float32(0.0))
+    total = jnp.float32(0.0)
+    for part in jax.tree.leaves(jax.tree.map(product, tree, other)):
+        total += part
+    return total
 
 
 def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:

@@ -47,8 +47,8 @@ def unrolled_loss(config: Any) -> Loss:
 
 def optimistix_loss(config: Any) -> Loss:
     """F at the fixed point, with optimistix's implicit adjoint, by GMRES on the minibatch."""
-    import lineax
-    import optimistix
+    import lineax  # pyright: ignore[reportMissingImports]  an extra
+    import optimistix  # pyright: ignore[reportMissingImports]
 
     solver = optimistix.FixedPointIteration(
         rtol=0.0, atol=config.step * config.tolerance, norm=optimistix.max_norm

@@ -83,7 +83,7 @@ def equilibrium(
 
 
 def _solve(x: Weights, margin, images, step, tolerance, max_steps) -> Any:
-    import optimistix  # an extra: only where a network is measured
+    import optimistix  # pyright: ignore[reportMissingImports]  an extra, to measure
 
     apply = layer(x, margin, images)
 

@@ -69,7 +69,7 @@ def close(found, wanted):
 def test_implicit_maml_is_the_dense_implicit_gradient(x64):
     z, x = start(2)
     loss, vector, back = flat_losses(x)
-    total = 0
+    total = jnp.zeros_like(vector)
     inner = lambda p, support: loss(p, support) + 0.5 * PROXIMAL * jnp.sum((p - vector) ** 2)
     gradient, hessian = jax.jit(jax.grad(inner)), jax.jit(jax.hessian(inner))
     for support, query in zip(BATCH["support"], BATCH["query"], strict=True):
@@ -77,7 +77,7 @@ def test_implicit_maml_is_the_dense_implicit_gradient(x64):
         for _ in range(30):
             p = p - jnp.linalg.solve(hessian(p, support), gradient(p, support))
         by_query = jax.grad(loss)(p, query)
-        total += PROXIMAL * jnp.linalg.solve(hessian(p, support), by_query) / 2
+        total = total + PROXIMAL * jnp.linalg.solve(hessian(p, support), by_query) / 2
     found = stepped(solvers.imaml, x, z, PROXIMAL, inner_steps=200, adjoint_steps=9)
     close(found, back(total))
 
@@ -96,7 +96,9 @@ def test_maml_is_backprop_through_the_steps(first_order, x64):
 
     pairs = zip(BATCH["support"], BATCH["query"], strict=True)
     gradient = jax.jit(jax.grad(adapted))
-    total = sum(gradient(vector, support, query) for support, query in pairs)
+    total = jnp.zeros_like(vector)
+    for support, query in pairs:
+        total += gradient(vector, support, query)
     close(stepped(solvers.maml, x, z, 0.0, first_order, inner_steps=3), back(total))
 
 

@@ -178,9 +178,9 @@ def _small_loss(bout: Bout) -> Outcome:
 
     _, first = bout.start("noisy")
     losses = -np.log(first[bout.noisy_rows, bout.given] + 1e-6)[:, None]
-    mixture = GaussianMixture(2, random_state=bout.seed).fit(losses)
-    better = mixture.means_[:, 0].argmin()
-    _, second = bout.train(mixture.predict_proba(losses)[:, better] > 0.5)
+    parts = GaussianMixture(2, random_state=bout.seed).fit_predict(losses)
+    means = [losses[parts == k].mean() if (parts == k).any() else np.inf for k in (0, 1)]
+    _, second = bout.train(parts == np.argmin(means))
     state, third = bout.train(second.max(1) > _SURE, second.argmax(1))
     return bout.outcome(state, third, 3.0)
 
