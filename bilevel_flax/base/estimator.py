@@ -57,9 +57,8 @@ class Estimator(NamedTuple):
             `oracle.difference(now, before)`; and `oracle.at(point)`, the five quantities apart.
         full_pass: for methods with memory; None: there are no full passes.
         units: gradient units of one update; one for each gradient, HVP and cross-JVP.
-        fixed_keys: the rng key of a stateful loss must be the same each time a minibatch is
-            visited (methods that compare visits).
-        needs_ids: whether `batch.inner_id` and `batch.outer_id` are read.
+        needs_ids: whether visits of a minibatch are compared: `batch.inner_id` and
+            `batch.outer_id` are read, and the rng key of a stateful loss is that of its id.
         second_order: whether it asks for products with second derivatives of G.
     """
 
@@ -67,6 +66,5 @@ class Estimator(NamedTuple):
     update: Callable[..., Estimate]
     full_pass: FullPass | None = None
     units: float = 4.0
-    fixed_keys: bool = False
     needs_ids: bool = False
     second_order: bool = True

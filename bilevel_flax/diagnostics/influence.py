@@ -82,8 +82,8 @@ def influence(
         ...     return 0.5 * (batch["y"] - mean) ** 2
         >>> train = {"y": np.array([1.0, 1.0, 7.0], np.float32)}
         >>> clean = {"y": np.array([1.0], np.float32)}
-        >>> found = bf.diagnostics.influence(losses, jnp.float32(3.0), train, clean)
-        >>> found.change.round(3).tolist()  # without the 7, the mean moves towards the clean 1
+        >>> influence = bf.diagnostics.influence(losses, jnp.float32(3.0), train, clean)
+        >>> [round(float(change), 3) for change in influence.change]  # the 7 harms
         [1.333, 1.333, -2.667]
     """
     if not damping >= 0:

@@ -182,13 +182,17 @@ def clean(
         UserWarning: clean examples also stand in the training set.
 
     Example:
-        >>> import flax.linen as nn, numpy as np, bilevel_flax as bf
+        >>> import flax.linen as nn, numpy as np, optax, bilevel_flax as bf
         >>> rng = np.random.default_rng(0)
         >>> true = rng.integers(0, 2, 200)
         >>> x = (rng.normal(size=(200, 3)) + 3 * true[:, None]).astype(np.float32)
         >>> given = np.where(np.arange(200) < 40, 1 - true, true)  # the first 40 are wrong
         >>> cleaned = bf.recipes.clean(
-        ...     nn.Dense(2), (x[:180], given[:180]), (x[180:], true[180:]), steps=200
+        ...     nn.Dense(2),
+        ...     (x[:180], given[:180]),
+        ...     (x[180:], true[180:]),
+        ...     steps=200,
+        ...     optimizer=optax.adam(0.03),
         ... )
         >>> int((cleaned.suspicious.index[:40] < 40).sum()) >= 38
         True

@@ -122,10 +122,10 @@ def auto(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
-        >>> solver = bf.auto(problem, inner=optax.adam(0.1), steps=1000)
+        >>> solver = bf.auto(problem, inner=optax.adam(0.1), steps=3000)
         >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
         >>> update = jax.jit(solver.update)
-        >>> for _ in range(1000):
+        >>> for _ in range(3000):
         ...     state, info = update(state, bf.Batch(jnp.ones(3), jnp.full(3, 2.0)))
         >>> [round(float(value), 1) for value in state.outer_params]
         [2.0, 2.0, 2.0]

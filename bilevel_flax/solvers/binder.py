@@ -29,7 +29,7 @@ class Binder:
         outer_weights: Any,
         name: str,
     ):
-        self._problem, self._name, self._fixed_keys = problem, name, estimator.fixed_keys
+        self._problem, self._name, self._fixed_keys = problem, name, estimator.needs_ids
         self._second_order = estimator.second_order
         self._factors = (
             importance_factors("inner_weights", inner_weights),

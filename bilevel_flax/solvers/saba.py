@@ -176,7 +176,7 @@ def estimator(
         )
 
     full_pass = FullPass(refresh, lambda state: state.next_refresh, lambda state: state.cursor)
-    return Estimator(init, update, full_pass, fixed_keys=True, needs_ids=True)
+    return Estimator(init, update, full_pass, needs_ids=True)
 
 
 @takes(CommonWithAdjoint)

@@ -120,7 +120,6 @@ def estimator(
         update=update,
         full_pass=FullPass(refresh, lambda state: state.next_refresh, lambda state: state.cursor),
         units=8.0,
-        fixed_keys=True,
         needs_ids=problem.stateful,
     )
 

@@ -298,7 +298,7 @@ MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
     "a kind of noise": (
         lambda: data.corrupt_labels(np.zeros(3, int), 0.5, 10, 0, "asymmetric"),
         ValueError,
-        r"kind must be \"symmetric\" or \"class\", got 'asymmetric'",
+        r"kind must be \"symmetric\" or \"class\" or \"instance\", got 'asymmetric'",
     ),
     "noise that is NaN": (
         lambda: data.corrupt_labels(np.zeros(3, int), float("nan"), 10, 0),

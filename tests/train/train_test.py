@@ -93,7 +93,7 @@ def test_the_summary_holds_what_was_promised(finished: tuple[Path, dict[str, Any
     assert summary["seconds_per_step"] == pytest.approx(summary["seconds"] / STEPS)
     assert 0 < summary["adjoint_residual"] < 1
     errors = [value for name, value in summary.items() if name.startswith("test_error")]
-    assert len(errors) == 6
+    assert len(errors) == 7
     assert all(0 <= error <= 1 for error in errors)
 
 
