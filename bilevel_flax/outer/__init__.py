@@ -1,7 +1,11 @@
 """Ready-made outer parameters and optimisers for them."""
 
-from bilevel_flax.outer import architecture, augmentation, sample_weights
-from bilevel_flax.outer.augmentation import image_policy, signal_policy
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bilevel_flax.outer import architecture, sample_weights
 from bilevel_flax.outer.data_mixture import (
     DataMixture,
     Selected,
@@ -17,6 +21,10 @@ from bilevel_flax.outer.optimisers.learned import learned_optimizer
 from bilevel_flax.outer.optimisers.normalized import normalized_sgd
 from bilevel_flax.outer.optimisers.robust import robust_sgd
 from bilevel_flax.outer.sample_weights import SampleWeights, sigmoid, softmax
+
+if TYPE_CHECKING:
+    from bilevel_flax.outer import augmentation
+    from bilevel_flax.outer.augmentation import image_policy, signal_policy
 
 __all__ = [
     "DataMixture",
@@ -42,3 +50,13 @@ __all__ = [
     "signal_policy",
     "softmax",
 ]
+
+# Imported when they are first asked for: few tasks need them.
+_LATE = ("augmentation", "image_policy", "signal_policy")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.augmentation")
+    return module if name == "augmentation" else getattr(module, name)
