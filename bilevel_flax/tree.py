@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from bilevel_flax.base import PyTree, Rows
+from bilevel_flax.base import PyTree, Rows, Table
 
 
 class Split(NamedTuple):
@@ -141,3 +141,17 @@ def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
     index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
     inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
     return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """A copy of every leaf as a strongly typed array, so that no two leaves share a buffer.
+
+    Tables are taken as they are: whoever makes one makes a new one, and two would not fit.
+    """
+
+    def copy(node):
+        if isinstance(node, Table):
+            return node
+        return jnp.array(node, jnp.result_type(node), copy=True)
+
+    return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, Table))

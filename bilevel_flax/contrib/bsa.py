@@ -21,7 +21,7 @@ import optax
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -49,7 +49,7 @@ def bsa(
         inner_steps: T, at least 1.
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
-        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+        **common: optimisers and weights, see `solvers.keywords`; `outer` is no row-sparse
             one.
 
     Returns:

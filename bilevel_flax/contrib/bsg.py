@@ -25,7 +25,7 @@ from typing import Unpack
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.implicit import implicit_step
 from bilevel_flax.solvers.nested.linear_solves import check_damping, krylov
@@ -62,7 +62,7 @@ def bsg(
         inner_steps: T, at least 1.
         adjoint_steps: S, steps of conjugate gradients, at least 1.
         damping: added to the Hessian's diagonal, at least 0.
-        **common: optimisers and weights, see `solvers.common`. `inner` steps T times on the same
+        **common: optimisers and weights, see `solvers.keywords`. `inner` steps T times on the same
             minibatch; the source's step of x is α₀ / (t + 1).
 
     Returns:

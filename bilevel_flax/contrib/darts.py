@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, completed, first
 from bilevel_flax.solvers.nested.unrolled import unrolled
@@ -39,7 +39,7 @@ def darts1(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
 
     Args:
         problem: the bilevel problem; its outer loss has to use every float leaf of x.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A solver whose v stays 0 (its residual is 1).
@@ -92,7 +92,7 @@ def darts2(problem: Problem, **common: Unpack[Common]) -> BilevelSolver:
 
     Args:
         problem: the bilevel problem.
-        **common: optimisers and weights, see `solvers.common`; ρ is the learning rate of `inner`,
+        **common: optimisers and weights, see `solvers.keywords`; ρ is the learning rate of `inner`,
             and its momentum counts.
 
     Returns:

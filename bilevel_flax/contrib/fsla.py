@@ -23,7 +23,7 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree, Variables
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
 from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.storm import check_eta
@@ -77,7 +77,7 @@ def fsla(
         problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
         **common: optimisers (v's has steps of its own in the source) and weights, see
-            `solvers.common`.
+            `solvers.keywords`.
 
     Raises:
         ValueError: `eta` outside [0, 1].

@@ -22,7 +22,7 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, PyTree
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
 from bilevel_flax.solvers.single_loop import single_loop
 
@@ -60,7 +60,7 @@ def masoba(
     Args:
         problem: the bilevel problem.
         theta: θ in (0, 1], the share of the current minibatch; the paper's is ∝ T^-1/2.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Raises:
         ValueError: `theta` outside (0, 1].

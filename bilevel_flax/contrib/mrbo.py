@@ -23,7 +23,7 @@ import optax
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem, PyTree, TrainState
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -114,7 +114,7 @@ def mrbo(
             schedule counts updates.
         adjoint_steps: Q, Hessian products in a series, at least 0.
         eta: η in [0, 1], 1 is no memory; a schedule counts updates.
-        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+        **common: optimisers and weights, see `solvers.keywords`; `outer` is no row-sparse
             one.
 
     Returns:

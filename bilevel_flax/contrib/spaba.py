@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_sum
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.srba import estimator
 
@@ -69,7 +69,7 @@ def spaba(
         num_outer_batches: M, minibatches of the outer data.
         probability: p in (0, 1], of a full pass before a step; about 1 / (N + M).
         seed: what the steps of the full passes are drawn from.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run when `next_refresh` says so, as for `srba`.

@@ -21,7 +21,7 @@ import optax
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.contrib.mrbo import momentum_decay, recursive_step, start
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested
 from bilevel_flax.solvers.nested.linear_solves import draw_factors, randomised_neumann
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
@@ -45,7 +45,7 @@ def sustain(
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
         eta: η in [0, 1], 1 is no memory; a schedule counts updates.
-        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+        **common: optimisers and weights, see `solvers.keywords`; `outer` is no row-sparse
             one.
 
     Returns:

@@ -20,7 +20,7 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import randomised_hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first, split
@@ -43,7 +43,7 @@ def ttsa(
         inner_steps: T, 1 in the source.
         adjoint_steps: K, the terms of the series, at least 1. `info.oracle_units` has the p that
             was drawn.
-        **common: optimisers and weights, see `solvers.common`; z is on the faster
+        **common: optimisers and weights, see `solvers.keywords`; z is on the faster
             timescale.
 
     Returns:

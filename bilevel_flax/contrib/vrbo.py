@@ -36,7 +36,7 @@ from bilevel_flax.checks import (
     require_ids,
 )
 from bilevel_flax.minibatches import importance_factors, scale
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested, refresh_minibatch, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -115,7 +115,7 @@ def vrbo(
         period: q, updates from one full pass to the next, at least 1.
         inner_steps: T, at least 1.
         adjoint_steps: Q, Hessian products in a series, at least 0.
-        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+        **common: optimisers and weights, see `solvers.keywords`; `outer` is no row-sparse
             one.
 
     Returns:

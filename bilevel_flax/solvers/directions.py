@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from bilevel_flax import checks
 from bilevel_flax import per_sample as by_row
 from bilevel_flax.base import (
     NEVER,
@@ -38,6 +37,7 @@ from bilevel_flax.solvers.step import (
     norms_and_finite,
     rollback_unless,
 )
+from bilevel_flax.tree import copied
 
 
 class HostState(struct.PyTreeNode):
@@ -177,7 +177,7 @@ def directions(
         point, model_state, rng = init_variables(
             problem, inner_params, outer_params, model_state, rng
         )
-        memory = checks.copied(estimator.init(point))
+        memory = copied(estimator.init(point))
         return HostState(jnp.int32(0), *point, memory, model_state, rng)
 
     def update(state, batch):

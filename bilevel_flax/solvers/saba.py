@@ -49,7 +49,7 @@ from bilevel_flax.oracles.evaluate import evaluate_all
 from bilevel_flax.oracles.oracle import directions
 from bilevel_flax.oracles.residual_codes import evaluate_linear, plus
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages, residual_codes, saga, tables
 from bilevel_flax.solvers.single_loop import single_loop
 
@@ -211,7 +211,7 @@ def saba(
         memory: "full", or "compact" for a `linear_problem`: one residual for each example and
             class instead of one number for each parameter. Exact.
         example_batch: a minibatch of each side, for "compact"; its shapes suffice.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Raises:
         ValueError: no positive number of minibatches, weights of another length, an unknown

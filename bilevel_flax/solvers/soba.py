@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Unpack
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.single_loop import single_loop
 
 
@@ -41,7 +41,7 @@ def soba(problem: Problem, **common: Unpack[CommonWithAdjoint]) -> BilevelSolver
 
     Args:
         problem: the bilevel problem.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf

@@ -33,7 +33,7 @@ from flax import struct
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, FullPass, Problem, Variables
 from bilevel_flax.checks import check_count, check_sum
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
 from bilevel_flax.solvers.single_loop import single_loop
 
@@ -141,7 +141,7 @@ def srba(
         num_inner_batches: N, minibatches of the inner data.
         num_outer_batches: M, minibatches of the outer data.
         period: steps from one full pass to the next, >= 1; N + M times .5 to a few.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A `BilevelSolver` whose `refresh` must be run over all minibatches whenever

@@ -24,7 +24,7 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.tree import filter_inexact, norm, nowhere, zeros_like
+from bilevel_flax.tree import copied, filter_inexact, norm, nowhere, zeros_like
 
 # Each variable and its optimiser's state in a TrainState.
 _FIELDS = (
@@ -58,10 +58,10 @@ def init_state(
         inner_params=z,
         adjoint=v,
         outer_params=x,
-        inner_opt_state=checks.copied(states[0]),
-        adjoint_opt_state=checks.copied(states[1]),
-        outer_opt_state=checks.copied(states[2]),
-        estimator_state=checks.copied(estimator_init(point)),
+        inner_opt_state=copied(states[0]),
+        adjoint_opt_state=copied(states[1]),
+        outer_opt_state=copied(states[2]),
+        estimator_state=copied(estimator_init(point)),
         model_state=model_state,
         rng=rng,
     )
@@ -77,10 +77,10 @@ def init_variables(
     checks.per_sample(problem, outer_params)
     if problem.stateful and model_state is None:
         model_state = {}
-    z = checks.copied(inner_params)
+    z = copied(inner_params)
     rng = jax.random.PRNGKey(0) if rng is None else jnp.array(rng, copy=True)
-    point = Variables(z, zeros_like(z), checks.copied(outer_params))
-    return point, checks.copied(model_state), rng
+    point = Variables(z, zeros_like(z), copied(outer_params))
+    return point, copied(model_state), rng
 
 
 def tolerant(

@@ -26,7 +26,7 @@ from flax import struct
 
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem, Variables
 from bilevel_flax.per_sample import takes_rows
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.memory import averages
 from bilevel_flax.solvers.single_loop import single_loop
 
@@ -87,7 +87,7 @@ def storm(
     Args:
         problem: the bilevel problem.
         eta: η in [0, 1], or a schedule `step -> η`.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Raises:
         ValueError: `eta` outside [0, 1].

@@ -22,7 +22,7 @@ from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
-from bilevel_flax.solvers.common import CommonWithAdjoint, takes
+from bilevel_flax.solvers.keywords import CommonWithAdjoint, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -49,7 +49,7 @@ def amigo(
         problem: the bilevel problem.
         inner_steps: T, steps of z in one update.
         adjoint_steps: S, steps of v in one update.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A solver with `batches` (T + S + 1, 1).

@@ -26,7 +26,7 @@ from bilevel_flax import checks
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.minibatches import scale
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -72,7 +72,7 @@ def f2sa(
         inner_steps: T, at least 1.
         penalty: λ, at least twice (smoothness of F) / (strong convexity of G); a schedule counts
             updates. The bias of D_x is O(1/λ).
-        **common: optimisers and weights, see `solvers.common`; `outer` is no row-sparse
+        **common: optimisers and weights, see `solvers.keywords`; `outer` is no row-sparse
             one.
 
     Returns:

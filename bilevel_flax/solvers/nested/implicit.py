@@ -29,7 +29,7 @@ import optax
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import (
     check_damping,
@@ -92,7 +92,7 @@ def implicit(
         inner_steps: T, at least 1.
         adjoint_steps: S, Hessian products, at least 1.
         damping: δ, at least 0.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A solver with `batches` (T + 1, 1).

@@ -19,7 +19,7 @@ import optax
 
 from bilevel_flax.base import BilevelSolver, Problem
 from bilevel_flax.checks import check_count, check_positive
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, at_step, first, split
@@ -41,7 +41,7 @@ def stocbio(
         adjoint_step: η, below 1 / (largest eigenvalue of ∇²₁₁G); a schedule counts updates.
         inner_steps: T, at least 1.
         adjoint_steps: Q, at least 0.
-        **common: optimisers and weights, see `solvers.common`.
+        **common: optimisers and weights, see `solvers.keywords`.
 
     Returns:
         A solver with `batches` (T + Q + 1, 1).

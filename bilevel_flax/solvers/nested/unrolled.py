@@ -34,7 +34,7 @@ from bilevel_flax import checks, oracles
 from bilevel_flax.base import BilevelSolver, Problem, PyTree
 from bilevel_flax.checks import check_count
 from bilevel_flax.minibatches import scale
-from bilevel_flax.solvers.common import Common, takes
+from bilevel_flax.solvers.keywords import Common, takes
 from bilevel_flax.solvers.nested.frame import StepReport, nested
 from bilevel_flax.solvers.nested.sampled_oracles import SampledOracles, first
 from bilevel_flax.solvers.step import tolerant
@@ -104,7 +104,7 @@ def unrolled(
         initial: `initial(outer_params) -> z_0`, differentiable, with z's tree: every update starts
             there, with a fresh optimiser (MAML: `lambda x: x["initial"]`). None: where the update
             before ended, held fixed.
-        **common: optimisers and weights, see `solvers.common`. `inner` is differentiated (SGD,
+        **common: optimisers and weights, see `solvers.keywords`. `inner` is differentiated (SGD,
             momentum, Adam ...), in x too if it takes `outer_params=` (a learning rate to be
             learned); `outer` is no row-sparse one.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,39 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from bilevel_flax import per_sample as rows
-from bilevel_flax.base import Batch, Info, Problem, PyTree, Table, Variables
+from bilevel_flax.base import Batch, Problem, PyTree, Variables
 from bilevel_flax.base.condition import is_condition
+from bilevel_flax.checks.arguments import UserError, check_partition
 from bilevel_flax.oracles.derivatives import check_adjoint
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.losses import checked_call, inner, outer
 from bilevel_flax.oracles.probe import coarser
 from bilevel_flax.oracles.stops import refusal
 from bilevel_flax.tree import depends_on, is_inexact, split
-
-
-class UserError(ValueError):
-    """A mistake of whoever calls: one line that names the argument, the value and the fix.
-
-    The command line prints it without a stack trace and ends with exit code 2.
-    """
-
-
-def copied(tree: PyTree) -> PyTree:
-    """A copy of every leaf as a strongly typed array, so that no two leaves share a buffer.
-
-    Tables are taken as they are: whoever makes one makes a new one, and two would not fit.
-    """
-
-    def copy(node):
-        if isinstance(node, Table):
-            return node
-        return jnp.array(node, jnp.result_type(node), copy=True)
-
-    return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, Table))
 
 
 def parameters(name: str, tree: PyTree) -> None:
@@ -96,52 +72,6 @@ def per_sample(problem: Problem, outer_params: PyTree) -> None:
     rows.map_prefix(problem.per_sample, check, lambda leaf: None, outer_params)
 
 
-def check_finite(info: Info, step: Any = None) -> None:
-    """Raises where an update met a direction or a loss that is not finite (`not info.ok`).
-
-    It waits for the device: in a loop of your own call it every so often.
-
-    Args:
-        info: what `solver.update` returned.
-        step: its number, for the message.
-
-    Raises:
-        FloatingPointError: names the directions and losses, and the likely causes.
-    """
-    directions = ("inner (D_z)", "adjoint (D_v)", "outer (D_x)")
-    lost = [side for side, fine in zip(directions, info.finite, strict=True) if not np.all(fine)]
-    losses = [name for name in ("inner_loss", "outer_loss") if not _all_finite(getattr(info, name))]
-    if not lost and not losses:
-        return
-    if losses:
-        causes = (
-            'NaN in the data, a label outside the classes, batch["index"] outside the n rows, '
-            "batch.inner_id or outer_id outside the minibatches, or a domain that there is not"
-        )
-    elif not np.all(info.finite.inner):
-        causes = (
-            "batch.inner_id or outer_id outside the method's minibatches, a loss without a finite "
-            "derivative (sqrt or log at 0), or too long an inner step"
-        )
-    elif not np.all(info.finite.adjoint):
-        causes = (
-            "too long an adjoint step (above 2 over the inner loss's largest curvature), or "
-            "batch.outer_id outside the method's minibatches"
-        )
-    else:
-        causes = "too long an outer step"
-    parts = [f"the direction of {', '.join(lost)}"] if lost else []
-    parts += losses
-    raise FloatingPointError(
-        f"{'update' if step is None else f'step {step}'}: not finite: {' and '.join(parts)}; "
-        f"{'the state stands still since; ' if lost else ''}likely {causes}"
-    )
-
-
-def _all_finite(values: Any) -> bool:
-    return values is None or bool(np.all(np.isfinite(np.asarray(values, np.float64))))
-
-
 def problem(value: Any) -> None:
     """Raises unless `value` is a `Problem`.
 
@@ -152,71 +82,6 @@ def problem(value: Any) -> None:
         raise TypeError(
             f"problem={value!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
         )
-
-
-def key(name: str, value: Any) -> None:
-    """Raises unless `value` is a PRNG key, or None.
-
-    Raises:
-        TypeError: a seed, or anything else.
-    """
-    dtype = getattr(value, "dtype", None)
-    if value is None or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)):
-        return
-    if dtype != np.uint32 or np.ndim(value) != 1:
-        seed = value if isinstance(value, numbers.Integral) else 0
-        raise TypeError(f"{name}={value!r:.40} is no key: pass {name}=jax.random.key({seed})")
-
-
-def at_least(name: str, value: Any, least: float = 0.0) -> None:
-    """Raises unless `value` is a number >= `least`.
-
-    Raises:
-        TypeError: no number.
-        ValueError: below, or NaN.
-    """
-    is_scalar = hasattr(value, "dtype") and np.ndim(value) == 0
-    if not (isinstance(value, numbers.Real) or is_scalar):
-        raise TypeError(f"{name}={value!r:.40} must be a number >= {least:g}")
-    if not float(value) >= least:
-        raise ValueError(f"{name}={value} must be >= {least:g}")
-
-
-def learning_rate(name: str, value: Any) -> None:
-    """Raises unless `value` is a schedule or a number >= 0.
-
-    Raises:
-        TypeError: neither.
-        ValueError: a negative number.
-    """
-    if not callable(value):
-        at_least(name, value)
-
-
-def optimizer(name: str, value: Any) -> optax.GradientTransformation:
-    """`value`, if it is an Optax optimiser.
-
-    Args:
-        name: the argument's, for the error.
-        value: what was passed.
-
-    Raises:
-        TypeError: an optimiser that was not called, a learning rate, a training state, or anything
-            else without `init` and `update`.
-    """
-    if isinstance(value, optax.GradientTransformation):
-        return value
-    fix = f"pass {name}=optax.adam(1e-3), or another Optax optimiser"
-    if isinstance(value, numbers.Real):
-        fix = f"pass an optimiser with this step, {name}=optax.sgd({value!r})"
-    elif isinstance(getattr(value, "tx", None), optax.GradientTransformation):
-        fix = f"pass the optimiser in it, {name}=state.tx"
-    elif callable(value):
-        called = getattr(value, "__name__", type(value).__name__)
-        fix = f"call it with its step, {name}={called}(1e-3); a schedule goes into an optimiser"
-    elif callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
-        return value
-    raise TypeError(f"{name}={value!r:.60} is no optimiser: {fix}")
 
 
 def host_moves_z(inner: Any, adjoint: Any) -> None:
@@ -244,26 +109,6 @@ def hosts_z(inner: Any, inner_params: PyTree, state: Any) -> None:
             "solver with inner=None, or leave inner_params out"
         )
     check_adjoint(inner_params, state.adjoint)
-
-
-def batch(value: Any, *, sides: tuple[str, ...] = ("inner", "outer")) -> None:
-    """Raises unless `value` is a `Batch` with data on the sides that are needed.
-
-    Raises:
-        TypeError: a tuple, a dict, or anything else.
-        ValueError: a side without data.
-    """
-    if not isinstance(value, Batch):
-        raise TypeError(
-            f"batch is a {type(value).__name__}, but must be "
-            "bf.Batch(training_minibatch, validation_minibatch)"
-        )
-    for side in sides:
-        if getattr(value, side) is None:
-            raise ValueError(
-                f"batch.{side} is None, but an update takes a minibatch of each side: "
-                "bf.Batch(training_minibatch, validation_minibatch)"
-            )
 
 
 def losses(
@@ -414,84 +259,6 @@ def outer_loss_sees_all(
                 f"outer_loss never uses outer_params{jax.tree_util.keystr(path)}, and a method "
                 "without an adjoint sees nothing else: take one with, e.g. soba"
             )
-
-
-def require_ids(batch: Batch, name: str, needed: dict[str, bool], scalars: bool = False) -> None:
-    """Raises where `needed[side]` and the side has data but no id, or an id is no integer.
-
-    Args:
-        batch: the minibatches.
-        name: the method's.
-        needed: whether the ids are read, by side.
-        scalars: whether the method takes one minibatch of each side.
-
-    Raises:
-        TypeError: names the id that is no integer.
-        ValueError: names the missing one, or the one that is no scalar.
-    """
-    for side, needs in needed.items():
-        position = getattr(batch, f"{side}_id")
-        if position is not None and not jnp.issubdtype(jnp.result_type(position), jnp.integer):
-            raise TypeError(
-                f"batch.{side}_id={position!r:.40} must be an integer, the minibatch's position in "
-                f"the partition, got {jnp.result_type(position)}"
-            )
-        if position is not None and scalars and jnp.ndim(position):
-            raise ValueError(
-                f"batch.{side}_id has shape {jnp.shape(position)}, but must be a scalar: "
-                f"{name or 'this solver'} takes one minibatch of each side"
-            )
-        if needs and position is None and getattr(batch, side) is not None:
-            raise ValueError(
-                f"batch.{side}_id is None, but {name or 'this solver'} needs the minibatch's "
-                "position in the partition: Batch(inner, outer, inner_id=i, outer_id=j)"
-            )
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless `value` is an integer >= `least`.
-
-    Raises:
-        UserError: names the argument and the value.
-    """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def as_count(name: str, value: Any, least: int = 1) -> int:
-    """The value as a Python integer.
-
-    Raises:
-        ValueError: it is no integer >= `least`; names the argument and the value.
-    """
-    check_count(name, value, least)
-    return int(value)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises unless `value` is a schedule or a positive finite number.
-
-    Raises:
-        UserError: names the argument and the value.
-    """
-    if callable(value):
-        return
-    if not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-        raise UserError(f"{name} must be a positive number or a schedule, got {value!r}")
-
-
-def check_partition(count_name: str, count: Any, weights_name: str, weights: Any) -> None:
-    """Raises unless there is a positive number of minibatches and a weight for each.
-
-    Raises:
-        UserError: names the arguments and their values.
-    """
-    check_count(count_name, count)
-    if weights is not None and np.shape(weights) != (count,):
-        raise ValueError(
-            f"{weights_name} has shape {np.shape(weights)}, but {count_name} is {count}: "
-            "pass one share for each minibatch (FiniteSum.weights)"
-        )
 
 
 def warn_unless_finite_sum(problem: Problem, name: str) -> None:
