@@ -7,9 +7,9 @@
 3. With that word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
    labels that it is sure of, given or not, and the clean ones train the network to hand over.
 
-What it costs is 3.25 plain trainings of the same length. Why no learned weights: on every cell that
-was tried the matrix ranks wrong labels better than a weight for each example does
-(`benchmarks/results/cleaning.md`, with the ablation of every part).
+What it costs is at most 3.25 plain trainings of the same length. Why no learned weights: started
+from them, or with them on top of the matrix, instance noise ended with more errors
+(`benchmarks/results/cleaning.md`: what was tried, and where plain rounds win).
 
 References:
     G. Patrini et al. CVPR 2017; A. J. Bekker, J. Goldberger. ICASSP 2016 (see `noise_model.py`).

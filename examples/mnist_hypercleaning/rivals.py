@@ -10,7 +10,7 @@
     small_loss        two Gaussians on the losses of no_weights, the better one kept, relabel, train
     gold_correction   a confusion matrix read off the clean examples, forward correction
     meta_weight_net   a network on the loss gives the weights, learned by bf.auto
-    weights           a weight for each example, learned by bf.auto, and refit with them
+    weights           a weight for each example, learned by bf.auto; its network is handed over
     clean             bf.recipes.clean
     true_labels       what perfect cleaning would give
 
