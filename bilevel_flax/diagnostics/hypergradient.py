@@ -26,6 +26,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.data import FiniteSum
+from bilevel_flax.diagnostics.place import place
 from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 from bilevel_flax.minibatches import example_mask
@@ -153,16 +154,10 @@ def hypergradient_check(
     nonsymmetric = is_condition(problem.inner_loss)
     if method == "minres" and nonsymmetric:
         raise ValueError('method="minres" needs a symmetric H, and a condition has none: "gmres"')
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
+    point, model_state, rng = place(problem, point, model_state, rng)
     if isinstance(inner, Batch) and outer is None:
         inner, outer = inner.inner, inner.outer
     sides = (_stacked("inner", inner), _stacked("outer", outer))
-    if problem.stateful and rng is None:
-        rng = jax.random.PRNGKey(0)
-    rng = rng if problem.stateful else None
     for name, tree in (("inner_params", point.inner), ("outer_params", point.outer)):
         checks.parameters(name, tree)
     first = jax.tree.map(lambda leaf: leaf[0], sides[0][0])

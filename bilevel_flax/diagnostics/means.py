@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
+from bilevel_flax.diagnostics.place import place
 from bilevel_flax.oracles import losses
 
 _TOLERANCE = 1e-3  # relative
@@ -45,12 +46,7 @@ def check_means(
         >>> bf.diagnostics.check_means(bf.Problem(loss, loss), point, batch)
         ''
     """
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
-    if problem.stateful and rng is None:
-        rng = jax.random.PRNGKey(0)
+    point, model_state, rng = place(problem, point, model_state, rng)
 
     def value(make: Any, minibatch: PyTree) -> jax.Array:
         loss, z, x, *_ = make(problem, point.inner, point.outer, minibatch, model_state, rng)

@@ -23,6 +23,7 @@ import jax
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
+from bilevel_flax.diagnostics.place import place
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.symmetry import gradient_defects
@@ -99,14 +100,8 @@ def check_symmetry(
         >>> bf.diagnostics.check_symmetry(problem, point, None).ok
         True
     """
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
-    if problem.stateful and rng is None:
-        rng = jax.random.PRNGKey(0)
+    point, model_state, rng = place(problem, point, model_state, rng)
     minibatch = batch.inner if isinstance(batch, Batch) else batch
-    rng = rng if problem.stateful else None
     args = (problem, point.inner, point.outer, minibatch, model_state, rng)
     if not _has_rules_of_its_own(*args):
         return SymmetryCheck(0.0, 0.0, 0.0)
