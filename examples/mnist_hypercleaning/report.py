@@ -200,7 +200,13 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     if "test_error_refit" in keys and "conclusion" not in summary:  # a run of version 0.1
         caption = f"{conclusion(summary)} {caption}"
     if "test_error_clean" in keys:
-        caption += " True labels are what perfect cleaning would give."
+        caption += " True labels are what perfect cleaning would give, trained as the run is."
+    if "test_error_handover" in keys:
+        caption += (
+            " The hand-over network is trained otherwise: with AdamW, less regularization and the "
+            f"validation data, for {summary['plain_step_equivalents']:.2f} budgets. `bilevel-flax "
+            "bench cleaning` compares it with others that are trained as it is."
+        )
     return [figure_section("Test error against the baselines", figure, caption)]
 
 
