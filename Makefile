@@ -15,6 +15,10 @@ ifneq ($(wildcard ../shared/data),)
 export BILEVEL_FLAX_DATA ?= $(abspath ../shared/data)
 endif
 
+# The site has an environment of its own, too; TUTORIALS=off does not run those of the gallery.
+DOCS := .venv-docs/.installed-$(PYTHON_TAG)
+TUTORIALS ?= cache
+
 # Trainers that other people wrote, each in an environment of its own, with its own pins.
 TRAINER_PYTHON ?= python3.12
 TRAINERS := tunix kauldron levanter datasets
@@ -24,21 +28,26 @@ PACKAGE_levanter := --pre levanter==1.2.dev1644 gitpython
 PACKAGE_datasets := datasets
 TRAINER_TESTS := $(addprefix test-trainer-,$(TRAINERS))
 
-.PHONY: help venv demo test test-core test-wheel test-trainers $(TRAINER_TESTS) lint types clean
+.PHONY: help venv demo test test-core test-wheel test-trainers $(TRAINER_TESTS) docs docs-venv lint types clean
 
 help:
 	@echo "make demo         clean real MNIST digits by learning a weight for every example (runs/demo)"
 	@echo "make test         run the tests;  make test-core  those of the plug-in's ground floor"
 	@echo "make test-wheel   the README's commands, from the built wheel in a folder of their own"
 	@echo "make test-trainers  the adapters, each against the real package (Python 3.12; downloads them)"
+	@echo "make docs         the site, from nothing: docs/_build/html/index.html"
 	@echo "make lint         check style and formatting;  make types  check types"
 	@echo "make venv         only set up $(VENV);  make clean  remove it"
 	@echo "Another interpreter: make test PYTHON=python3.12"
 
 venv: $(DEV)
 
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bilevel_flax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": pass PYTHON=python3.11")'
+endef
+
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bilevel_flax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": pass PYTHON=python3.11")'
+	$(check-python)
 	@echo "setting up $(VENV) with Python $(PYTHON_TAG) (once, some minutes)"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
@@ -75,6 +84,22 @@ $(TRAINER_TESTS): test-trainer-%:
 	fi; \
 	$$folder/bin/python -m pytest -q tests/trainers/$*_test.py $(PYTEST_ARGS)
 
+docs-venv: $(DOCS)
+
+$(DOCS): pyproject.toml
+	$(check-python)
+	@echo "setting up .venv-docs with Python $(PYTHON_TAG) (once, some minutes)"
+	@rm -rf .venv-docs
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+# Warnings are errors: a link that leads nowhere, a name without docstring or example, a tutorial
+# that raises.
+docs: $(DOCS)
+	BILEVEL_FLAX_TUTORIALS=$(TUTORIALS) .venv-docs/bin/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +108,4 @@ types: $(DEV)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .trainers
+	rm -rf $(VENV) .trainers .venv-docs docs/_build docs/api

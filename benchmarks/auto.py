@@ -23,6 +23,7 @@ import optax
 from sklearn.metrics import roc_auc_score
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import error, make_model
@@ -118,7 +119,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Reads the command line and prints the run's line."""
+    """Reads the command line and prints the run's row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="mlp", choices=sorted(task.REGULARIZATION))
@@ -133,7 +134,10 @@ def main() -> None:
         "--fresh", action="store_true", help="10,000 unseen training images, not the test set"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
-    print(json.dumps(run(parser.parse_args())))
+    add_argument(parser)
+    options = parser.parse_args()
+    with Rows(options.markdown) as rows:
+        rows.add(run(options))
 
 
 if __name__ == "__main__":

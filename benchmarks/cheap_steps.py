@@ -17,6 +17,7 @@ import optax
 
 import bilevel_flax as bf
 from benchmarks import step_time
+from benchmarks.rows import Rows, add_argument
 from benchmarks.step_cost import Transformer
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
@@ -64,33 +65,33 @@ def sequences():
     return problem, params, None, {"tokens": tokens}
 
 
+def measure(name: str, rounds: int, rows: Rows) -> None:
+    """A network's rows."""
+    problem, params, model_state, arrays = sequences() if name == "transformer" else cleaning(name)
+    batch = 16 if name == "transformer" else BATCH
+    inner, outer = (data.partition(arrays, batch, seed=seed) for seed in (0, 1))
+    optimizer = optax.adamw(1e-3)
+    for label, settings in SETTINGS.items():
+        solver = bf.auto(problem, inner=optimizer, steps=10_000, **settings)
+        state = solver.init(params, jnp.full(COUNT, -2.0), model_state=model_state)
+        loop = StepRunner(solver, inner, outer, on_device=True)
+        bilevel, plain = step_time.over_plain(loop, problem, optimizer, state, rounds=rounds)
+        loop.close()
+        row = {"network": name, "setting": label, "units": f"{solver.method.units:.2f}"}
+        row["x plain"] = f"{bilevel / plain:.2f}"
+        rows.add({**row, "ms": f"{1e3 * bilevel:.2f}", "plain ms": f"{1e3 * plain:.2f}"})
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints a row for each network and setting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", nargs="*", default=["mlp", "cnn", "transformer"])
+    add_argument(parser)
     options = parser.parse_args()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, batch {BATCH} + {BATCH}")
-    for name in options.tasks:
-        problem, params, model_state, arrays = (
-            sequences() if name == "transformer" else cleaning(name)
-        )
-        batch = 16 if name == "transformer" else BATCH
-        inner, outer = (data.partition(arrays, batch, seed=seed) for seed in (0, 1))
-        optimizer = optax.adamw(1e-3)
-        for label, settings in SETTINGS.items():
-            solver = bf.auto(problem, inner=optimizer, steps=10_000, **settings)
-            state = solver.init(params, jnp.full(COUNT, -2.0), model_state=model_state)
-            loop = StepRunner(solver, inner, outer, on_device=True)
-            bilevel, plain = step_time.over_plain(
-                loop, problem, optimizer, state, rounds=options.rounds
-            )
-            loop.close()
-            print(
-                f"{name:12s} {label:24s} {solver.units:5.2f} units  {bilevel / plain:5.2f} x plain"
-                f"  ({1e3 * bilevel:.2f} / {1e3 * plain:.2f} ms)",
-                flush=True,
-            )
+    with Rows(options.markdown) as rows:
+        for name in options.tasks:
+            measure(name, options.rounds, rows)
 
 
 if __name__ == "__main__":

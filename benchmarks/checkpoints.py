@@ -10,7 +10,6 @@ counts is how long `save` blocks it, against the seconds until the checkpoint is
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.checkpoints.checkpointer import Checkpointer
 from bilevel_flax.train import multihost as distributed
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8476, help="where the processes meet")
     parser.add_argument("--processes", type=int, default=1, help="with so many devices each")
     parser.add_argument("--train", action="store_true", help="run steps while it is being written")
+    add_argument(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         children = []
@@ -82,20 +83,18 @@ def measure(options: argparse.Namespace, process: int, folder: str) -> None:
         jax.distributed.shutdown()
     if process:
         return
-    print(
-        json.dumps(
+    share = statistics.median(b / t for b, t in zip(blocked, taken, strict=True))
+    with Rows(options.markdown) as found:
+        found.add(
             {
                 "megabytes": options.megabytes,
                 "devices": options.devices,
                 "processes": options.processes,
-                "seconds_blocked": [round(s, 4) for s in blocked],
-                "seconds_of_the_save": [round(s, 3) for s in taken],
-                "share_blocked": statistics.median(
-                    b / t for b, t in zip(blocked, taken, strict=True)
-                ),
+                "seconds blocked": [round(s, 4) for s in blocked],
+                "seconds of the save": [round(s, 3) for s in taken],
+                "share blocked": round(share, 4),
             }
         )
-    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ devices: four 256 x 256 layers, batch 64. "plain" is a gradient step of G, left 
 
 from __future__ import annotations
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import sharding
 from bilevel_flax.plan.collectives import collectives
 from bilevel_flax.solvers import table
@@ -94,13 +97,18 @@ def plain(text: str) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints a row for each mesh and method."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_argument(parser)
+    options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
-    for text in ("data=8", "data=2,fsdp=4"):
-        print(f"{text:14s} plain              left to XLA {plain(text):6.3f}", flush=True)
-        for name in SOLVERS:
-            one, left = (bilevel(name, text, floor) for floor in (True, False))
-            print(f"{text:14s} {name:6s} shares {one:6.3f}   left to XLA {left:6.3f}", flush=True)
+    with Rows(options.markdown) as rows:
+        for text in ("data=8", "data=2,fsdp=4"):
+            for name in ("plain", *SOLVERS):
+                shares = "" if name == "plain" else f"{bilevel(name, text, True):.3f}"
+                left = plain(text) if name == "plain" else bilevel(name, text, False)
+                row = {"mesh": text, "method": name, "in shares": shares}
+                rows.add({**row, "left to XLA": f"{left:.3f}"})
 
 
 if __name__ == "__main__":

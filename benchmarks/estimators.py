@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.solvers import table
 
 BATCH = 64
@@ -132,8 +133,8 @@ def first_pass(solver, state, inner, outer):
     return state
 
 
-def measure(task, names, rounds, length):
-    """Prints a line for each solver; SOBA is the first."""
+def measure(task, names, rounds, length, rows):
+    """A row for each solver; SOBA is the first."""
     problem, inner, outer, start, steps = TASKS[task]()
     runs = {}
     for name in names:
@@ -154,11 +155,10 @@ def measure(task, names, rounds, length):
         best, middle = min(times), statistics.median(times)
         assert bool(jnp.isfinite(state.step)) and int(state.step) == length * (rounds + 1), name
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
-        print(
-            f"{jax.__version__:8} {task:10} {name:12} {best:9.1f} {middle:9.1f}"
-            f" {ratio:7.2f} {temp / 1e6:10.3f} {megabytes(state.estimator_state):12.3f}",
-            flush=True,
-        )
+        row = {"task": task, "solver": name, "µs (min)": f"{best:.1f}"}
+        row |= {"µs (median)": f"{middle:.1f}", "/ soba": f"{ratio:.2f}"}
+        row["temporary MB"] = f"{temp / 1e6:.3f}"
+        rows.add({**row, "memory MB": f"{megabytes(state.estimator_state):.3f}"})
 
 
 def main():
@@ -166,14 +166,12 @@ def main():
     parser.add_argument("--tasks", default="ijcnn1,cleaning")
     parser.add_argument("--solvers", default="saba,saba-compact,srba,spaba,masoba,storm,fsla")
     parser.add_argument("--rounds", type=int, default=7)
+    add_argument(parser)
     args = parser.parse_args()
-    print(
-        "jax      task       solver       us (min)  us (med)  / soba  temp (MB)  memory (MB)",
-        flush=True,
-    )
-    for task in args.tasks.split(","):
-        length = {"ijcnn1": 5000, "cleaning": 500}[task]
-        measure(task, ["soba", *args.solvers.split(",")], args.rounds, length)
+    with Rows(args.markdown) as rows:
+        for task in args.tasks.split(","):
+            length = {"ijcnn1": 5000, "cleaning": 500}[task]
+            measure(task, ["soba", *args.solvers.split(",")], args.rounds, length, rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ An MLP (784-64-10) on `mnist5k` with half of the training labels wrong: `bf.auto
 from __future__ import annotations
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import optax
 from sklearn.metrics import roc_auc_score
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
 from configs import mnist_hypercleaning
@@ -63,10 +65,11 @@ def initial(seed: int, pixels: int) -> dict:
 
 
 def main() -> None:
-    """Prints a line for each method and seed."""
+    """Prints a row for each method and seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=2)
+    add_argument(parser)
     args = parser.parse_args()
     config = mnist_hypercleaning.get_config()
     config.seed = 0
@@ -75,8 +78,8 @@ def main() -> None:
     clean = {"image": examples.validation_images, "label": examples.validation_labels}
     inner, outer = data.partition(train, BATCH), data.partition(clean, BATCH)
     problem = make_problem(inner.num_samples)
-    for seed in range(args.seeds):
-        for method in (bf.auto, bf.first_order):
+    with Rows(args.markdown) as rows:
+        for seed, method in itertools.product(range(args.seeds), (bf.auto, bf.first_order)):
             solver = method(problem, inner=optax.sgd(RATE), steps=args.steps)
             x = bf.outer.sigmoid(inner.num_samples).init()
             state = solver.init(initial(seed, examples.train_images[0].size), x)
@@ -87,12 +90,10 @@ def main() -> None:
                 step += len(info.inner_loss)
             guesses = np.argmax(logits_of(state.inner_params, examples.test_images), -1)
             auc = roc_auc_score(examples.is_wrong, -np.asarray(state.outer_params))
-            print(
-                f"seed {seed}  {solver.name:11s}  test error "
-                f"{np.mean(guesses != examples.test_labels):.4f}  AUC of wrong labels {auc:.4f}  "
-                f"{loop.cpu_seconds / args.steps * 1e6:.0f} us of CPU a step",
-                flush=True,
-            )
+            row = {"seed": seed, "method": solver.method.name}
+            row["test error"] = f"{np.mean(guesses != examples.test_labels):.4f}"
+            row["AUC of wrong labels"] = f"{auc:.4f}"
+            rows.add({**row, "CPU µs a step": f"{loop.cpu_seconds / args.steps * 1e6:.0f}"})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.train import config as configs
 from examples.mnist_hypercleaning import baselines, task
 from examples.mnist_hypercleaning.model import error, make_model
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    add_argument(parser)
     options = parser.parse_args()
     config = configs.load(options.config, options.set)
     examples = task.load_examples(config)
@@ -44,18 +46,21 @@ def main() -> None:
     problem = task.make_problem(model, weights, task.REGULARIZATION[config.model])
     train = baselines.Trainer(config, model, task.make_task(config, examples).init)
     held = (examples.validation_images, examples.validation_labels)
-    for name, values, labels in (
+    cases = (
         ("true labels", np.ones(len(wrong)), examples.true_labels),
         ("wrong ones 0, right ones 1", ~wrong, examples.given_labels),
         ("learned", learned, examples.given_labels),
         (f"learned, cut at {CUT}", learned > CUT, examples.given_labels),
-    ):
-        share = np.clip(np.asarray(values, np.float32), _NEAR, 1 - _NEAR)
-        x = np.log(share / (1 - share)).astype(np.float32)
-        parts = {"image": examples.train_images, "label": labels}
-        state, step = train(problem, x, parts, held)
-        tested = error(model, state, examples.test_images, examples.test_labels)
-        print(f"{name}: validation {error(model, state, *held):.4f}, test {tested:.4f}, {step=}")
+    )
+    with Rows(options.markdown) as rows:
+        for name, values, labels in cases:
+            share = np.clip(np.asarray(values, np.float32), _NEAR, 1 - _NEAR)
+            x = np.log(share / (1 - share)).astype(np.float32)
+            parts = {"image": examples.train_images, "label": labels}
+            state, step = train(problem, x, parts, held)
+            tested = error(model, state, examples.test_images, examples.test_labels)
+            row = {"weights": name, "validation error": f"{error(model, state, *held):.4f}"}
+            rows.add({**row, "test error": f"{tested:.4f}", "step": step})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 
 VOCABULARY, DOMAINS, RATE = 64, 8, 0.1
 
@@ -133,21 +134,22 @@ def measure(layers: int, width: int, length: int, size: int, steps: int, repeats
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints a row for each number of steps and method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 8])
     for name, default in (("layers", 6), ("width", 32), ("length", 64), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--repeats", type=int, default=2)
+    add_argument(parser)
     args = parser.parse_args()
-    for steps in args.steps:
-        sizes = args.layers, args.width, args.length, args.batch
-        for name, found in measure(*sizes, steps, args.repeats).items():
-            print(
-                f"{steps:3d} steps  {name:13s} {found['temporary_bytes'] / 1e6:8.1f} MB  "
-                f"{found['seconds']:7.3f} s  difference {found['difference']:.1e}",
-                flush=True,
-            )
+    sizes = args.layers, args.width, args.length, args.batch
+    with Rows(args.markdown) as rows:
+        for steps in args.steps:
+            for name, found in measure(*sizes, steps, args.repeats).items():
+                row = {"inner steps": steps, "method": name}
+                row["temporary MB"] = f"{found['temporary_bytes'] / 1e6:.1f}"
+                row["seconds"] = f"{found['seconds']:.3f}"
+                rows.add({**row, "difference": f"{found['difference']:.1e}"})
 
 
 if __name__ == "__main__":

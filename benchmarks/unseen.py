@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.experiment import train_and_evaluate
@@ -99,7 +99,7 @@ def make_task(config):
 
 
 def main() -> None:
-    """Reads the command line, trains, prints one line."""
+    """Reads the command line, trains, prints one row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", choices=sorted(READERS), required=True)
     parser.add_argument("--data", type=Path, default=Path())
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corruption", type=float, default=0.5)
     parser.add_argument("--workdir", type=Path, required=True)
+    add_argument(parser)
     options = parser.parse_args()
     config = configs.load(
         str(CONFIG),
@@ -122,8 +123,9 @@ def main() -> None:
     with config.unlocked():
         config.task = {"call": "benchmarks.unseen:make_task"}
     summary = train_and_evaluate(config, options.workdir)
-    shown = {name: round(summary[name], 4) for name in task.HEADLINE}
-    print(f"{bf.__name__} {options.name} {options.model} seed {options.seed}: {shown}")
+    row = {"images": options.name, "model": options.model, "seed": options.seed}
+    with Rows(options.markdown) as rows:
+        rows.add({**row, **{name: round(summary[name], 4) for name in task.HEADLINE}})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from bilevel_flax.solvers.directions import directions
 if TYPE_CHECKING:
     from bilevel_flax import checkpoints, contrib, diagnostics, nnx, recipes, sharding
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Aux",

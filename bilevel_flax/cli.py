@@ -159,6 +159,9 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--clock", default="wall", metavar="wall|cpu", help="what S is counted in; default: wall"
     )
+    bench.add_argument(
+        "--markdown", action="store_true", help="print tables in Markdown, with what was run where"
+    )
     cleaning = bench.add_argument_group("cleaning alone: lists, of which all pairs are run")
     cleaning.add_argument("--clean", metavar="N,...", help="clean examples; default: 500,100")
     cleaning.add_argument(
@@ -238,6 +241,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 grid=arguments.grid,
                 manual_dir=arguments.manual_dir,
                 clock=arguments.clock,
+                markdown=arguments.markdown,
                 choices={
                     name: value
                     for name in bench.CHOICES

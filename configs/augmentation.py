@@ -15,7 +15,7 @@ on bursts in noise with one planted invariance for each of two classes:
 (docs/auto.md).
 
 Hardware: any CPU; the search and five trainings that it is compared with take some two minutes on 2
-quiet cores. Expected results: benchmarks/README.md, "Augmentation learning".
+quiet cores. Expected results: benchmarks/results/augmentation.md.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ chooses each edge's operation by what its removal costs.
 
 Hardware: any CPU, less than two minutes with compilation. Expected (`summary.json`): regret, in
 test accuracy against the best of the 625, below 0.01, and a rank_percentile below 0.05
-(benchmarks/README.md, "Architecture search: micro-space").
+(benchmarks/results/architecture_search.md).
 """
 
 import ml_collections

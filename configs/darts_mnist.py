@@ -9,7 +9,7 @@ Adam on x. `--config.selection=perturbation`, `--config.stop=residual`: remedies
 
 Data: MNIST, through TFDS (`--config.data.manual_dir=DIR` holds the original files).
 Hardware: 2 CPU cores. Search: a minute to compile, three CPU minutes; retraining: minutes a seed.
-Expected: benchmarks/README.md, "Architecture search: DARTS's space".
+Expected: benchmarks/results/architecture_search.md.
 """
 
 import ml_collections

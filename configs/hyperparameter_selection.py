@@ -9,8 +9,8 @@ The argument is SOLVER or SOLVER,DATA; the data set brings its step ρ and its b
 Hardware: any CPU. breast_cancer (the default, bundled with scikit-learn): seconds. ijcnn1 (DIR
 holds ijcnn1.trn.bz2 and ijcnn1.tst.bz2; without it they are fetched): 200,000 steps take about 3 s
 of CPU time, and h - h* is then below 1e-6; with JAX_ENABLE_X64=1 and --config.steps=1000000 below
-1e-9 (about 12 s; chosen on seed 0, see benchmarks/README.md). The optimum to compare with takes
-longer (--config.optimum=False leaves it out).
+1e-9 (about 12 s; chosen on seed 0: benchmarks/results/hyperparameter_selection.md). The
+optimum to compare with takes longer (--config.optimum=False leaves it out).
 """
 
 import ml_collections

@@ -8,7 +8,7 @@
 with AdamW on z, 4 gradient units a step. Text: `--config.data.files="('a.txt','b.txt.gz')"`, a
 domain each, `--config.data.target=b`; else that of BILEVEL_FLAX_DATA, or the package's own source.
 
-Hardware and runtime, by plan (benchmarks/README.md): 1B fits v5e:16x16 (4.5 of 15.75 GiB a chip),
+Hardware and runtime, by plan (benchmarks/results): 1B fits v5e:16x16 (4.5 of 15.75 GiB a chip),
 7B v5p:8x8x8 (8.5 of 95.7 GiB a chip, at least 1 s a step of a million tokens and as many of the
 target); neither has been run. `:tiny` takes some two CPU minutes. Expected there: nats per token
 on held-out text of the target (Shakespeare) fall from log 256 = 5.5 to about 2.5, and the share of

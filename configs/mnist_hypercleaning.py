@@ -13,7 +13,7 @@ Images of your own: `--config.data.name=FILE.npz` (`images` uint8 [n, height, wi
 they are. `suspicious.csv` then lists whom to look at first.
 
 Hardware: any CPU. mnist5k (the default, bundled): under a minute on 2 cores. Full MNIST
-(`--config.data.name=mnist --config.data.manual_dir=DIR`): see benchmarks/README.md.
+(`--config.data.name=mnist --config.data.manual_dir=DIR`): benchmarks/results/hypercleaning.md.
 """
 
 import ml_collections

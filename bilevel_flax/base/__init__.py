@@ -11,6 +11,9 @@ with z the inner parameters, x the outer parameters and v the adjoint, the solut
 
 and ∇h(x) = D_x at (z*(x), v*(x), x).
 
+`PyTree` and `Metrics` are aliases of types, `DERIVATIVES` the values of `Problem(derivatives=)`;
+`NEVER` is what `BilevelSolver.next_refresh` returns where no full pass will ever be due.
+
 References:
     M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms. NeurIPS 2022.

@@ -20,6 +20,20 @@ class FullPass(NamedTuple):
         cursor: `cursor(state) -> int32`, minibatches of the due pass that are done: first all
             inner ones in order of their ids, then all outer ones.
         units: (inner, outer) gradient units of one minibatch.
+
+    Example:
+        >>> import optax, bilevel_flax as bf
+        >>> loss = lambda z, x, b: (z - x * b) ** 2
+        >>> solver = bf.srba(
+        ...     bf.Problem(loss, loss),
+        ...     num_inner_batches=8,
+        ...     num_outer_batches=4,
+        ...     period=12,
+        ...     inner=optax.sgd(0.1),
+        ...     outer=optax.sgd(0.1),
+        ... )
+        >>> solver.method.refresh_units  # `FullPass.units` of its estimator
+        (3.0, 1.0)
     """
 
     update: Callable[..., PyTree]
@@ -38,6 +52,17 @@ class Estimate(NamedTuple):
         norms: the directions' Euclidean norms, where they are known; None: not yet.
         active: for each variable whether it moves, a bool scalar; one that does not stands still
             bit for bit, the state of its optimiser included. None: it always moves.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.base import Estimate
+        >>> def update(oracle, variables, batch, state):  # plain training: v and x stand still
+        ...     evaluation = oracle.directions(variables)
+        ...     still = evaluation.directions._replace(adjoint=None, outer=None)
+        ...     active = bf.Variables(None, jnp.array(False), jnp.array(False))
+        ...     return Estimate(evaluation.directions, state, evaluation, active=active)
+        >>> estimator = bf.Estimator(lambda variables: None, update)
     """
 
     directions: Variables
@@ -60,6 +85,16 @@ class Estimator(NamedTuple):
         needs_ids: whether visits of a minibatch are compared: `batch.inner_id` and
             `batch.outer_id` are read, and the rng key of a stateful loss is that of its id.
         second_order: whether it asks for products with second derivatives of G.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.base import Estimate
+        >>> def update(oracle, variables, batch, state):  # SOBA's
+        ...     evaluation = oracle.directions(variables)
+        ...     return Estimate(evaluation.directions, state, evaluation)
+        >>> estimator = bf.Estimator(init=lambda variables: None, update=update)
+        >>> solver = bf.single_loop(problem, estimator, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
     """
 
     init: Callable[[Variables], PyTree]

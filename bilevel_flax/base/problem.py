@@ -22,6 +22,11 @@ class Aux(NamedTuple):
     Attributes:
         model_state: the new mutable state (e.g. BatchNorm's running statistics).
         metrics: scalars to log, by name.
+
+    Example:
+        >>> import bilevel_flax as bf
+        >>> bf.Aux(model_state={"mean": 0.0}, metrics={"accuracy": 0.5}).metrics
+        {'accuracy': 0.5}
     """
 
     model_state: PyTree = None

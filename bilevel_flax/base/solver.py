@@ -30,6 +30,14 @@ class TrainState(struct.PyTreeNode):
         estimator_state: the estimator's memory (tables, running means, previous point, cursor).
         model_state: mutable model state (BatchNorm), or None.
         rng: the run's key; every step folds its number (or its minibatch's id) into it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.adam(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.5), jnp.array(2.0))
+        >>> int(state.step), [float(value) for value in state.variables]
+        (0, [0.5, 0.0, 2.0])
     """
 
     step: jax.Array
@@ -55,7 +63,17 @@ class TrainState(struct.PyTreeNode):
 
 
 class Finite(Variables):
-    """Bools for z, v and x; true where all of them are, as a whole and in every entry."""
+    """Bools for z, v and x; true where all of them are, as a whole and in every entry.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.0), jnp.array(1.0))
+        >>> _, info = solver.update(state, bf.Batch(jnp.nan, 1.0))
+        >>> bool(info.finite), bool(info.finite.inner)
+        (False, False)
+    """
 
     __slots__ = ()
 
@@ -77,6 +95,15 @@ class Info(NamedTuple):
             reduces directions alone, an estimate (docs/sharding.md).
         oracle_units: what the update cost; a gradient, an HVP and a cross-JVP count 1 each.
         metrics: the user's scalars, by name.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.0), jnp.array(3.0))
+        >>> _, info = solver.update(state, bf.Batch(1.0, 1.0))
+        >>> float(info.inner_loss), float(info.norms.inner), bool(info.ok)
+        (9.0, 6.0, True)
     """
 
     inner_loss: jax.Array
@@ -97,7 +124,16 @@ class Info(NamedTuple):
 
 
 class Init(Protocol):
-    """`solver.init(inner_params, outer_params, *, model_state=None, rng=None) -> TrainState`."""
+    """`solver.init(inner_params, outer_params, *, model_state=None, rng=None) -> TrainState`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.0), jnp.array(1.0))  # `solver.init` is one
+        >>> float(state.outer_params)
+        1.0
+    """
 
     def __call__(
         self,
@@ -129,6 +165,19 @@ class Method(NamedTuple):
         units: gradient units of one update, as configured.
         refresh_units: (inner, outer) gradient units of one minibatch of a refresh.
         batches: (K, L), fresh inner and outer minibatches that one update takes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> bf.stocbio(
+        ...     problem,
+        ...     inner=optax.sgd(0.1),
+        ...     outer=optax.sgd(0.1),
+        ...     inner_steps=10,
+        ...     adjoint_steps=5,
+        ...     adjoint_step=0.1,
+        ... ).method.batches  # minibatches of G and of F that an update takes
+        (16, 1)
     """
 
     name: str = ""
@@ -151,6 +200,15 @@ class BilevelSolver(NamedTuple):
             the inner ones first. A method that walks over the data several times goes back to 0
             and stays due: ask again after every chunk.
         method: name, costs and how many minibatches an update takes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.0), jnp.array(0.0))
+        >>> state, info = solver.update(state, bf.Batch(1.0, 1.0))
+        >>> solver.method.name, solver.method.units, int(state.step)
+        ('soba', 4.0, 1)
     """
 
     init: Init

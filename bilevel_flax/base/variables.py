@@ -19,6 +19,13 @@ class Variables(NamedTuple):
         inner: z, the network's parameters, any pytree.
         adjoint: v, with the tree, shapes and dtypes of `inner`.
         outer: x, the hyperparameters, any pytree.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> point = bf.Variables({"w": jnp.ones(2)}, {"w": jnp.zeros(2)}, jnp.ones(()))
+        >>> z, v, x = point
+        >>> z["w"].shape == v["w"].shape
+        True
     """
 
     inner: PyTree
@@ -37,6 +44,12 @@ class Batch(NamedTuple):
             (1, 1), the leaves and ids carry a leading [K] and [L]; a side of one minibatch may
             come without its axis if its id does too.
         outer_id: the same for the outer data.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> batch = bf.Batch(inner={"x": np.ones(8)}, outer={"x": np.zeros(4)})
+        >>> batch.inner_id is None  # SABA and its like need ids, SOBA none
+        True
     """
 
     inner: PyTree = None
@@ -54,6 +67,16 @@ class Oracles(NamedTuple):
         cross_jvp: ∇²₂₁G(z, x) v, tree of x; per-sample leaves are `Rows`.
         outer_grad_inner: ∇₁F(z, x), tree of z.
         outer_grad_outer: ∇₂F(z, x), tree of x; per-sample leaves are None (F never sees them).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> oracles = bf.oracles.evaluate(problem, point, bf.Batch(1.0, 1.0))
+        >>> float(oracles.inner_grad), float(oracles.hvp), float(oracles.cross_jvp)
+        (-3.0, 1.0, -1.0)
+        >>> float(oracles.outer_grad_inner), float(oracles.outer_grad_outer)
+        (1.0, 0.0)
     """
 
     inner_grad: PyTree
@@ -68,7 +91,13 @@ class Rows(NamedTuple):
 
     Attributes:
         index: int32 [batch], the rows. An index of n (one past the end) stands for "no row".
-        values: [batch, *leaf.shape[1:]], one value for each of them.
+        values: `[batch, *leaf.shape[1:]]`, one value for each of them.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> rows = bf.Rows(index=jnp.array([2, 0]), values=jnp.array([0.5, 1.5]))
+        >>> jnp.zeros(3).at[rows.index].add(rows.values).tolist()
+        [1.5, 0.0, 0.5]
     """
 
     index: jax.Array
@@ -80,6 +109,12 @@ class Table(struct.PyTreeNode):
 
     Estimator memories and the moments of row-sparse optimisers are wrapped in it, so that
     whatever walks over the state (the freeze on NaN, sharding rules, size checks) can tell.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> table = bf.Table(jnp.zeros((1000, 3)))
+        >>> [leaf.shape for leaf in jax.tree.leaves(table)]
+        [(1000, 3)]
     """
 
     rows: PyTree  # leaves [num_rows, ...]

@@ -33,6 +33,7 @@ class Options:
         manual_dir: folder of original data files.
         clock: "wall" or "cpu", what the budget is counted in.
         choices: `CHOICES` by name, as given; for `cleaning` alone.
+        markdown: print the table as it stands in a results' page, under what was run where.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Options:
     manual_dir: str | None = None
     clock: str = "wall"
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    markdown: bool = False
 
     def with_solvers(self, default: tuple[str, ...]) -> tuple[Options, tuple[str, ...]]:
         """The options with a task's methods where none were asked for, and the methods."""

@@ -117,7 +117,8 @@ class _Bench:
         report.write(
             options.out, task, chosen, self._done, self._seconds, options.clock, options.grid
         )
-        self._say(report.table_text(task, chosen, CLOCKS[options.clock]))
+        found = report.table(task, chosen, CLOCKS[options.clock])
+        self._say(report.shown(*found, options.markdown))
         self._say(f"{self._path}, {options.out / 'bench.html'}")
 
     def _ensure(

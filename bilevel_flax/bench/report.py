@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from bilevel_flax.bench import markdown
 from bilevel_flax.bench.results import DIVERGED, Row, Runs, score, time_below
 from bilevel_flax.bench.tasks import BenchTask
 from bilevel_flax.train.metrics.units import FRACTION
@@ -88,9 +89,11 @@ def table(bench_task: BenchTask, runs: Runs, clock: str) -> tuple[list[str], lis
     return header, [cells for _, cells in sorted(lines, key=lambda line: line[0])]
 
 
-def table_text(bench_task: BenchTask, runs: Runs, clock: str) -> str:
-    """The table for a terminal."""
-    return aligned(*table(bench_task, runs, clock))
+def shown(header: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool) -> str:
+    """A table for a terminal, or for a page."""
+    if not as_markdown:
+        return aligned(header, rows)
+    return f"{markdown.caption()}\n\n{markdown.table(header, rows)}"
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,11 +2,35 @@
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message is one line for the user."""
+    """A checkpoint could not be written or read; the message is one line for the user.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
+        >>> bf.checkpoints.restore(directory, state)
+        Traceback (most recent call last):
+            ...
+        bilevel_flax.checkpoints.errors.CheckpointError: ...
+    """
 
 
 class CheckpointMismatch(CheckpointError):
-    """A sound checkpoint, but of another model."""
+    """A sound checkpoint, but of another model.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
+        >>> bf.checkpoints.save(directory, 0, state)
+        >>> other = solver.init(jnp.zeros(3), jnp.array(2.0))
+        >>> bf.checkpoints.restore(directory, other)
+        Traceback (most recent call last):
+            ...
+        bilevel_flax.checkpoints.errors.CheckpointMismatch: ...
+    """
 
 
 class Damaged(Exception):

@@ -59,7 +59,19 @@ def save(
 
 
 def latest_step(directory: _Path) -> int | None:
-    """The newest step that has a checkpoint; None without any."""
+    """The newest step that has a checkpoint; None without any.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
+        >>> bf.checkpoints.latest_step(directory) is None
+        True
+        >>> bf.checkpoints.save(directory, 3, state)
+        >>> bf.checkpoints.latest_step(directory)
+        3
+    """
     return Checkpointer(directory, read_only=True).latest_step()
 
 
@@ -85,6 +97,16 @@ def restore(
     Raises:
         CheckpointError: there is no sound checkpoint.
         CheckpointMismatch: it is another model's or solver's; the first differing leaf is named.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
+        >>> bf.checkpoints.save(directory, 3, state)
+        >>> fresh = solver.init(jnp.array(0.0), jnp.array(0.0))
+        >>> float(bf.checkpoints.restore(directory, fresh).outer_params)
+        2.0
     """
     with Checkpointer(directory, read_only=True, processes=processes) as checkpointer:
         return _required(directory, checkpointer.restore(like_state, step)).state
@@ -107,6 +129,16 @@ def restore_parts(
     Raises:
         CheckpointError: there is no sound checkpoint.
         CheckpointMismatch: it has no such part, or one of another structure.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
+        >>> bf.checkpoints.save(directory, 3, state)
+        >>> parts = bf.checkpoints.restore_parts(directory, {"outer_params": state.outer_params})
+        >>> float(parts["outer_params"])
+        2.0
     """
     if os.fspath(directory).endswith(".npz"):
         try:

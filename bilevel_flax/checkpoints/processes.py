@@ -18,6 +18,13 @@ class Processes(Protocol):
         broadcast: the leader's value (anything that JSON holds), on every process.
         all_gather: everyone's value (anything that JSON holds), by process.
         barrier: returns when every process has come to it.
+
+    Example:
+        >>> class Single:  # what a run of one process needs
+        ...     count, is_leader = 1, True
+        ...     def broadcast(self, value): return value
+        ...     def all_gather(self, value): return [value]
+        ...     def barrier(self): pass
     """
 
     @property

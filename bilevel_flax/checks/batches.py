@@ -21,6 +21,17 @@ def check_finite(info: Info, step: Any = None) -> None:
 
     Raises:
         FloatingPointError: names the directions and losses, and the likely causes.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.array(0.0), jnp.array(0.0))
+        >>> _, info = solver.update(state, bf.Batch(jnp.nan, 1.0))
+        >>> bf.check_finite(info, step=7)
+        Traceback (most recent call last):
+            ...
+        FloatingPointError: step 7: ...
     """
     directions = ("inner (D_z)", "adjoint (D_v)", "outer (D_x)")
     lost = [side for side, fine in zip(directions, info.finite, strict=True) if not np.all(fine)]

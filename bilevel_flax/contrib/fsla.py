@@ -81,6 +81,13 @@ def fsla(
 
     Raises:
         ValueError: `eta` outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.contrib.fsla(problem, eta=0.2, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> solver.method.units
+        6.0
     """
     corrected = estimator(problem, check_eta(eta), lazy=takes_rows(common))
     return single_loop(problem, corrected, name="fsla", **common)

@@ -64,6 +64,13 @@ def masoba(
 
     Raises:
         ValueError: `theta` outside (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.contrib.masoba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> solver.method.units
+        4.0
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta must lie in (0, 1], got {theta!r}")

@@ -77,6 +77,21 @@ def spaba(
     Raises:
         ValueError: `probability` outside (0, 1], a number of minibatches below 1, weights of
             another length.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.contrib.spaba(
+        ...     problem,
+        ...     num_inner_batches=8,
+        ...     num_outer_batches=4,
+        ...     probability=1 / 12,
+        ...     inner=optax.sgd(0.1),
+        ...     outer=optax.sgd(0.1),
+        ... )
+        >>> state = solver.init(jnp.array(0.0), jnp.array(0.0))
+        >>> int(solver.next_refresh(state))  # a full pass is due before the first step
+        0
     """
     check_sum(problem, "spaba", num_inner_batches, num_outer_batches, common)
     if not 0 < probability <= 1:

@@ -33,6 +33,12 @@ class FiniteSum:
         num_batches: minibatches, N.
         batch_size: examples in a minibatch, padding counted.
         streamed: whether minibatches are read when they are needed (`data.streamed`).
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> parts = bf.data.partition({"x": np.arange(5)}, batch_size=2)
+        >>> parts.num_batches, parts.num_samples, float(parts.weights.sum())
+        (3, 5, 1.0)
     """
 
     batches: dict[str, Any]
@@ -110,10 +116,16 @@ def gather(finite_sum: FiniteSum, ids: np.ndarray) -> dict[str, Any]:
         ids: integers of any shape S, each in [0, num_batches).
 
     Returns:
-        As `finite_sum.batches`, leaves [*S, batch_size, ...].
+        As `finite_sum.batches`, leaves `[*S, batch_size, ...]`.
 
     Raises:
         ValueError: an id is out of range.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> parts = bf.data.partition({"x": np.arange(8)}, batch_size=2)
+        >>> bf.data.gather(parts, np.array([3, 0]))["x"].shape
+        (2, 2)
     """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= finite_sum.num_batches):
@@ -178,6 +190,12 @@ def subsample(side: FiniteSum, max_batches: int) -> FiniteSum:
 
     Returns:
         A `FiniteSum` of its own, whose shares sum to 1.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> parts = bf.data.partition({"x": np.arange(8)}, batch_size=2)
+        >>> bf.data.subsample(parts, 2).num_batches
+        2
     """
     if side.num_batches <= max_batches:
         return side

@@ -107,6 +107,11 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str = "labels") -> 
     Raises:
         TypeError: not a vector of integers.
         ValueError: a label is out of range; names its position and value.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> bf.data.check_labels(np.array([0, 2, 1]), num_classes=3).dtype
+        dtype('int32')
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -135,7 +140,7 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
         *others: numbers [m, ...] with the same trailing shape.
 
     Returns:
-        (train, *others), all float32.
+        `(train, *others)`, all float32.
 
     Raises:
         ValueError: `train` is empty, or a trailing shape differs.

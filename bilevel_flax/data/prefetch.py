@@ -95,10 +95,17 @@ def chunks(
 
     Returns:
         An iterator (and context manager) of pytrees like `finite_sum.batches`, leaves
-        [*ids.shape, batch_size, ...] on the device.
+        `[*ids.shape, batch_size, ...]` on the device.
 
     Raises:
         ValueError: from `next`, when an id is out of range.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> parts = bf.data.partition({"x": np.arange(8)}, batch_size=2)
+        >>> with bf.data.chunks(parts, [np.array([0, 1]), np.array([2, 3])]) as chunks:
+        ...     print([chunk["x"].shape for chunk in chunks])
+        [(2, 2), (2, 2)]
     """
 
     def send(ids: np.ndarray) -> Any:
@@ -118,6 +125,11 @@ def fits_on_device(nbytes: int, limit: int | None = None, device: Any = None) ->
 
     Returns:
         nbytes <= limit.
+
+    Example:
+        >>> import bilevel_flax as bf
+        >>> bf.data.fits_on_device(3 * 10**9, limit=2 * 10**9)
+        False
     """
     if limit is None:
         stats = (device or jax.local_devices()[0]).memory_stats() or {}

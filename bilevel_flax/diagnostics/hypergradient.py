@@ -61,6 +61,18 @@ class HypergradientCheck(NamedTuple):
             a warning has said so, and D_x and the reference are wrong alike.
         direction: D_x, in x's tree, dense. Rows of x that no held minibatch visits are 0.
         reference: the implicit gradient, likewise.
+
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - x * batch["b"]) ** 2),
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - batch["b"]) ** 2),
+        ... )
+        >>> data = bf.data.partition({"b": np.arange(4, dtype=np.float32)}, 2, seed=0)
+        >>> point = bf.Variables(jnp.array(3.0), jnp.array(-1.5), jnp.array(2.0))  # z*, v*, x
+        >>> check = bf.diagnostics.hypergradient_check(problem, point, data, data)
+        >>> check.method, check.converged, round(check.cosine, 3)
+        ('dense', True, 1.0)
     """
 
     cosine: float

@@ -37,6 +37,18 @@ class Influence(NamedTuple):
         converged: whether that is below the tolerance. A network with fewer examples than
             parameters has a singular H, and never converges without `damping`; the order of the
             examples is useful long before.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> losses = lambda params, batch: 0.5 * (batch["y"] - params) ** 2
+        >>> found = bf.diagnostics.influence(
+        ...     losses,
+        ...     np.float32(3.0),
+        ...     train={"y": np.array([1.0, 1.0, 7.0], np.float32)},
+        ...     clean={"y": np.array([1.0], np.float32)},
+        ... )
+        >>> int(np.argsort(found.change)[0]), found.converged  # the most harmful example
+        (2, True)
     """
 
     change: np.ndarray

@@ -40,6 +40,18 @@ def full_oracles(
 
     Returns:
         Means over the samples; per-sample leaves are dense, [n, ...].
+
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - x * batch["b"]) ** 2),
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - batch["b"]) ** 2),
+        ... )
+        >>> data = bf.data.partition({"b": np.arange(4, dtype=np.float32)}, 2, seed=0)
+        >>> point = bf.Variables(jnp.array(3.0), jnp.array(-1.5), jnp.array(2.0))  # z*, v*, x
+        >>> oracles = bf.diagnostics.full_oracles(problem, point, data, data)
+        >>> float(oracles.inner_grad), float(oracles.outer_grad_inner)
+        (0.0, 1.5)
     """
     z, _, x = variables
     visible = rows.map_prefix(problem.per_sample, lambda _: None, jnp.zeros_like, x)
@@ -85,6 +97,17 @@ def adjoint_residual(
     """‖Hv + ∇₁F‖ / ‖∇₁F‖ over all of the data: 0 at v*, 1 at v = 0.
 
     Args: as `full_oracles`, and `trainable` as `hypergradient_check`.
+
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - x * batch["b"]) ** 2),
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - batch["b"]) ** 2),
+        ... )
+        >>> data = bf.data.partition({"b": np.arange(4, dtype=np.float32)}, 2, seed=0)
+        >>> point = bf.Variables(jnp.array(3.0), jnp.array(-1.5), jnp.array(2.0))  # z*, v*, x
+        >>> float(bf.diagnostics.adjoint_residual(problem, point, data, data))
+        0.0
     """
     full = full_oracles(problem, variables, inner, outer, model_state, rng)
     moving = moving_leaves(variables.inner, trainable)
@@ -133,6 +156,12 @@ def decoupled_decay(inner_opt_state: PyTree, weight_decay: float, eps: float = 1
 
     Raises:
         ValueError: there is no Adam state in it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> state = optax.adamw(1e-3).init(jnp.zeros(2))
+        >>> bf.diagnostics.decoupled_decay(state, weight_decay=0.1, eps=1.0).shape
+        (2,)
     """
     states = [
         node
@@ -171,6 +200,21 @@ def probe_estimator(
     Returns:
         `estimate(state) -> (residual, negative)`: the residual, 0 where the estimate of its square
         is negative, and the share of the inner minibatches on which vᵀHv < 0.
+
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - x * batch["b"]) ** 2),
+        ...     lambda z, x, batch: 0.5 * jnp.mean((z - batch["b"]) ** 2),
+        ... )
+        >>> data = bf.data.partition({"b": np.arange(4, dtype=np.float32)}, 2, seed=0)
+        >>> point = bf.Variables(jnp.array(3.0), jnp.array(-1.5), jnp.array(2.0))  # z*, v*, x
+        >>> import optax
+        >>> estimate = bf.diagnostics.probe_estimator(problem, data, data)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> residual, negative = estimate(solver.init(point.inner, point.outer))
+        >>> round(float(residual), 3), float(negative)  # v = 0
+        (1.0, 0.0)
     """
 
     def sample(side: FiniteSum):

@@ -35,10 +35,19 @@ class SymmetryCheck(NamedTuple):
     """How far the inner gradient is from being one.
 
     Attributes:
-        asymmetry: |uᵀJv - vᵀJu| for random u and v, J the Jacobian of ∇₁G, relative to ‖J‖; 0 for
+        asymmetry: `|uᵀJv - vᵀJu|` for random u and v, J the Jacobian of ∇₁G, relative to ‖J‖; 0 for
             a condition, of which it is not asked.
         stopped: how far the products with ∇²₁₁G are from those with ∇₁G's Jacobian, relative.
         tolerance: what rounding may make of either.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> stopped = lambda z, x, b: 0.5 * (1 + 0.5 * jax.lax.stop_gradient(z) - z) ** 2
+        >>> problem = bf.Problem(stopped, lambda z, x, b: z)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(0.0), jnp.array(0.0))
+        >>> check = bf.diagnostics.check_symmetry(problem, point, 0.0)
+        >>> check.stopped > check.tolerance
+        True
     """
 
     asymmetry: float

@@ -13,11 +13,25 @@ from bilevel_flax.nnx.state import init, params, write
 
 
 class OptimizerArray(nnx.Variable):
-    """An array of the solver's state inside an `Optimizer`."""
+    """An array of the solver's state inside an `Optimizer`.
+
+    Example:
+        >>> from flax import nnx
+        >>> import bilevel_flax as bf
+        >>> issubclass(bf.nnx.OptimizerArray, nnx.Variable)  # a filter for nnx.state
+        True
+    """
 
 
 class OuterParam(nnx.Variable):
-    """An array of x inside an `Optimizer`."""
+    """An array of x inside an `Optimizer`.
+
+    Example:
+        >>> from flax import nnx
+        >>> import bilevel_flax as bf
+        >>> issubclass(bf.nnx.OuterParam, nnx.Variable)  # a filter for nnx.state
+        True
+    """
 
 
 class Optimizer(nnx.Pytree):
@@ -38,6 +52,22 @@ class Optimizer(nnx.Pytree):
     Raises:
         TypeError: `model` is no `nnx.Module`, `solver` no solver.
         ValueError: there is nothing to learn in `model`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> from flax import nnx
+        >>> def inner_loss(model, x, batch):
+        ...     return jnp.mean(model(batch) ** 2) + jnp.exp(x) * jnp.sum(model.kernel[...] ** 2)
+        >>> def outer_loss(model, x, batch):
+        ...     return jnp.mean((model(batch) - 1) ** 2)
+        >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.array(-2.0)
+        >>> problem = bf.nnx.problem(inner_loss, outer_loss, model, x)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> optimizer = bf.nnx.Optimizer(model, solver, x)
+        >>> update = nnx.jit(lambda model, optimizer, batch: optimizer.update(model, batch))
+        >>> info = update(model, optimizer, bf.Batch(jnp.ones((4, 2)), jnp.ones((4, 2))))
+        >>> bool(info.ok), optimizer.outer.shape
+        (True, ())
     """
 
     def __init__(

@@ -17,6 +17,13 @@ def params(tree: PyTree, *, wrt: Any = nnx.Param) -> PyTree:
     Args:
         tree: a module, arrays, or a pytree of both.
         wrt: which variables.
+
+    Example:
+        >>> from flax import nnx
+        >>> import bilevel_flax as bf
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> bf.nnx.params({"net": model})["net"]["kernel"].shape
+        (2, 1)
     """
     return map_modules(lambda node: plain(nnx.state(node, wrt)), lambda leaf: leaf, tree)
 
@@ -41,6 +48,20 @@ def init(
     Raises:
         TypeError: `model` is no `nnx.Module`.
         ValueError: there is nothing to learn in `model`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> from flax import nnx
+        >>> def inner_loss(model, x, batch):
+        ...     return jnp.mean(model(batch) ** 2) + jnp.exp(x) * jnp.sum(model.kernel[...] ** 2)
+        >>> def outer_loss(model, x, batch):
+        ...     return jnp.mean((model(batch) - 1) ** 2)
+        >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.array(-2.0)
+        >>> problem = bf.nnx.problem(inner_loss, outer_loss, model, x)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = bf.nnx.init(solver, model, x)
+        >>> sorted(state.inner_params)
+        ['bias', 'kernel']
     """
     check_model(model, wrt)
     rest = plain(template_of(model, wrt).rest)
@@ -58,6 +79,21 @@ def write(state: TrainState, model: nnx.Module, outer: PyTree = None, *, wrt: An
 
     Returns:
         x, with the modules of `outer` in it; all of x if `outer` is None.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> from flax import nnx
+        >>> def inner_loss(model, x, batch):
+        ...     return jnp.mean(model(batch) ** 2) + jnp.exp(x) * jnp.sum(model.kernel[...] ** 2)
+        >>> def outer_loss(model, x, batch):
+        ...     return jnp.mean((model(batch) - 1) ** 2)
+        >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.array(-2.0)
+        >>> problem = bf.nnx.problem(inner_loss, outer_loss, model, x)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = bf.nnx.init(solver, model, x)
+        >>> state = state.replace(inner_params={"bias": jnp.ones(1), "kernel": jnp.zeros((2, 1))})
+        >>> float(bf.nnx.write(state, model)), float(model.bias[0])
+        (-2.0, 1.0)
     """
     template = template_of(model, wrt)
     nnx.update(model, filled(template.learned, state.inner_params))

@@ -16,7 +16,8 @@ gradient = HVP = cross-JVP = 1. `Problem.derivatives` chooses how the products a
   in float32 and 3e-11 in float64, measured in `tests/oracles_test.py`; unbounded at kinks.
 
 `evaluate` gives all five; the pieces (`inner_grad`, `hvp`, ...) are exported too, so that no method
-pays for a quantity that it does not use.
+pays for a quantity that it does not use. `FORWARD_UNITS` is what `inner_grad_and_cross` costs where
+x enters after the network.
 """
 
 from bilevel_flax.base import Oracles

@@ -35,6 +35,14 @@ def inner_products(problem: Problem, variables: Variables, batch, model_state=No
 
     Returns:
         `((loss, aux), inner_grad, hvp, cross_jvp)`.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> (loss, aux), *products = bf.oracles.inner_products(problem, point, 1.0)
+        >>> [float(product) for product in products]
+        [-3.0, 1.0, -1.0]
     """
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: inner_products(problem, variables, *args)
@@ -68,6 +76,14 @@ def inner_grad_and_cross(problem: Problem, variables: Variables, batch, model_st
 
     Raises:
         ValueError: `problem.derivatives` is another mode.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> _, gradient, cross = bf.oracles.inner_grad_and_cross(problem, point, 1.0)
+        >>> float(gradient), float(cross)
+        (-3.0, -1.0)
     """
     if problem.derivatives != "forward_over_reverse":
         raise ValueError(
@@ -93,7 +109,16 @@ def inner_grad_and_cross(problem: Problem, variables: Variables, batch, model_st
 
 
 def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=None):
-    """`((loss, aux), ∇₁G)` (1 unit)."""
+    """`((loss, aux), ∇₁G)` (1 unit).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> (loss, aux), gradient = bf.oracles.inner_value_and_grad(problem, z, x, 1.0)
+        >>> float(loss), float(gradient)
+        (4.5, -3.0)
+    """
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: inner_value_and_grad(problem, z, x, *args)
         return whole(part, problem, "inner_loss", (z, x), batch, model_state, rng)
@@ -103,7 +128,15 @@ def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=No
 
 
 def inner_grad(problem: Problem, z, x, batch, model_state=None, rng=None) -> PyTree:
-    """∇₁G (1 unit)."""
+    """∇₁G (1 unit).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> float(bf.oracles.inner_grad(problem, z, x, 1.0))
+        -3.0
+    """
     return inner_value_and_grad(problem, z, x, batch, model_state, rng)[1]
 
 
@@ -112,6 +145,14 @@ def inner_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
 
     Raises:
         ValueError: the inner problem is a condition, which is the gradient of nothing.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> (loss, aux), *gradients = bf.oracles.inner_value_and_grads(problem, z, x, 1.0)
+        >>> [float(gradient) for gradient in gradients]
+        [-3.0, 3.0]
     """
     if is_condition(problem.inner_loss):
         raise ValueError(
@@ -133,22 +174,54 @@ def inner_grad_outer(problem: Problem, z, x, batch, model_state=None, rng=None) 
 
     Raises:
         ValueError: as `inner_value_and_grads`.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> float(bf.oracles.inner_grad_outer(problem, z, x, 1.0))
+        3.0
     """
     return inner_value_and_grads(problem, z, x, batch, model_state, rng)[2]
 
 
 def hvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:
-    """∇²₁₁G v (1 unit by the papers' count)."""
+    """∇²₁₁G v (1 unit by the papers' count).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> float(bf.oracles.hvp(problem, point, 1.0))
+        1.0
+    """
     return inner_products(problem, variables, batch, model_state, rng)[2]
 
 
 def cross_jvp(problem: Problem, variables: Variables, batch, model_state=None, rng=None) -> PyTree:
-    """∇²₂₁G v (1 unit by the papers' count); per-sample leaves are `Rows`."""
+    """∇²₂₁G v (1 unit by the papers' count); per-sample leaves are `Rows`.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> float(bf.oracles.cross_jvp(problem, point, 1.0))
+        -1.0
+    """
     return inner_products(problem, variables, batch, model_state, rng)[3]
 
 
 def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
-    """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None."""
+    """`((loss, aux), ∇₁F, ∇₂F)` from one backprop (1 unit); per-sample leaves of ∇₂F are None.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> (loss, aux), *gradients = bf.oracles.outer_value_and_grads(problem, z, x, 1.0)
+        >>> float(loss), [float(gradient) for gradient in gradients]
+        (0.0, [1.0, 0.0])
+    """
     if in_parts(problem.outer_loss):
         part = lambda problem, *args: outer_value_and_grads(problem, z, x, *args)
         return whole(part, problem, "outer_loss", (z, x), batch, model_state, rng)
@@ -160,7 +233,15 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
 
 
 def outer_grads(problem: Problem, z, x, batch, model_state=None, rng=None):
-    """`(∇₁F, ∇₂F)` from one backprop (1 unit)."""
+    """`(∇₁F, ∇₂F)` from one backprop (1 unit).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> [float(gradient) for gradient in bf.oracles.outer_grads(problem, z, x, 1.0)]
+        [1.0, 0.0]
+    """
     return outer_value_and_grads(problem, z, x, batch, model_state, rng)[1:]
 
 
@@ -178,6 +259,17 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
     Returns:
         `((loss, aux), gradient, (z_K, extra))`; the gradient is dense, in x's tree. K inner
         gradients, K HVPs, K cross-JVPs and one gradient of F: 3K + 1 units.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> def unroll(x):  # two steps of gradient descent
+        ...     grad = lambda z: bf.oracles.differentiable_inner_grad(problem, z, x, 1.0)[1]
+        ...     step = lambda z: z - 0.5 * grad(z)
+        ...     return step(step(z)), None, None
+        >>> float(bf.oracles.unrolled_value_and_grad(problem, unroll, x, 1.0)[1])
+        0.75
     """
     x_split = split(x)
 

@@ -38,6 +38,14 @@ class Evaluation(NamedTuple):
         through_inner: ‖∇²₂₁G v‖ / ‖D_x‖ over the leaves of x that are not per-sample, or None.
         directions: (D_z, D_v, D_x) where `Oracle.directions` or `Oracle.difference` was asked.
         codes: what stands for the oracles of a linear model (`residual_codes.Codes`), or None.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> evaluation = bf.oracles.evaluate_all(problem, point, bf.Batch(1.0, 1.0))
+        >>> float(evaluation.inner_loss), float(evaluation.oracles.hvp)
+        (4.5, 1.0)
     """
 
     oracles: Oracles
@@ -55,7 +63,16 @@ class Evaluation(NamedTuple):
 def evaluate_all(
     problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
 ) -> Evaluation:
-    """The oracles with losses, state and metrics (4 units); `rngs` are the keys of (G, F)."""
+    """The oracles with losses, state and metrics (4 units); `rngs` are the keys of (G, F).
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> evaluation = bf.oracles.evaluate_all(problem, point, bf.Batch(1.0, 1.0))
+        >>> float(evaluation.oracles.inner_grad), float(evaluation.inner_loss)
+        (-3.0, 4.5)
+    """
     z, _, x = variables
     inner_loss = outer_loss = grad = product = cross = outer_inner = outer_outer = None
     inner_aux = outer_aux = Aux(model_state)
@@ -76,7 +93,16 @@ def evaluate_all(
 def evaluate_inner(
     problem: Problem, variables: Variables, batch: Batch, model_state=None, rngs=(None, None)
 ) -> Evaluation:
-    """∇₁G alone (1 unit); F is not evaluated, an `outer_updates_state` skipped."""
+    """∇₁G alone (1 unit); F is not evaluated, an `outer_updates_state` skipped.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> evaluation = bf.oracles.evaluate_inner(problem, point, bf.Batch(1.0, 1.0))
+        >>> float(evaluation.oracles.inner_grad), evaluation.oracles.hvp
+        (-3.0, None)
+    """
     (loss, aux), grad = inner_value_and_grad(
         problem, variables.inner, variables.outer, batch.inner, model_state, rngs[0]
     )
@@ -94,6 +120,14 @@ def evaluate_without_hvp(
 
     Raises:
         ValueError: as `inner_grad_and_cross`.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> evaluation = bf.oracles.evaluate_without_hvp(problem, point, bf.Batch(1.0, 1.0))
+        >>> float(evaluation.oracles.cross_jvp), evaluation.oracles.hvp
+        (-1.0, None)
     """
     z, _, x = variables
     (loss, aux), grad, cross = inner_grad_and_cross(
@@ -130,6 +164,19 @@ def evaluate_subsample(
 
     Raises:
         ValueError: `parts` does not divide a leading length.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(
+        ...     lambda z, x, b: 0.5 * jnp.mean(b * (z - x) ** 2), lambda z, x, b: jnp.mean(z * b)
+        ... )
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> batch = bf.Batch(jnp.arange(4.0), jnp.arange(4.0))
+        >>> found = bf.oracles.evaluate_subsample(
+        ...     problem, point, batch, block=jnp.array(1), parts=2
+        ... ).oracles
+        >>> float(found.inner_grad), float(found.hvp)  # of all four, of the last two
+        (-4.5, 2.5)
     """
     z, _, x = variables
     (inner_loss, inner_aux), grad = inner_value_and_grad(
@@ -192,7 +239,19 @@ def evaluate(problem: Problem, variables: Variables, batch: Batch, model_state=N
 
 
 def residual(oracles: Oracles) -> jax.Array:
-    """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞."""
+    """‖Hv + ∇₁F‖ / ‖∇₁F‖ on a pair of minibatches; where ∇₁F = 0: 0 if Hv = 0, else ∞.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> solved = point._replace(adjoint=jnp.array(-1.0))
+        >>> for v in (point, solved):
+        ...     oracles = bf.oracles.evaluate(problem, v, bf.Batch(1.0, 1.0))
+        ...     print(float(bf.oracles.residual(oracles)))
+        2.0
+        0.0
+    """
     top = norm(add(oracles.hvp, oracles.outer_grad_inner))
     return ratio(top, norm(oracles.outer_grad_inner))
 

@@ -44,6 +44,15 @@ def differentiable_inner_grad(problem: Problem, z, x, batch, model_state=None, r
         batch: an inner minibatch.
         model_state: mutable state, handed to a stateful loss.
         rng: its key.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> z, x = jnp.array(0.0), jnp.array(3.0)
+        >>> import jax
+        >>> after = lambda x: z - 0.1 * bf.oracles.differentiable_inner_grad(problem, z, x, 1.0)[1]
+        >>> round(float(jax.grad(after)(x)), 3)  # of one step of gradient descent
+        0.1
     """
     if in_parts(problem.inner_loss):
         part = lambda problem, *args: differentiable_inner_grad(problem, z, x, *args)

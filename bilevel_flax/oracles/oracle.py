@@ -19,7 +19,16 @@ from bilevel_flax.tree import add, filter_inexact, is_inexact, norm, rows_at
 
 
 def directions(oracles: Oracles) -> Variables:
-    """(D_z, D_v, D_x) from the five quantities; None where one of its terms was left out."""
+    """(D_z, D_v, D_x) from the five quantities; None where one of its terms was left out.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> oracles = bf.oracles.evaluate(problem, point, bf.Batch(1.0, 1.0))
+        >>> [float(d) for d in bf.oracles.directions(oracles)]
+        [-3.0, 2.0, -1.0]
+    """
     z, hvp, cross, outer_inner, outer_outer = oracles
     v = None if hvp is None else add(hvp, outer_inner)
     return Variables(z, v, None if cross is None else rows.add(cross, outer_outer))
@@ -56,6 +65,14 @@ class Oracle:
         factors: (N·w_i, M·w_j), or None for equal minibatches.
         trainable: a tree of z's with False for leaves that z's optimiser never moves; they are no
             part of the linear system that v solves. None: all of them move.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> oracle = bf.oracles.Oracle(problem, bf.Batch(1.0, 1.0), None, (None, None))
+        >>> [float(d) for d in oracle.directions(point).directions]
+        [-3.0, 2.0, -1.0]
     """
 
     problem: Problem
@@ -170,7 +187,17 @@ class Oracle:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
-    """What `Problem.evaluate` is asked to do in shares of the minibatch; fields as `Oracle`'s."""
+    """What `Problem.evaluate` is asked to do in shares of the minibatch; fields as `Oracle`'s.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> def on_global_arrays(shared, points, combine):  # a `Problem.evaluate` that cuts nothing
+        ...     context = shared.batch, shared.model_state, shared.rngs
+        ...     each = [shared.evaluate(shared.problem, point, *context) for point in points]
+        ...     return each[0]._replace(directions=combine and combine(*(e.oracles for e in each)))
+        >>> problem = bf.Problem(problem.inner_loss, problem.outer_loss, evaluate=on_global_arrays)
+    """
 
     problem: Problem
     evaluate: Callable[..., Evaluation]
@@ -198,6 +225,16 @@ def bind(
         fixed_keys: a minibatch's id takes the place of the step in its key, so that a minibatch
             is the same at every visit.
         trainable: as in `Oracle`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> state = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1)).init(
+        ...     jnp.array(0.0), jnp.array(3.0)
+        ... )
+        >>> oracle = bf.oracles.bind(problem, state, bf.Batch(1.0, 1.0))
+        >>> float(oracle.at(state.variables).inner_loss)
+        9.0
     """
 
     def key(side: int, seed: Any) -> Any:

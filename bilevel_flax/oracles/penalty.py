@@ -53,6 +53,16 @@ def evaluate_by_penalty(
         penalty: λ, a scalar; None: such that y is √eps · max(1, ‖z‖) away from z, with eps the
             machine precision of what G computes in: the bias, which falls with the distance, and
             the rounding of the differences, which grows as it falls, then are of one size.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> evaluation = bf.oracles.evaluate_by_penalty(
+        ...     problem, point, bf.Batch(1.0, 1.0), penalty=jnp.array(4.0)
+        ... )
+        >>> float(evaluation.oracles.hvp), float(evaluation.oracles.cross_jvp)  # exact
+        (1.0, -1.0)
     """
     z, v, x = variables
     check_adjoint(z, v)

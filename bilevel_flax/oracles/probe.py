@@ -29,6 +29,14 @@ class Probe(NamedTuple):
             works.
         mode: the best one that works; the first three are values of `Problem(derivatives=)`,
             "first_order" is all that `bf.first_order` needs.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> point = bf.Variables(jnp.array(0.0), jnp.array(1.0), jnp.array(3.0))
+        >>> probe = bf.oracles.probe(problem, point, 1.0)
+        >>> probe.mode, probe.stopped_by["reverse_over_reverse"]
+        ('forward_over_reverse', '')
     """
 
     stopped_by: Mapping[str, str]

@@ -33,6 +33,13 @@ def wrap_losses(
 
     Raises:
         TypeError: a loss in the place of the problem.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> doubled = bf.oracles.wrap_losses(problem, lambda loss: lambda *args: 2 * loss(*args))
+        >>> doubled.outer_loss(1.0, 0.0, 3.0)
+        6.0
     """
     if not isinstance(problem, Problem):
         raise TypeError(

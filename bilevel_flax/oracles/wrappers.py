@@ -29,6 +29,13 @@ def configured(problem: Problem, settings: Mapping[str, Any]) -> Problem:
 
     Raises:
         ValueError: as the wrappers, and `Problem`.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: 0.5 * (z - x * b) ** 2, lambda z, x, b: z * b)
+        >>> problem = bf.oracles.configured(problem, {"derivatives": "reverse_over_reverse"})
+        >>> problem.derivatives
+        'reverse_over_reverse'
     """
     if "derivatives" in settings:
         problem = dataclasses.replace(problem, derivatives=settings["derivatives"])

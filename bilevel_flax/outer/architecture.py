@@ -31,6 +31,12 @@ class Architecture(NamedTuple):
         weights: `weights(x) -> {cell: [edges, operations]}`, what each operation counts for; every
             row sums to 1.
         operations: their names, in the order of the columns.
+
+    Example:
+        >>> import jax, bilevel_flax as bf
+        >>> cell = bf.outer.architecture.mixture({"cell": 2}, ("none", "skip"))
+        >>> cell.operations, cell.weights(cell.init(jax.random.key(0)))["cell"].shape
+        (('none', 'skip'), (2, 2))
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -79,7 +85,14 @@ def mixture(
 
 
 class SharpenedState(NamedTuple):
-    """State of `sharpened`."""
+    """State of `sharpened`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> tx = bf.outer.architecture.sharpened(optax.sgd(0.1), lambda step: 1.0 + step)
+        >>> int(tx.init({"cell": jnp.zeros((2, 2))}).count)
+        0
+    """
 
     count: jax.Array  # int32, steps taken
     inner: Any  # of the optimiser that moves x

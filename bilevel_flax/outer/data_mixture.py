@@ -49,6 +49,15 @@ class DataMixture(NamedTuple):
             their mean over the data, as the minibatches hold it, is 1.
         shares: `shares(outer_params, batch=None) -> [domains]`, the learned p_d, which sum to 1;
             `network_weights` estimates them on the `batch` and needs it.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> mixture = bf.outer.domain_weights(2)
+        >>> x = mixture.init()
+        >>> mixture.weights(x, {"domain": jnp.array([0, 1, 1])}).tolist()
+        [1.0, 1.0, 1.0]
+        >>> mixture.shares(x).tolist()
+        [0.5, 0.5]
     """
 
     init: Callable[[], PyTree]
@@ -62,6 +71,12 @@ class Selected(NamedTuple):
     Attributes:
         index: int32 [count], positions among the candidates.
         ratio: float [count], r_b: multiply the losses with it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> chosen = bf.outer.select(jax.random.key(0), jnp.ones(8), count=2)
+        >>> chosen.index.shape, chosen.ratio.shape
+        ((2,), (2,))
     """
 
     index: jax.Array
@@ -163,10 +178,19 @@ def network_weights(
         seed: of the first layer.
 
     Returns:
-        x is `{"first": float32 [num_features, hidden], "last": float32 [hidden]}`.
+        The parametrisation; x is a dict of "first", float32 [num_features, hidden], and "last",
+        float32 [hidden].
 
     Raises:
         ValueError: a size below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> features = lambda batch: batch["length"][:, None]
+        >>> mixture = bf.outer.network_weights(features, 1, num_domains=2)
+        >>> batch = {"length": jnp.array([1.0, 2.0, 3.0]), "domain": jnp.array([0, 1, 1])}
+        >>> mixture.weights(mixture.init(), batch).tolist()  # flat at first
+        [1.0, 1.0, 1.0]
     """
     check_count("num_features", num_features)
     check_count("num_domains", num_domains)

@@ -38,6 +38,12 @@ class SoftLabels(NamedTuple):
             handed in `outer_params`.
         labels: `labels(outer_params) -> [n, classes]`, the learned distributions.
         per_sample: what to pass as `Problem(per_sample=...)` for this leaf: True.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> soft = bf.outer.labels(np.array([2, 0]), num_classes=3, noise=0.3)
+        >>> [round(float(p), 2) for p in soft.labels(soft.init())[0]]
+        [0.15, 0.15, 0.7]
     """
 
     init: Callable[[], jax.Array]

@@ -22,7 +22,7 @@ from bilevel_flax.outer.sample_weights import SampleWeights
 
 
 def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> SampleWeights:
-    """Weights in (0, 1) from a 1-`hidden`-1 network on each example's loss.
+    """Weights in (0, 1) from a 1-hidden-1 network on each example's loss.
 
     Args:
         hidden: units of the hidden layer, >= 1.
@@ -30,8 +30,8 @@ def meta_weight_net(hidden: int = 100, init: float = 0.0, seed: int = 0) -> Samp
         seed: of the first layer.
 
     Returns:
-        Parameters `{"first": {"kernel", "bias"} float32 [hidden], "last": {"kernel" [hidden],
-        "bias" []}}`; `apply` and `weights` need `losses`, float [batch] (or [n]).
+        The parametrisation; x is a dict of "first" and "last", each with a "kernel" [hidden] and a
+        "bias" ([hidden], []), float32. `apply` and `weights` need `losses`, float [batch] (or [n]).
 
     Raises:
         ValueError: `hidden` is not a positive integer; from `apply`, `losses` missing.

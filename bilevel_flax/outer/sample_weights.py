@@ -33,6 +33,13 @@ class SampleWeights(NamedTuple):
         weights: `weights(outer_params, losses=None) -> [n]`, the weights of all examples.
         per_sample: what to pass as `Problem(per_sample=...)` for this leaf.
         by_loss: `apply` and `weights` need the examples' unweighted losses.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> weights = bf.outer.sigmoid(1000)
+        >>> x = weights.init()
+        >>> weights.per_sample, x.shape, weights.weights(x).shape
+        (True, (1000,), (1000,))
     """
 
     init: Callable[[], PyTree]
@@ -51,6 +58,13 @@ def sigmoid(num_samples: int, init: float = -2.0) -> SampleWeights:
 
     Raises:
         ValueError: n is not a positive integer, or `init` is no number.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> weights = bf.outer.sigmoid(1000, init=0.0)
+        >>> x = weights.init()
+        >>> weights.apply(x[:2], {"index": jnp.array([0, 1])}).tolist()  # of a minibatch's rows
+        [0.5, 0.5]
     """
     check_count("num_samples", num_samples)
     at_least("init", init, -math.inf)
@@ -78,6 +92,13 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
 
     Raises:
         ValueError: n is not a positive integer; at trace time `batch["index"]` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp, bilevel_flax as bf
+        >>> weights = bf.outer.softmax(1000)
+        >>> rows = weights.apply(weights.init(), {"index": jnp.array([0, 1])})  # of all of x
+        >>> [round(float(weight), 3) for weight in rows]
+        [1.0, 1.0]
     """
     check_count("num_samples", num_samples)
 

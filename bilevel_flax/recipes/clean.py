@@ -52,6 +52,14 @@ class Suspicious(NamedTuple):
         index: int [n], positions in the training set.
         probability: float32 [n], that the given label is wrong.
         suggested: int32 [n], the likeliest true label.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> found = bf.recipes.Suspicious(  # as `Cleaned.suspicious` gives it
+        ...     np.array([7, 2]), probability=np.array([0.99, 0.3]), suggested=np.array([5, 1])
+        ... )
+        >>> found.index[found.probability > 0.5].tolist()
+        [7]
     """
 
     index: np.ndarray
@@ -72,6 +80,22 @@ class Cleaned:
         resemblance: γ of `noise_model`: 0 for noise that ignores the example itself.
         plain_step_equivalents: what was spent, in plain trainings of the same number of steps.
         notes: sentences about the data that a user should know.
+
+    Example:
+        >>> import numpy as np, bilevel_flax as bf
+        >>> cleaned = bf.recipes.Cleaned(  # as `clean` returns it
+        ...     params={},
+        ...     model_state={},
+        ...     wrong_probability=np.array([0.1, 0.9], np.float32),
+        ...     suggested_label=np.array([3, 5]),
+        ...     confusion=np.eye(10),
+        ...     resemblance=0.0,
+        ...     plain_step_equivalents=3.2,
+        ...     notes=(),
+        ...     _predict=lambda inputs: inputs,
+        ... )
+        >>> cleaned.add_columns({"label": np.array([3, 1])})["suggested_label"].tolist()
+        [3, 5]
     """
 
     params: PyTree

@@ -31,6 +31,16 @@ class Network(NamedTuple):
         init: `init(rng, inputs) -> (params, model_state)`; inputs are one example [1, ...].
         apply: `apply(params, model_state, inputs, train, rng) -> (logits [batch, classes],
             model_state)`; `train` is a Python bool.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> network = bf.recipes.Network(
+        ...     init=lambda rng, inputs: (jnp.zeros((inputs.shape[-1], 3)), {}),
+        ...     apply=lambda params, state, inputs, train, rng: (inputs @ params, state),
+        ... )
+        >>> params, state = network.init(jax.random.key(0), jnp.zeros((1, 2)))
+        >>> params.shape
+        (2, 3)
     """
 
     init: Callable[[jax.Array, Any], tuple[PyTree, PyTree]]

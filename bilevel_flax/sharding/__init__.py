@@ -5,7 +5,8 @@
     shardings = bf.sharding.state_shardings(state, mesh, rules, problem)
 
 v, both optimisers' states and the estimator's tables follow z; per-sample weights are spread over
-all devices; scalars are replicated.
+all devices; scalars are replicated. `AXES` are the axes that a mesh may have, `BATCH_AXES` those
+that examples are spread over.
 """
 
 from bilevel_flax.sharding.data_parallel import data_parallel

@@ -47,6 +47,15 @@ def decomposition(
         batch: a pair of minibatches.
         model_state: of a stateful problem.
         rng: its key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> mean = lambda z, x, batch: jnp.mean((z - batch) ** 2)
+        >>> mesh = bf.sharding.make_mesh("data=1", devices=jax.devices()[:1])
+        >>> batch = bf.Batch(jnp.ones(8), jnp.ones(8))
+        >>> problem = bf.Problem(mean, mean)
+        >>> bf.sharding.decomposition(problem, mesh, jnp.zeros(()), jnp.zeros(()), batch)
+        ''
     """
     if batch_share(mesh) == 1:
         return ""

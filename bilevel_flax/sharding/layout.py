@@ -74,7 +74,7 @@ class Layout:
 
         Args:
             tree: NumPy leaves [num_batches, batch, ...].
-            ids: int [*S]: which of them, leaves [*S, batch, ...]; None: all.
+            ids: int `[*S]`: which of them, leaves `[*S, batch, ...]`; None: all.
         """
         leading = 1 if ids is None else np.ndim(ids)
 

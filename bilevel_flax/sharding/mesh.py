@@ -84,5 +84,12 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_share(mesh: Mesh) -> int:
-    """The number of shares that a minibatch is cut into: devices along data and fsdp."""
+    """The number of shares that a minibatch is cut into: devices along data and fsdp.
+
+    Example:
+        >>> import jax, bilevel_flax as bf
+        >>> mesh = bf.sharding.make_mesh("data=1", devices=jax.devices()[:1])
+        >>> bf.sharding.batch_share(mesh)
+        1
+    """
     return math.prod(mesh.shape[name] for name in BATCH_AXES)

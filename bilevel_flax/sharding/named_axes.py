@@ -62,5 +62,13 @@ def whole(problem: Problem) -> Problem:
 
     Args:
         problem: whose losses may name the axes `data` and `fsdp`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilevel_flax as bf
+        >>> mean = lambda values: jax.lax.pmean(values.mean(), bf.sharding.BATCH_AXES)
+        >>> centred = lambda z, x, b: mean((z - b + mean(b)) ** 2)
+        >>> problem = bf.sharding.whole(bf.Problem(centred, centred))
+        >>> float(problem.inner_loss(1.0, None, jnp.ones(4)))
+        1.0
     """
     return wrap_losses(problem, lambda loss: bound(loss, BATCH_AXES))

@@ -23,7 +23,17 @@ _HOST = "pinned_host"
 
 
 def state_specs(state: Any, mesh: Mesh, rules: Any = None, problem: Any = None) -> Any:
-    """A PartitionSpec for each leaf of a state; see `state_shardings`."""
+    """A PartitionSpec for each leaf of a state; see `state_shardings`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> state = solver.init(jnp.zeros((2048, 2)), jnp.zeros(()))
+        >>> mesh = bf.sharding.make_mesh("fsdp=1", devices=jax.devices()[:1])
+        >>> tuple(bf.sharding.state_specs(state, mesh, problem=problem).step)
+        ()
+    """
     z = {
         path: (leaf.shape, spec)
         for (path, leaf), spec in zip(
@@ -177,6 +187,12 @@ def batch_shardings(batch: Any, mesh: Mesh, leading: int = 0) -> Any:
 
     Raises:
         ValueError: the devices do not divide the number of examples; names the leaf.
+
+    Example:
+        >>> import jax, numpy as np, bilevel_flax as bf
+        >>> mesh = bf.sharding.make_mesh("data=1", devices=jax.devices()[:1])
+        >>> tuple(bf.sharding.batch_shardings({"x": np.zeros((8, 3))}, mesh)["x"].spec)
+        (('data', 'fsdp'),)
     """
 
     def side(tree, name):

@@ -86,7 +86,14 @@ def like_inner_optimizer(
 
 
 class OwnUnitsState(NamedTuple):
-    """State of `in_own_units`; scalars are float32."""
+    """State of `in_own_units`; scalars are float32.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> state = bf.adjoint.in_own_units(optax.adam(1e-3)).init(jnp.zeros(2))
+        >>> int(state.count)
+        0
+    """
 
     count: jax.Array  # int32, steps taken
     size: jax.Array  # running mean of ‖D_v‖
@@ -126,6 +133,12 @@ def in_own_units(
     Raises:
         ValueError: `time_constant` is below 1.
         TypeError: from `update`, without the extra arguments.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> adjoint = bf.adjoint.in_own_units(optax.adam(1e-3))
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), adjoint=adjoint, outer=optax.sgd(0.1))
 
     References:
         N. Agarwal, R. Anil, E. Hazan, T. Koren, C. Zhang. Disentangling adaptive gradient methods
@@ -181,6 +194,15 @@ def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
 
     Other counters stay its own: where v moves in every k-th step only, an optimiser that acts in
     every k-th of its calls (`optax.MultiSteps`) would never act on z's.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> tx = optax.sgd(optax.linear_schedule(0.1, 0.0, 100))
+        >>> z_state, v_state = tx.init(jnp.zeros(2)), tx.init(jnp.zeros(2))
+        >>> for _ in range(3):
+        ...     _, z_state = tx.update(jnp.ones(2), z_state)
+        >>> int(optax.tree.get(bf.adjoint.share_step_count(v_state, z_state), "count"))
+        3
     """
 
     def shared(own, of_z):
@@ -205,6 +227,13 @@ def scale_free_like(
     Args:
         inner: z's optimiser.
         time_constant: as in `in_own_units`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> inner = optax.adamw(1e-3)
+        >>> adjoint = bf.adjoint.scale_free_like(inner)
+        >>> solver = bf.soba(problem, inner=inner, adjoint=adjoint, outer=optax.sgd(0.1))
     """
     plain = like_inner_optimizer(inner)
     grafted = in_own_units(plain, time_constant=time_constant)
@@ -230,6 +259,12 @@ def damped(
 
     Raises:
         ValueError: δ is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> adjoint = bf.adjoint.damped(optax.sgd(0.1), damping=0.5)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), adjoint=adjoint, outer=optax.sgd(0.1))
     """
     checks.optimizer("transform", transform)
     checks.at_least("damping", damping)
@@ -243,7 +278,14 @@ def damped(
 
 
 class SelfDampedState(NamedTuple):
-    """State of `self_damped`."""
+    """State of `self_damped`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> state = bf.adjoint.self_damped(optax.sgd(0.1), initial=1.0).init(jnp.zeros(2))
+        >>> float(jnp.exp(state.log_damping))
+        1.0
+    """
 
     log_damping: jax.Array  # float32, log of δ / unit
     unit: jax.Array  # float32, ‖Hv‖ / ‖v‖ when it was first known; 0 until then
@@ -288,6 +330,12 @@ def self_damped(
     Raises:
         ValueError: an argument out of range.
         TypeError: from `update`, without the extra argument.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> adjoint = bf.adjoint.self_damped(optax.sgd(0.1))
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), adjoint=adjoint, outer=optax.sgd(0.1))
 
     References:
         J. Martens. Deep learning via Hessian-free optimization. ICML 2010 (damping that follows
@@ -345,6 +393,12 @@ def bounded(
     Args:
         transform: the optimiser of v; its state is kept as it is.
         limit: far above what a healthy run reaches.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> adjoint = bf.adjoint.bounded(optax.sgd(0.1), limit=1e6)
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), adjoint=adjoint, outer=optax.sgd(0.1))
     """
     if not limit > 0:
         raise ValueError(f"limit={limit} must be positive")

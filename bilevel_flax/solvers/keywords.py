@@ -56,11 +56,12 @@ def takes(keywords: type) -> Callable[[Function], Function]:
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                annotation=keywords.__annotations__[name],
+                # A string, as all other annotations are: a ForwardRef is no type to read.
+                annotation=getattr(annotation, "__forward_arg__", annotation),
                 default=inspect.Parameter.empty if name in ("inner", "outer") else None,
             )
             for name in ("inner", "outer", "adjoint", "inner_weights", "outer_weights")
-            if name in keywords.__annotations__
+            if (annotation := keywords.__annotations__.get(name)) is not None
         ]
         function.__signature__ = signature.replace(parameters=[*own, *handed_on])  # type: ignore[attr-defined]
         return function

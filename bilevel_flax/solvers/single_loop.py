@@ -74,6 +74,21 @@ def single_loop(
         ValueError: weights that are no shares; no `adjoint` where `inner` is None; at trace time
             ids missing from a batch, an outer leaf that the inner loss never uses, or whatever the
             oracles refuse.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.base import Estimate
+        >>> def update(oracle, variables, batch, mean):  # SOBA with a running mean of D_x
+        ...     evaluation = oracle.directions(variables)
+        ...     mean = 0.9 * mean + 0.1 * evaluation.directions.outer
+        ...     return Estimate(evaluation.directions._replace(outer=mean), mean, evaluation)
+        >>> estimator = bf.Estimator(init=lambda variables: 0.0 * variables.outer, update=update)
+        >>> solver = bf.single_loop(
+        ...     problem, estimator, inner=optax.sgd(0.1), outer=optax.sgd(0.1), name="mine"
+        ... )
+        >>> state = solver.init(jnp.array(0.0), jnp.array(0.0))
+        >>> state, info = solver.update(state, bf.Batch(1.0, 1.0))
     """
     checks.problem(problem)
     checks.host_moves_z(inner, adjoint)

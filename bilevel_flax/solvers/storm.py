@@ -91,6 +91,13 @@ def storm(
 
     Raises:
         ValueError: `eta` outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> solver = bf.storm(problem, eta=0.2, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> solver.method.units
+        8.0
     """
     recursion = estimator(problem, check_eta(eta), lazy=takes_rows(common))
     return single_loop(problem, recursion, name="storm", **common)

@@ -100,3 +100,17 @@ def render() -> str:
         for row in rows
     )
     return f"{table}\n\n{COST}"
+
+
+def markdown() -> str:
+    """The table in Markdown, as docs/choosing.md has it.
+
+    Example:
+        >>> print(markdown().splitlines()[3])
+        | `bf.soba` | 4 | - | the start: any network, BatchNorm, augmentation, streams |
+    """
+    lines = ["| solver | units a step | extra memory | use it for |", "|---|---|---|---|"]
+    for row in ROWS:
+        home = _HOMES.get(row.name, "bilevel_flax").replace("bilevel_flax", "bf")
+        lines.append(f"| `{home}.{row.name}` | {row.units} | {row.memory} | {row.use} |")
+    return "\n".join(lines)

@@ -69,6 +69,12 @@ def start(settings: Any = None) -> None:
     Raises:
         ValueError: settings that are none of this; a cluster that is not recognised. (Where the
             others do not come, the program ends with a line that says so.)
+
+    Example:
+        >>> from bilevel_flax.train import multihost
+        >>> multihost.start()  # without JAX_COORDINATOR_ADDRESS: a single process
+        >>> multihost.process_count()
+        1
     """
     if jax.distributed.is_initialized():
         return
@@ -267,6 +273,10 @@ def check_same(channel: Channel, facts: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a process differs from process 0; it is named, with the first values that do.
+
+    Example:
+        >>> from bilevel_flax.train import multihost
+        >>> multihost.check_same(multihost.Channel("example"), {"seed": 0, "examples": 1000})
     """
     # As text: NaN is the same as NaN, and 1 is not True.
     mine = {name: json.dumps(value, default=str) for name, value in facts.items()}

@@ -21,6 +21,12 @@ class OpenMapping(ml_collections.ConfigDict):
         config.domains = OpenMapping()        --config.domains.NAME=path
 
     "none" takes a name that the config brought along out again.
+
+    Example:
+        >>> from bilevel_flax.train.config import OpenMapping
+        >>> domains = OpenMapping({"code": "code.txt"})
+        >>> domains.code
+        'code.txt'
     """
 
 

@@ -22,6 +22,12 @@ class InitialValues(NamedTuple):
         inner_params: z.
         outer_params: x.
         model_state: mutable state, or None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel_flax.train.task import InitialValues
+        >>> InitialValues(jnp.zeros(3), jnp.array(-2.0)).model_state is None
+        True
     """
 
     inner_params: PyTree
@@ -74,6 +80,18 @@ class Task:
             family, what precedes a slash or a dot, stands for its members.
         paired: G and F come with minibatches of the same number in every update, where F is to see
             the examples (or tasks) whose part of z has just been solved for. False: independent.
+
+    Example:
+        >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
+        >>> from bilevel_flax.train.task import InitialValues, Task
+        >>> loss = lambda z, x, batch: jnp.mean((z - x * batch["a"]) ** 2)
+        >>> examples = bf.data.partition({"a": np.ones(8, np.float32)}, 4)
+        >>> task = Task(
+        ...     problem=bf.Problem(loss, loss),
+        ...     init=lambda rng: InitialValues(jnp.zeros(()), jnp.ones(())),
+        ...     inner=examples,
+        ...     outer=examples,
+        ... )
     """
 
     problem: Problem

@@ -18,7 +18,17 @@ from bilevel_flax.tree import is_inexact
 
 
 class SolverState(NamedTuple):
-    """A `TrainState` without z and the model's state, which the trainer keeps; fields as there."""
+    """A `TrainState` without z and the model's state, which the trainer keeps; fields as there.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.trainers import solver_optimizer
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> opt_state = solver_optimizer(solver, jnp.array(2.0)).init(jnp.array(0.0))
+        >>> float(opt_state.outer_params), float(opt_state.adjoint)
+        (2.0, 0.0)
+    """
 
     step: jax.Array
     inner_opt_state: PyTree
@@ -31,7 +41,17 @@ class SolverState(NamedTuple):
 
 
 class SolverOptimizer(optax.GradientTransformationExtraArgs):
-    """What `solver_optimizer` returns: `init`, `update`, and the `solver`."""
+    """What `solver_optimizer` returns: `init`, `update`, and the `solver`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.trainers import solver_optimizer
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> tx = solver_optimizer(solver, jnp.array(2.0))
+        >>> tx.solver is solver
+        True
+    """
 
     solver: BilevelSolver
 
@@ -110,6 +130,17 @@ def train_step(
 
     Returns:
         `(params, opt_state, model_state, info)`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
+        >>> from bilevel_flax.trainers import solver_optimizer, train_step
+        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+        >>> z = jnp.array(0.0)
+        >>> opt_state = solver_optimizer(solver, jnp.array(2.0)).init(z)
+        >>> z, opt_state, _, info = train_step(solver, z, opt_state, bf.Batch(1.0, 1.0))
+        >>> round(float(z), 3)
+        0.4
     """
     context = {} if model_state is None else model_state
     held = _plain(opt_state)._asdict()

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bilevel_flax.bench import folder
 from bilevel_flax.bench.options import Options
-from bilevel_flax.bench.report import aligned
+from bilevel_flax.bench.report import shown
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
@@ -145,7 +145,7 @@ def _run_missing(
         asked += [done[key] for key in keys]
     _write_page(options.out, asked)
     for setting, lines in _tables(asked):
-        say(f"\n{_in_words(setting)}\n{aligned(HEADER, lines)}")
+        say(f"\n{_in_words(setting)}\n{shown(HEADER, lines, options.markdown)}")
     say(f"\n{path}, {options.out / 'bench.html'}")
     return asked
 

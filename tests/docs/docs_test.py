@@ -12,7 +12,13 @@ import bilevel_flax as bf
 ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*DOCS, CONTRIBUTING, *(ROOT / "benchmarks").glob("*.md"), *ROOT.glob("examples/*/*.md")]
+PAGES = [
+    *DOCS,
+    *(ROOT / "docs").glob("gallery/*.md"),
+    CONTRIBUTING,
+    *(ROOT / "benchmarks").rglob("*.md"),
+    *ROOT.glob("examples/*/*.md"),
+]
 BLOCKS = [
     pytest.param(code, id=f"{page.name}-{i}")
     for page in DOCS
@@ -54,7 +60,10 @@ def test_every_page_is_reached_from_the_readme():
     found, waiting = set(), [README]
     while waiting:
         page = waiting.pop()
-        links = re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text())
+        links = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text())
+        for listed in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
+            names = [line for line in listed.split("\n") if line and not line.startswith(":")]
+            links += [f"{name}.md" for name in names if not name.startswith("api/")]
         new = {(page.parent / link).resolve() for link in links} - found
         found |= new
         waiting += new

@@ -1,4 +1,7 @@
-"""Augmentations whose magnitudes and probabilities are learned on validation data."""
+"""Augmentations whose magnitudes and probabilities are learned on validation data.
+
+`IMAGE_OPERATIONS` and `SIGNAL_OPERATIONS` hold what a policy can be made of, by name.
+"""
 
 from bilevel_flax.outer.augmentation.kinds import (
     IMAGE_OPERATIONS,

@@ -23,6 +23,14 @@ def transform_images(
         amounts: by operation, float [batch], in the operation's unit; those that are not named are
             left out.
         key: of noise and of cutout's place.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bilevel_flax.outer import augmentation
+        >>> images, amounts = jnp.full((1, 2, 2, 1), 0.5), {"brightness": jnp.array([0.25])}
+        >>> brighter = augmentation.transform_images(images, amounts, jax.random.key(0))
+        >>> brighter[0, :, :, 0].tolist()
+        [[0.75, 0.75], [0.75, 0.75]]
     """
     mean = images.mean((1, 2, 3))
     if any(name in geometry.OPERATIONS for name in amounts):

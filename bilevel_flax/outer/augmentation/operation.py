@@ -21,6 +21,12 @@ class Operation(NamedTuple):
         max_limit: the largest limit that makes sense.
         signed: amounts are drawn from [-magnitude, magnitude], else from [0, magnitude].
         graded: False: it is applied or not, its magnitude is 1 and is not learned.
+
+    Example:
+        >>> from bilevel_flax.outer import augmentation
+        >>> rotate = augmentation.IMAGE_OPERATIONS["rotate"]
+        >>> rotate.unit, rotate.signed, rotate.graded
+        ('degrees', True, True)
     """
 
     name: str

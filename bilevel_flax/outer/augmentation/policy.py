@@ -55,6 +55,12 @@ class Policy:
         hard: draw g from {0, 1}, with the derivative of the soft draw (straight-through).
         rank: of a batch of examples.
         transform: applies amounts to examples.
+
+    Example:
+        >>> import bilevel_flax as bf
+        >>> policy = bf.outer.image_policy(("rotate", "contrast"), magnitude=0.5)
+        >>> round(policy.learned(policy.init())["rotate"]["magnitude"], 3)  # degrees
+        45.0
     """
 
     operations: tuple[Operation, ...]

@@ -124,6 +124,13 @@ def transform(signals: jax.Array, amounts: Mapping[str, jax.Array], key: jax.Arr
 
     Returns:
         As `signals`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bilevel_flax.outer import augmentation
+        >>> signals, nothing = jnp.ones((1, 16, 1)), {"amplitude": jnp.zeros(1)}
+        >>> augmentation.transform_signals(signals, nothing, jax.random.key(0)).shape
+        (1, 16, 1)
     """
     for number, name in enumerate(OPERATIONS):
         if name in amounts and name in _PLAIN:

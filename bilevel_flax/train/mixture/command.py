@@ -23,12 +23,18 @@ class Options:
         to: the reader, a key of `READERS`.
         out: the file to write; there must be none of its name.
         reader: a JSON file of the reader's: a list of its domains, or an object by domain, whose
-            `path`s are kept; None: the run's own domains.
+            `path` entries are kept; None: the run's own domains.
         tokens: of the reader's run; None: as many as this one's.
         length: tokens of a sequence of the reader's; None: as here.
         stages: of the curriculum, at most.
         stage: which of them, where the reader takes one mixture; None: the end point.
         block_size: Levanter's `mixture_block_size`, in sequences.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bilevel_flax.train import mixture
+        >>> mixture.Options(Path("runs/mix"), to="levanter", out=Path("mix.json")).block_size
+        2048
     """
 
     workdir: Path
@@ -48,6 +54,18 @@ def export(options: Options) -> str:
     Raises:
         ConfigError: an unknown reader, a run without a mixture, domains that differ from the
             reader's, a file that is there already.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from bilevel_flax.train import mixture
+        >>> run = pathlib.Path(tempfile.mkdtemp())  # of a finished run, in truth
+        >>> shares = {"wiki": 0.7, "code": 0.3}
+        >>> _ = (run / "summary.json").write_text(json.dumps({"mixture": shares}))
+        >>> config = {"steps": 9, "batch_size": 8, "length": 64}
+        >>> _ = (run / "config.json").write_text(json.dumps(config))
+        >>> lines = mixture.export(mixture.Options(run, to="json", out=run / "mix.json"))
+        >>> json.loads((run / "mix.json").read_text())["mixture"]
+        {'wiki': 0.7, 'code': 0.3}
     """
     if options.to not in READERS:
         known = list(READERS)

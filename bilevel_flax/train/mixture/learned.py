@@ -81,6 +81,17 @@ def load(workdir: Path) -> LearnedMixture:
     Raises:
         ConfigError: there is no run, it has not ended, it learned no mixture, or its files are
             damaged.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from bilevel_flax.train import mixture
+        >>> run = pathlib.Path(tempfile.mkdtemp())  # of a finished run, in truth
+        >>> shares = {"wiki": 0.7, "code": 0.3}
+        >>> _ = (run / "summary.json").write_text(json.dumps({"mixture": shares}))
+        >>> config = {"steps": 9, "batch_size": 8, "length": 64}
+        >>> _ = (run / "config.json").write_text(json.dumps(config))
+        >>> mixture.load(run).shares
+        {'wiki': 0.7, 'code': 0.3}
     """
     if not workdir.is_dir():
         raise ConfigError(f"{workdir}: there is no such folder; name the --workdir of a run")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from bilevel_flax.bench import folder
 from bilevel_flax.bench.options import Options
-from bilevel_flax.bench.report import aligned
+from bilevel_flax.bench.report import shown
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
@@ -112,7 +112,7 @@ def _run_missing(
     folder.write_csv(options.out / "results.csv", COLUMNS, _as_text(rows.values()))
     asked = [rows[key] for key in wanted]
     write_report(options.out, asked, table)
-    say(table_text(asked))
+    say(shown(HEADER, summary(asked), options.markdown))
     say(f"{options.out / 'results.csv'}, {options.out / 'bench.html'}")
     return asked
 
@@ -202,11 +202,6 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
 
 
 _OF = (np.median, np.max)
-
-
-def table_text(rows: Sequence[Row]) -> str:
-    """The table for a terminal."""
-    return aligned(HEADER, summary(rows))
 
 
 def write_report(out: Path, rows: Sequence[Row], table: np.ndarray) -> Path:
