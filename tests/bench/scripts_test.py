@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ name what there is, and so do the commands of their README."""
+"""The scripts of benchmarks/ name what there is, and so do the commands of their pages."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ def test_a_script_names_what_there_is(path: Path):
                 assert there, f"{module} has no {name}"
 
 
-def test_the_commands_of_the_readme_name_scripts_and_options_that_there_are():
-    text = (ROOT / "benchmarks" / "README.md").read_text().replace("\\\n", " ")
+def test_the_commands_of_the_pages_name_scripts_and_options_that_there_are():
+    pages = sorted((ROOT / "benchmarks").rglob("*.md"))
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
     commands = COMMAND.findall(text)
     assert len(commands) > 15
     for script, arguments in commands:
@@ -71,3 +72,19 @@ def test_the_commands_of_the_readme_name_scripts_and_options_that_there_are():
         assert (ROOT / config).is_file(), config
     for module in set(re.findall(r"python -m (examples\.[\w.]+)", text)):
         assert importlib.util.find_spec(module), module
+
+
+def test_rows_are_lines_or_a_table_under_what_was_run_where(capsys, monkeypatch):
+    from benchmarks.rows import Rows
+
+    monkeypatch.setattr("sys.argv", ["benchmarks/made_up.py", "--steps", "3", "--markdown"])
+    for as_table in (False, True):
+        with Rows(as_table) as rows:
+            rows.add({"method": "soba", "error": 0.25})
+            rows.add({"method": "a|b", "error": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["method soba  error 0.25", "method a|b  error 0.5"]
+    assert lines[2].startswith("`python benchmarks/made_up.py --steps 3`: ")
+    assert "CPU cores" in lines[2] and "jax " in lines[2]
+    assert lines[4:6] == ["| method | error |", "|---|---|"]
+    assert lines[7] == "| a\\|b | 0.5 |"
