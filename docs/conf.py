@@ -43,7 +43,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
+    "sphinxcontrib.katex",
 ]
 nitpicky = True
 # Names in signatures that other packages define, and type variables. Ours must resolve.
@@ -77,13 +77,20 @@ napoleon_custom_sections = [("Reference", "references_style")]
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 90
 
+# Formulas without a network: the browser lays out MathML, which needs no fonts of KaTeX's.
+katex_css_path = "katex-math.css"
+katex_options = 'output: "mathml"'
+
 html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"bilevel_flax {release}"
 html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "use_download_button": True,
     "home_page_in_toc": True,
+    "navbar_persistent": [],
 }
 templates_path = ["_templates"]
 html_additional_pages = {"index": "to_index.html"}

@@ -60,6 +60,16 @@ def train_and_evaluate(
         Diverged: something was not finite.
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
         CheckpointError: checkpoints cannot be written, or none of those there can be read.
+
+    Example:
+        >>> import tempfile
+        >>> from bilevel_flax.train import config as configs
+        >>> short = ("steps=40", "optimum=false", "health.every=0", "health.summary=false")
+        >>> config = configs.load("configs/hyperparameter_selection.py", short)
+        >>> summary = train_and_evaluate(config, tempfile.mkdtemp())
+        hypergradient_cosine: not measured...
+        >>> summary["solver"], summary["steps"]
+        ('saba', 40)
     """
     workdir = Path(workdir)
     run = RunConfig.read(copy.deepcopy(config))  # the caller's stays as it is

@@ -29,6 +29,7 @@ NAMESPACES = (
 )
 # Of the harness, what the pages tell a user to call; the rest is the command line's.
 HARNESS = (
+    "train.experiment.train_and_evaluate",
     "train.task.Task",
     "train.task.InitialValues",
     "train.config.OpenMapping",

@@ -64,7 +64,7 @@ def crop(path: Path, width: int) -> None:
 
     with Image.open(path) as image:
         cut = image.convert("RGB").crop((0, 0, width, image.height))
-    cut.quantize(128).save(path, optimize=True)
+    cut.save(path, optimize=True)
 
 
 if __name__ == "__main__":

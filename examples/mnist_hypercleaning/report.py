@@ -204,8 +204,8 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     if "test_error_handover" in keys:
         caption += (
             " The hand-over network is trained otherwise: with AdamW, less regularization and the "
-            f"validation data, for {summary['plain_step_equivalents']:.2f} budgets. `bilevel-flax "
-            "bench cleaning` compares it with others that are trained as it is."
+            f"validation data, for {summary['plain_step_equivalents']:.2f} budgets. bilevel-flax "
+            "bench cleaning compares it with others that are trained as it is."
         )
     return [figure_section("Test error against the baselines", figure, caption)]
 
