@@ -2,10 +2,11 @@
 
 1. A network is trained on all given labels through a confusion matrix, which is learned with it by
    expectation maximisation, and on the clean examples as they are.
-2. Where it agrees with the given label, the label is kept: a network trained on these and the clean
-   ones. What was not kept it has never seen, so that its word on those labels is a stranger's.
-3. With that word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
-   labels that it is sure of, given or not, and the clean ones train the network to hand over.
+2. Where it agrees with the given label, the label is kept: these and the clean ones train a second,
+   which begins half way between the first and a new one.
+3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
+   labels that it is sure of, given or not, and the clean ones train it on, with mixup: the network
+   to hand over.
 
 What it costs is at most 3.25 plain trainings of the same length. Why no learned weights: started
 from them, or with them on top of the matrix, instance noise ended with more errors
@@ -15,6 +16,7 @@ References:
     G. Patrini et al. CVPR 2017; A. J. Bekker, J. Goldberger. ICASSP 2016 (see `noise_model.py`).
     D. Hendrycks, M. Mazeika, D. Wilson, K. Gimpel. Using trusted data to train deep networks on
     labels corrupted by severe noise. NeurIPS 2018 (a matrix and a few clean labels).
+    J. Ash, R. Adams. NeurIPS 2020; H. Zhang et al. ICLR 2018 (see `training.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bilevel_flax.checks import as_count
 from bilevel_flax.checks import optimizer as checked_optimizer
 from bilevel_flax.recipes import noise_model, sources
 from bilevel_flax.recipes.networks import as_network
-from bilevel_flax.recipes.training import Trainer
+from bilevel_flax.recipes.training import Start, Trainer
 
 # Passes over the data after which the first training only learns wrong labels by heart, and the
 # steps that a network needs all the same.
@@ -41,6 +43,8 @@ _PASSES, _LEAST_STEPS = 15, 300
 _SURE = 0.9
 # That the second network is this sure of another label makes the given one surely wrong.
 _CLEARLY = 0.8
+# The second network's start: this much of a new one.
+_FRESH = 0.5
 _STEP = 1e-3  # AdamW's first, which falls to 0
 _DECAY = 1e-4
 
@@ -300,7 +304,9 @@ def _three_trainings(
     judged = trained(state, first * trainer.cost_through_noise, "1/3 through a confusion matrix")
 
     kept = usable & (judged.argmax(1) == given)
-    state = trainer.fit(np.append(np.flatnonzero(kept), clean_rows), labels, steps)
+    half_new = Start(state, _FRESH)
+    rows = np.append(np.flatnonzero(kept), clean_rows)
+    state = trainer.fit(rows, labels, steps, start=half_new)
     judged = trained(state, steps, "2/3 on the labels that the first keeps")
 
     matrix = noise_model.confusion(judged, given)
@@ -310,7 +316,8 @@ def _three_trainings(
     posterior = noise_model.posterior(judged, given, matrix, gamma)
     sure = usable & (posterior.max(1) > _SURE)
     labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
-    state = trainer.fit(np.append(np.flatnonzero(sure), clean_rows), labels, steps)
+    rows = np.append(np.flatnonzero(sure), clean_rows)
+    state = trainer.fit(rows, labels, steps, start=Start(state), mixed=True)
     judged = trained(state, steps, "3/3 on the labels that are sure")
 
     posterior = noise_model.posterior(judged, given, matrix, gamma)
