@@ -14,7 +14,6 @@ pip install 'bilevel-flax[fixed_point]'.
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.solvers import table
 from bilevel_flax.train.config import check_choice
 
 STATES = {"soba": "example", "bsg": "minibatch"}
@@ -41,8 +40,9 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config.adjoint_steps = 10
     config.unrolled_steps = 40
     config.states = STATES[solver]
+    config.state_dtype = "bfloat16" if solver == "soba" else "float32"  # z and v between visits
     config.baselines = True
-    # The check at a run's end asks whether v solves the system of all data; with bsg z and v are
+    # The check at a run's end asks whether v solves the system of all data; solved, z and v are
     # those of the last minibatch alone.
     config.health = {"summary": solver == "soba"}
     if solver == "bsg":
@@ -56,8 +56,7 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config.task = {"call": "examples.deq.task:make_task"}
     counts = ("inner_steps", "adjoint_steps") if solver == "bsg" else ()
     config.solver = {
-        "call": table.qualified_name(solver),
-        "inner": {"call": "optax:sgd", "learning_rate": 1.0},  # z becomes its iterate
+        "call": "examples.deq.solvers:" + ("tracked" if solver == "soba" else "solved"),
         "outer": {
             "call": "optax:adam",
             "learning_rate": {

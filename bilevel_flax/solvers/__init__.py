@@ -3,6 +3,7 @@
 from bilevel_flax.solvers.auto import auto
 from bilevel_flax.solvers.first_order import first_order
 from bilevel_flax.solvers.nested import amigo, f2sa, implicit, stocbio, unrolled
+from bilevel_flax.solvers.on_rows import on_rows
 from bilevel_flax.solvers.saba import saba
 from bilevel_flax.solvers.single_loop import single_loop
 from bilevel_flax.solvers.soba import soba
@@ -15,6 +16,7 @@ __all__ = [
     "f2sa",
     "first_order",
     "implicit",
+    "on_rows",
     "saba",
     "single_loop",
     "soba",

@@ -53,14 +53,7 @@ def summarize(
         "seconds_per_step": totals["seconds"] / run.steps,
         "steps_per_second": run.steps / max(totals["seconds"], 1e-9),
         "gradient_units_per_step": totals["oracle_units"] / run.steps,
-        "adjoint_residual": diagnostics.adjoint_residual(
-            task.problem,
-            state.variables,
-            _readable(task.inner),
-            _readable(task.outer),
-            state.model_state,
-            state.rng,
-        ),
+        "adjoint_residual": _adjoint_residual(run, task, state),
         **_hypergradient(run, trained, workdir, log),
         "selected_step": step,
         **task.final_metrics(chosen, workdir, log),
@@ -83,6 +76,16 @@ def _selected(
 def _readable(side: data.FiniteSum) -> data.FiniteSum:
     """All of a side, or a few minibatches of a streamed one: to read it may take for ever."""
     return data.subsample(side, _OF_A_STREAM) if side.streamed else side
+
+
+def _adjoint_residual(run: RunConfig, task: Task, state: TrainState) -> float:
+    """On all data; NaN where z and v are not those of all data (`health.summary=False`)."""
+    if not run.health.summary:
+        return math.nan
+    sides = _readable(task.inner), _readable(task.outer)
+    return diagnostics.adjoint_residual(
+        task.problem, state.variables, *sides, state.model_state, state.rng
+    )
 
 
 def _hypergradient(

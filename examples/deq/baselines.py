@@ -4,13 +4,11 @@
 * optimistix: the fixed point by its solver, differentiated implicitly by its adjoint.
 * explicit: a network with two hidden layers of the same width, which has as many parameters.
 
-Each step is measured alone: seconds, and the memory that XLA reserves for temporaries beside the
-arguments, which for our steps hold z and v.
+Each step is measured alone (`examples.step_cost`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +18,12 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
-from bilevel_flax import contrib, data
+from bilevel_flax import data
 from bilevel_flax.data import Sampler
-from examples.deq import model
+from examples.deq import model, solvers
+from examples.step_cost import line, step_cost
 
 HEADLINE = ("unrolled.test_error", "optimistix.test_error", "explicit.test_error")
-_TIMED, _REPEATS = 50, 5  # steps in a measured chunk, and chunks: the fastest counts
 Loss = Callable[[Any, Any], jax.Array]
 
 
@@ -95,7 +93,7 @@ def run(
     problem: bf.Problem,
     side: data.FiniteSum,
     start: model.Weights,
-    rows: int,
+    z: jax.Array,
     error: Callable[..., float],
     measured: tuple[np.ndarray, np.ndarray],
     log: Callable[[str], None],
@@ -107,7 +105,7 @@ def run(
         problem: condition and loss of our own steps.
         side: the training minibatches.
         start: x at the run's start.
-        rows: of z.
+        z: at the run's start.
         error: of an equilibrium network.
         measured: test images and labels.
         log: prints a line.
@@ -134,26 +132,19 @@ def run(
     results: dict[str, Any] = {}
     for name, (loss, x, error_of) in plain.items():
         step = _plain_step(loss, tx)
-        results[name] = _cost(step, (x, tx.init(x)), batch)
+        results[name] = step_cost(step, (x, tx.init(x)), batch)
         trained = _train(step, (x, tx.init(x)), side, config)
         results[name]["test_error"] = error_of(trained, *measured)
-        log(f"{name:12s} {_line(results[name])}")
-    solvers = {
-        "soba": bf.soba(problem, inner=optax.sgd(1.0), outer=tx),
-        "bsg": contrib.bsg(
-            problem,
-            inner=optax.sgd(1.0),
-            outer=tx,
-            inner_steps=config.inner_steps,
-            adjoint_steps=config.adjoint_steps,
-        ),
-    }
-    name = "soba" if config.states == "example" else "bsg"
-    solver = solvers[name]
-    state = solver.init(jnp.zeros((rows, config.width)), start)
+        log(f"{name:12s} {line(results[name])}")
+    if config.states == "example":
+        solver = solvers.tracked(problem, outer=tx)
+    else:
+        counts = {"inner_steps": config.inner_steps, "adjoint_steps": config.adjoint_steps}
+        solver = solvers.solved(problem, outer=tx, **counts)
+    state = solver.init(z, start)
     own = lambda state, batch: solver.update(state, bf.Batch(batch, batch))[0]
-    results["ours"] = _cost(own, state, batch)
-    log(f"{name:12s} {_line(results['ours'])}")
+    results["ours"] = step_cost(own, state, batch)
+    log(f"{'ours':12s} {line(results['ours'])}")
     return results
 
 
@@ -179,33 +170,3 @@ def _train(step: Callable, carry: Any, side: data.FiniteSum, config: Any) -> Any
         return jax.lax.scan(body, carry, ids)[0]
 
     return run(carry, ids)[0]
-
-
-def _cost(step: Callable, carry: Any, batch: Any) -> dict[str, Any]:
-    """Seconds and bytes of one step; the same minibatch over and over."""
-
-    def several(carry, batch):
-        return jax.lax.fori_loop(0, _TIMED, lambda _, carry: step(carry, batch), carry)
-
-    one = jax.jit(step).lower(carry, batch).compile()
-    many = jax.jit(several).lower(carry, batch).compile()
-    memory: Any = one.memory_analysis()
-    seconds = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(many(carry, batch))
-        seconds.append((time.perf_counter() - began) / _TIMED)
-    return {
-        "seconds_per_step": min(seconds),
-        "temporary_bytes": int(memory.temp_size_in_bytes),
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(carry)),
-    }
-
-
-def _line(result: dict[str, Any]) -> str:
-    error = f"test error {result['test_error']:.2%}, " if "test_error" in result else ""
-    return (
-        f"{error}{1e3 * result['seconds_per_step']:.2f} ms a step, "
-        f"{result['temporary_bytes'] / 1e6:.2f} MB temporaries, "
-        f"{result['state_bytes'] / 1e6:.2f} MB state"
-    )

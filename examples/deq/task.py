@@ -4,9 +4,9 @@
 
 On the examples of a minibatch, the same ones for both. With `states="example"` z and v have a row
 for each training example, and each goes on where it was left at its last visit: a few iterations
-of the layer and as many of the adjoint a step (`soba`). With `states="minibatch"` they have a row
-for each place in a minibatch, and the fixed point and the adjoint are solved for in every step
-(`bsg`, GMRES).
+of the layer and as many of the adjoint a step (`tracked`). With `states="minibatch"` they have a
+row for each place in a minibatch, and the fixed point and the adjoint are solved for in every step
+(`solved`, by GMRES).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.datasets import sources
 from examples.deq import baselines, model
+from examples.deq.solvers import KEY
 
 STATES = ("example", "minibatch")
 
@@ -42,12 +43,12 @@ def make_problem(
         margin: m of the layer, > 0.
         step: α.
         iterations: how many g there are, >= 1.
-        states: "example": z is [n, width], read at `batch["index"]`; "minibatch": [batch, width].
+        states: "example": z is [n, width], read at `batch["state"]`; "minibatch": [batch, width].
         decay: half of it times ‖x‖² is added to F.
     """
 
     def rows(z, batch):
-        return z[batch["index"]] if states == "example" else z
+        return z[batch[KEY]] if states == "example" else z
 
     def condition(z, x, batch):
         here = rows(z, batch)
@@ -57,7 +58,7 @@ def make_problem(
         value = here - after
         if "mask" in batch:  # padding repeats an example
             value = value * batch["mask"][:, None]
-        return jnp.zeros_like(z).at[batch["index"]].add(value) if states == "example" else value
+        return jnp.zeros_like(z).at[batch[KEY]].add(value) if states == "example" else value
 
     def outer_loss(z, x, batch):
         losses = model.cross_entropy(x, rows(z, batch), batch["label"])
@@ -72,8 +73,8 @@ def make_task(config: Any) -> Task:
 
     Args:
         config: keys `width`, `margin`, `step`, `iterations`, `tolerance`, `max_iterations`,
-            `states`, `decay`, `batch_size`, `steps`, `seed`, `data`; `baselines`, and for these
-            `unrolled_steps`, `inner_steps`, `adjoint_steps`, `learning_rate`.
+            `states`, `state_dtype`, `decay`, `batch_size`, `steps`, `seed`, `data`; `baselines`,
+            and for these `unrolled_steps`, `inner_steps`, `adjoint_steps`, `learning_rate`.
 
     Raises:
         ConfigError: an unknown `states`, a margin that is not positive.
@@ -91,7 +92,11 @@ def make_task(config: Any) -> Task:
     )
     parts = data.standardize(images.train_images, images.validation_images, images.test_images)
     train, validation, test = (part.reshape(len(part), -1).astype(np.float32) for part in parts)
-    examples = {"image": train, "label": images.train_labels}
+    examples = {
+        "image": train,
+        "label": images.train_labels,
+        KEY: np.arange(len(train), dtype=np.int32),
+    }
     side = data.partition(examples, config.batch_size, seed=config.seed)
     rows = len(train) if config.states == "example" else config.batch_size
     for name in ("iterations", "max_iterations"):
@@ -102,7 +107,7 @@ def make_task(config: Any) -> Task:
 
     def init(rng: jax.Array) -> InitialValues:
         x = model.init(rng, train.shape[1], config.width, images.num_classes)
-        return InitialValues(jnp.zeros((rows, config.width)), x)
+        return InitialValues(jnp.zeros((rows, config.width), config.state_dtype), x)
 
     def error(x: model.Weights, pixels: np.ndarray, labels: np.ndarray) -> float:
         z = model.equilibrium(x, config.margin, jnp.asarray(pixels), *settings)
@@ -117,9 +122,9 @@ def make_task(config: Any) -> Task:
         x = state.outer_params
         results: dict[str, Any] = {"test_error": error(x, test, images.test_labels)}
         if config.baselines:
-            start = init(jax.random.split(jax.random.PRNGKey(config.seed))[0]).outer_params
+            z, start, _ = init(jax.random.split(jax.random.PRNGKey(config.seed))[0])
             measured = (test, images.test_labels)
-            results |= baselines.run(config, problem, side, start, rows, error, measured, log)
+            results |= baselines.run(config, problem, side, start, z, error, measured, log)
         return results
 
     return Task(

@@ -12,12 +12,11 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax import contrib
 from bilevel_flax.checks import UserError
 from bilevel_flax.train import config as configs
 from bilevel_flax.train import experiment
 from bilevel_flax.train.step_runner import StepRunner
-from examples.deq import model, task
+from examples.deq import model, solvers, task
 
 CONFIG = Path(__file__).parents[2] / "configs" / "deq.py"
 EXAMPLES, FEATURES, WIDTH, CLASSES, MARGIN, STEP = 3, 5, 4, 3, 0.5, 0.4
@@ -30,7 +29,7 @@ def setting():
     batch = {
         "image": jnp.asarray(rng.normal(size=(EXAMPLES, FEATURES))),
         "label": jnp.array([0, 2, 1]),
-        "index": jnp.arange(EXAMPLES, dtype=jnp.int32),
+        "state": jnp.arange(EXAMPLES, dtype=jnp.int32),
     }
     return x, batch
 
@@ -56,8 +55,7 @@ def close(found, wanted):
 def test_the_tracked_states_end_at_the_gradient(iterations, x64):
     x, batch = setting()
     problem = task.make_problem(MARGIN, STEP, iterations, "example", 0.01)
-    inner = optax.sgd(1.0)
-    solver = bf.soba(problem, inner=inner, outer=optax.set_to_zero())
+    solver = solvers.tracked(problem, outer=optax.set_to_zero())
     state = solver.init(jnp.zeros((EXAMPLES + 2, WIDTH)), x)  # two rows that no minibatch visits
     both = bf.Batch(batch, batch)
     run = jax.jit(lambda s: jax.lax.scan(lambda s, _: solver.update(s, both), s, None, 400)[0])
@@ -71,12 +69,8 @@ def test_the_tracked_states_end_at_the_gradient(iterations, x64):
 def test_the_states_of_a_minibatch_are_solved_for(x64):
     x, batch = setting()
     problem = task.make_problem(MARGIN, STEP, 1, "minibatch", 0.01)
-    solver = contrib.bsg(
-        problem,
-        inner=optax.sgd(1.0),
-        outer=optax.sgd(1.0),
-        inner_steps=300,
-        adjoint_steps=EXAMPLES * WIDTH,
+    solver = solvers.solved(
+        problem, outer=optax.sgd(1.0), inner_steps=300, adjoint_steps=EXAMPLES * WIDTH
     )
     state = solver.init(jnp.zeros((EXAMPLES, WIDTH)), x)
     new, info = jax.jit(solver.update)(state, bf.Batch(batch, batch))
@@ -87,7 +81,7 @@ def test_the_states_of_a_minibatch_are_solved_for(x64):
 
 def test_padding_has_no_condition():
     x, batch = setting()
-    batch |= {"index": jnp.array([0, 1, 1]), "mask": jnp.array([1.0, 1.0, 0.0])}
+    batch |= {"state": jnp.array([0, 1, 1]), "mask": jnp.array([1.0, 1.0, 0.0])}
     problem = task.make_problem(MARGIN, STEP, 2, "example", 0.0)
     z = jnp.ones((EXAMPLES, WIDTH))
     found = bf.oracles.inner_grad(problem, z, x, batch)
@@ -100,7 +94,7 @@ def test_padding_has_no_condition():
 def test_paired_minibatches_have_the_same_numbers():
     config = configs.load(str(CONFIG), ["data.splits=(60,10,10)", "batch_size=20", "width=4"])
     made = task.make_task(config)
-    solver = bf.soba(made.problem, inner=optax.sgd(1.0), outer=optax.sgd(0.1))
+    solver = solvers.tracked(made.problem, outer=optax.sgd(0.1))
     loop = StepRunner(solver, made.inner, made.outer, seed=3, paired=True)
     ids = [sampler.ids(0, 9).tolist() for sampler in loop.samplers]
     assert ids[0] == ids[1]

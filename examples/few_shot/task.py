@@ -2,13 +2,15 @@
 
     G(z, x) = Σ_t [CE(x + z_t; support_t) + λ/2 ‖z_t‖²]      F(z, x) = mean_t CE(x + z_t; query_t)
 
-Tasks are an axis of z and of the minibatch, under `vmap`. With z as a displacement from x,
-first-order MAML is ∇₂F, MAML differentiates through the steps from z = 0, and implicit MAML solves
-(H_t + λ) v_t = -∇₁F, so that D_x = λ (H_t + λ)⁻¹ ∇ of the query's loss.
+where the last layer is z_t's alone. Tasks are an axis of z and of the minibatch, under `vmap`. With
+z as a displacement from x, first-order MAML is ∇₂F, MAML differentiates through the steps from
+z = 0, and implicit MAML solves (H_t + λ) v_t = -∇₁F, so that D_x = λ (H_t + λ)⁻¹ ∇ of the query's
+loss. Prototypical networks, which adapt nothing, are there to compare with.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +25,15 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.checks import check_count
 from bilevel_flax.data import FiniteSum
-from bilevel_flax.train.config import ConfigError
+from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
-from examples.few_shot import baselines, model, omniglot
+from examples.few_shot import model, omniglot
 
+METHODS = ("imaml", "tracked", "maml", "first_order", "prototypes")
+ADAPTS = ("network", "head")  # all of the network, or its last layer
 _AT_ONCE = 20  # tasks, where a network is measured
 Apply = Callable[[Any, jax.Array], jax.Array]
+Logits = Callable[[Any, Any], jax.Array]  # (x, one task) -> [ways * queries, ways]
 
 
 def make_problem(
@@ -43,10 +48,9 @@ def make_problem(
         first_order: G holds x fixed, so that no derivative goes through the adaptation.
     """
 
-    def losses(z, x, positions):
-        images, labels = drawn(pixels, positions)
-        logits = apply(jax.tree.map(jnp.add, x, z), images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def losses(z, x, codes):
+        images, labels = omniglot.drawn(pixels, codes)
+        return cross_entropy(apply(adapted(x, z), images), labels)
 
     def each(z, x, batch, part):
         return jax.vmap(losses, (0, None, 0))(z, x, batch[part])
@@ -62,49 +66,95 @@ def make_problem(
     return bf.Problem(inner_loss, outer_loss)
 
 
-def drawn(pixels: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images in [0, 1] and labels at positions [ways, each] of a task."""
-    ways, each = positions.shape
-    return pixels[positions.reshape(-1)] / 255.0, jnp.repeat(jnp.arange(ways), each)
+def adapted(x: Any, z: Any) -> Any:
+    """A network's parameters: x + z where both have a leaf; the last layer is in z alone."""
+    return x | {name: leaf + x[name] if name in x else leaf for name, leaf in z.items()}
 
 
-def adapted_accuracy(
-    apply: Apply, pixels: jax.Array, x: Any, tasks: omniglot.Tasks, proximal: float, settings: Any
-) -> np.ndarray:
-    """The accuracy on each task's queries after adaptation, [tasks].
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean over the images of a task."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def after_adaptation(
+    apply: Apply, pixels: jax.Array, start: Any, proximal: float, rate: float, steps: int
+) -> Logits:
+    """Logits of a task's queries after so many steps of gradient descent on its support.
 
     Args:
         apply: the network.
         pixels: of all drawings.
-        x: the initialisation.
-        tasks: which.
-        proximal: λ while adapting.
-        settings: (step size, number of steps).
+        start: z of one task.
+        proximal: λ.
+        rate: the step size.
+        steps: how many.
     """
-    rate, steps = settings
     problem = make_problem(apply, pixels, proximal)
 
-    def right(z, query):
-        images, labels = drawn(pixels, query)
-        return jnp.mean(jnp.argmax(apply(jax.tree.map(jnp.add, x, z), images), -1) == labels)
-
-    @jax.jit
-    def several(batch):
-        z = jax.tree.map(lambda leaf: jnp.zeros((len(batch["query"]), *leaf.shape)), x)
+    def logits(x, task):
+        one = jax.tree.map(lambda leaf: leaf[None], task)
+        first = jax.tree.map(lambda leaf: leaf[None], start)
 
         def step(z, _):
-            grad = bf.oracles.inner_grad(problem, z, x, batch)
+            grad = bf.oracles.inner_grad(problem, z, x, one)
             return jax.tree.map(lambda a, g: a - rate * g, z, grad), None
 
-        z, _ = jax.lax.scan(step, z, None, length=steps)
-        return jax.vmap(right)(z, batch["query"])
+        z, _ = jax.lax.scan(step, first, None, length=steps)
+        network = adapted(x, jax.tree.map(lambda leaf: leaf[0], z))
+        return apply(network, omniglot.drawn(pixels, task["query"])[0])
 
-    size = math.gcd(len(tasks.query), _AT_ONCE)
-    parts = [
-        {name: leaf[i : i + size] for name, leaf in tasks._asdict().items()}
-        for i in range(0, len(tasks.query), size)
-    ]
-    return np.concatenate([np.asarray(several(part)) for part in parts])
+    return logits
+
+
+def by_prototypes(features: Apply, pixels: jax.Array) -> Logits:
+    """Logits of a task's queries by their distances from the means of the classes.
+
+    References:
+        J. Snell, K. Swersky, R. Zemel. Prototypical networks for few-shot learning. NeurIPS 2017.
+    """
+
+    def logits(x, task):
+        ways = len(task["support"])
+        support = features(x, omniglot.drawn(pixels, task["support"])[0])
+        query = features(x, omniglot.drawn(pixels, task["query"])[0])
+        means = support.reshape(ways, -1, support.shape[-1]).mean(1)
+        squares = jnp.mean((query[:, None] - means[None]) ** 2, -1)
+        return -x["temperature"] * squares
+
+    return logits
+
+
+def prototypes_problem(features: Apply, pixels: jax.Array) -> bf.Problem:
+    """Prototypical networks: z is the network, and there is no x."""
+    logits = by_prototypes(features, pixels)
+
+    def loss(z, x, batch):
+        del x
+        tasks = {name: batch[name] for name in ("support", "query")}
+        found = jax.vmap(logits, (None, 0))(z, tasks)
+        _, ways, queries = batch["query"].shape
+        labels = jnp.repeat(jnp.arange(ways), queries)
+        return jax.vmap(cross_entropy, (0, None))(found, labels).mean()
+
+    return bf.Problem(loss, loss)
+
+
+def accuracies(logits: Logits) -> Callable[[Any, omniglot.Tasks], np.ndarray]:
+    """`of(x, tasks)`: the share of each task's queries that are right, [tasks]."""
+
+    @jax.jit
+    def several(x, tasks):
+        _, ways, queries = tasks["query"].shape
+        labels = jnp.repeat(jnp.arange(ways), queries)
+        return jnp.mean(jax.vmap(logits, (None, 0))(x, tasks).argmax(-1) == labels[None], -1)
+
+    def of(x: Any, tasks: omniglot.Tasks) -> np.ndarray:
+        size = math.gcd(len(tasks.query), _AT_ONCE)
+        starts = range(0, len(tasks.query), size)
+        part = lambda i: {name: leaf[i : i + size] for name, leaf in tasks._asdict().items()}
+        return np.concatenate([np.asarray(several(x, part(i))) for i in starts])
+
+    return of
 
 
 def minibatches(tasks: omniglot.Tasks, batch_size: int, seed: int) -> FiniteSum:
@@ -117,14 +167,15 @@ def make_task(config: Any) -> Task:
     """The task that `configs/few_shot.py` describes.
 
     Args:
-        config: keys `ways`, `shots`, `queries`, `width`, `tasks`, `recurring`, `proximal`,
-            `inner_rate`, `inner_steps`, `adapt_steps`, `evaluated`, `batch_size`, `steps`, `seed`,
-            `baselines`, `unrolled_steps`, `unrolled_rate`, `learning_rate`, `data`.
+        config: keys `method`, `adapts`, `ways`, `shots`, `queries`, `width`, `tasks`, `copies`,
+            `proximal`, `inner_rate`, `adapt_steps`, `evaluated`, `batch_size`, `seed`, `data`.
 
     Raises:
         ConfigError: alphabets that are in two parts, a λ that is not positive.
         UserError: a missing archive or alphabet, too few characters or drawings.
     """
+    check_choice(f"--config.method={config.method}", config.method, METHODS)
+    check_choice(f"--config.adapts={config.adapts}", config.adapts, ADAPTS)
     for name in ("ways", "shots", "queries", "width", "tasks", "evaluated"):
         check_count(f"--config.{name}", config[name])
     if config.tasks % config.batch_size:
@@ -132,53 +183,64 @@ def make_task(config: Any) -> Task:
             f"--config.tasks={config.tasks}: not a multiple of --config.batch_size="
             f"{config.batch_size}"
         )
-    if not config.proximal > 0:
+    implicit = config.method in ("imaml", "tracked")
+    if implicit and not config.proximal > 0:
         raise ConfigError(f"--config.proximal={config.proximal}: must be above 0")
-    characters = omniglot.with_turns(omniglot.read(config.data.manual_dir))
+    characters = omniglot.read(config.data.manual_dir)
     parts = {name: tuple(config.data[name]) for name in ("train", "validation", "test")}
-    for first, second in (("train", "validation"), ("train", "test")):
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
         if common := set(parts[first]) & set(parts[second]):
             raise ConfigError(
                 f"--config.data.{second}={sorted(common)[0]} is in --config.data.{first} as well: "
-                "the alphabets of meta-training and meta-test are to be apart"
+                "the alphabets of meta-training, validation and meta-test are to be apart"
             )
+    characters = omniglot.distorted(characters, config.copies)
 
-    def tasks_of(part: str, count: int, seed: int) -> omniglot.Tasks:
+    def tasks_of(part: str, count: int, seed: int, **more: bool) -> omniglot.Tasks:
         shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
         key = f"--config.data.{part}"
-        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed)
+        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed, **more)
 
     seed = 3 * config.seed
-    train = tasks_of("train", config.tasks, seed)
+    train = tasks_of("train", config.tasks, seed, augment=True)
     validation = tasks_of("validation", config.evaluated, seed + 1)
     test = tasks_of("test", config.evaluated, seed + 2)
     pixels = jnp.asarray(characters.images.reshape(-1, omniglot.SIDE, omniglot.SIDE))
-    problem = make_problem(model.apply, pixels, config.proximal)
+    start = model.head(config.width, config.ways)
+    if config.adapts == "network":
+        start |= jax.tree.map(jnp.zeros_like, model.init(jax.random.PRNGKey(0), config.width))
+    if config.method == "prototypes":
+        problem = prototypes_problem(model.features, pixels)
+        accuracy = accuracies(by_prototypes(model.features, pixels))
+    else:
+        proximal = config.proximal if implicit else 0.0
+        first_order = config.method == "first_order"
+        problem = make_problem(model.apply, pixels, proximal, first_order)
+        settings = (proximal, config.inner_rate, config.adapt_steps)
+        accuracy = accuracies(after_adaptation(model.apply, pixels, start, *settings))
     side = minibatches(train, config.batch_size, config.seed)
-    rows = config.tasks if config.recurring else config.batch_size
-    settings = (config.inner_rate, config.adapt_steps)
+    rows = config.tasks if config.method == "tracked" else config.batch_size
 
     def init(rng: jax.Array) -> InitialValues:
-        x = model.init(rng, config.width, config.ways)
-        return InitialValues(jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape)), x), x)
+        x = model.init(rng, config.width)
+        if config.method == "prototypes":
+            return InitialValues(x, jnp.zeros(()))
+        z = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape)), start)
+        return InitialValues(z, x)
 
-    def accuracy(x: Any, tasks: omniglot.Tasks) -> np.ndarray:
-        return adapted_accuracy(model.apply, pixels, x, tasks, config.proximal, settings)
-
-    def evaluate(state: bf.TrainState) -> dict[str, float]:
-        return {"validation_error": 1 - float(accuracy(state.outer_params, validation).mean())}
+    def measured(name: str, state: bf.TrainState, tasks: omniglot.Tasks) -> dict[str, float]:
+        network = state.inner_params if config.method == "prototypes" else state.outer_params
+        found = accuracy(network, tasks)
+        error = 1.96 * float(found.std()) / len(found) ** 0.5  # tasks drawn from these alphabets
+        return {f"{name}_accuracy": float(found.mean()), f"{name}_accuracy_error": error}
 
     def final_metrics(
         state: bf.TrainState, workdir: Path, log: Callable[[str], None]
     ) -> dict[str, Any]:
-        del workdir
-        found = accuracy(state.outer_params, test)
-        results: dict[str, Any] = {"test_accuracy": float(found.mean())}
-        results["test_accuracy_error"] = 1.96 * float(found.std()) / len(found) ** 0.5
-        if config.baselines:
-            start = init(jax.random.split(jax.random.PRNGKey(config.seed))[0])
-            results |= baselines.run(config, pixels, train, test, start.outer_params, log)
-        return results
+        del workdir, log
+        if not config.data.look_at_test:
+            return {}
+        return measured("test", state, test)
 
     return Task(
         problem=problem,
@@ -186,8 +248,11 @@ def make_task(config: Any) -> Task:
         inner=side,
         outer=side,
         paired=True,
-        evaluate=evaluate,
+        evaluate=functools.partial(measured, "validation", tasks=validation),
         final_metrics=final_metrics,
-        headline=("test_accuracy", *(baselines.HEADLINE if config.baselines else ())),
-        units={"test_accuracy": "fraction", "validation_error": "fraction"},
+        headline=("test_accuracy",) if config.data.look_at_test else (),
+        units=dict.fromkeys(
+            [f"{part}_accuracy{end}" for part in ("validation", "test") for end in ("", "_error")],
+            "fraction",
+        ),
     )

@@ -24,9 +24,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "few_shot.py"
 RNG = np.random.default_rng(0)
 PIXELS = RNG.uniform(0, 255, size=(12, 2, 2))
 PROXIMAL, RATE = 0.7, 0.3
-BATCH = {
-    "support": jnp.array([[[0], [1]], [[2], [3]]]),
-    "query": jnp.array([[[4, 5], [6, 7]], [[8, 9], [10, 11]]]),
+BATCH = {  # the drawings as they are, but for one
+    "support": 8 * jnp.array([[[0], [1]], [[2], [3]]]),
+    "query": 8 * jnp.array([[[4, 5], [6, 7]], [[8, 9], [10, 11]]]) + jnp.array([[[0]], [[3]]]),
     "task": jnp.array([2, 0]),
 }
 SGD = {"outer": optax.sgd(1.0), "inner_rate": RATE}
@@ -45,8 +45,8 @@ def flat_losses(x):
     """CE of a task as functions of one vector, and x as such."""
     vector, back = ravel_pytree(x)
 
-    def loss(vector, positions):
-        images, labels = task.drawn(jnp.asarray(PIXELS), positions)
+    def loss(vector, codes):
+        images, labels = omniglot.drawn(jnp.asarray(PIXELS), codes)
         logits = apply(back(vector), images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -102,29 +102,9 @@ def test_maml_is_backprop_through_the_steps(first_order, x64):
     close(stepped(solvers.maml, x, z, 0.0, first_order, inner_steps=3), back(total))
 
 
-def test_recurring_tasks_go_on_where_they_were_and_fresh_ones_start_anew():
-    z, x = start(4)
-    problem = task.make_problem(apply, jnp.asarray(PIXELS), PROXIMAL)
-    solver = solvers.tracked(problem, **SGD)
-    update = jax.jit(solver.update)
-    once, _ = update(solver.init(z, x), bf.Batch(BATCH, BATCH))
-    twice, _ = update(once, bf.Batch(BATCH, BATCH))
-    for state in (once, twice):
-        moved = np.any(state.inner_params["w"] != 0, (1, 2))
-        assert moved.tolist() == [True, False, True, False]
-    assert np.any(twice.inner_params["w"][0] != once.inner_params["w"][0])
-
-    fresh = solvers.imaml(problem, **SGD, inner_steps=2, adjoint_steps=1)
-    state = fresh.init(*start(2))
-    other = state.replace(inner_params=jax.tree.map(lambda leaf: leaf + 3, state.inner_params))
-    update = jax.jit(fresh.update)
-    ends = [update(s, bf.Batch(BATCH, BATCH))[0].inner_params for s in (state, other)]
-    jax.tree.map(np.testing.assert_array_equal, *ends)
-
-
 def test_the_network_is_one_of_strided_convolutions():
-    params = model.init(jax.random.PRNGKey(0), 3, 5)
-    images = jax.random.uniform(jax.random.PRNGKey(1), (2, 28, 28))
+    params = model.init(jax.random.PRNGKey(0), 3) | model.head(3, 5)
+    images = jax.random.uniform(jax.random.PRNGKey(1), (2, omniglot.SIDE, omniglot.SIDE))
     assert model.apply(params, images).shape == (2, 5)
     hidden = jax.random.normal(jax.random.PRNGKey(2), (2, 7, 7, 3))
     kernel = params["kernel1"].reshape(3, 3, 3, 3)
@@ -150,13 +130,40 @@ def archive(folder: Path, drawers: int = 3) -> Path:
 
 
 def test_tasks_have_different_characters_and_apart_drawings(tmp_path):
-    characters = omniglot.read(archive(tmp_path))
-    assert characters.images.shape == (5, 3, 28, 28)
-    assert omniglot.with_turns(characters).images.shape == (20, 3, 28, 28)
-    found = omniglot.draw(characters, ["Two"], "key", ways=3, shots=1, queries=2, count=20, seed=0)
-    drawings = np.concatenate([found.support, found.query], -1)
-    assert all(len(set(one.ravel())) == 9 for one in drawings)
-    assert (drawings // 3 >= 2).all() and (drawings // 3 == drawings[..., :1] // 3).all()
+    characters = omniglot.distorted(omniglot.read(archive(tmp_path)), 3)
+    assert characters.images.shape == (5, 3, 4, omniglot.SIDE, omniglot.SIDE)
+    shape = {"ways": 3, "shots": 1, "queries": 2, "count": 20, "seed": 0}
+    for augment in (False, True):
+        found = omniglot.draw(characters, ["Two"], "key", **shape, augment=augment)
+        codes = np.concatenate([found.support, found.query], -1)
+        positions, symmetry = np.divmod(codes, omniglot.SYMMETRIES)
+        drawings, copy = np.divmod(positions, 4)
+        assert all(len(set(one.ravel())) == 9 for one in drawings)
+        assert (drawings // 3 >= 2).all() and (drawings // 3 == drawings[..., :1] // 3).all()
+        assert (symmetry == symmetry[..., :1]).all()
+        assert len(np.unique(copy)) == (4 if augment else 1)
+        assert len(np.unique(symmetry)) == (8 if augment else 1)
+
+
+def test_the_symmetries_are_those_of_a_square():
+    pixels = jnp.asarray(RNG.uniform(0, 255, (1, 3, 3)))
+    found = np.asarray(omniglot.drawn(pixels, jnp.arange(8)[:, None])[0])
+    square = np.asarray(pixels[0]) / 255
+    wanted = [np.rot90(side, k) for side in (square, square.T) for k in range(4)]
+    order = lambda images: sorted(map(tuple, np.reshape(images, (8, 9)).round(5)))
+    assert order(found) == order(wanted)
+    np.testing.assert_allclose(found[0], square, rtol=1e-6)
+
+
+def test_prototypes_are_the_means_of_the_supports():
+    features = lambda x, images: x["w"] * images.reshape(len(images), -1)
+    logits = task.by_prototypes(features, jnp.asarray(PIXELS))
+    one = {"support": 8 * jnp.array([[0, 1], [2, 3]]), "query": 8 * jnp.array([[4], [5]])}
+    found = logits({"w": 2.0, "temperature": 3.0}, one)
+    flat = 2 * PIXELS.reshape(12, 4) / 255
+    means = flat[:4].reshape(2, 2, 4).mean(1)
+    wanted = -3 * ((flat[4:6, None] - means) ** 2).mean(-1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 DRAW = {"ways": 2, "shots": 1, "queries": 2, "count": 1, "seed": 0}
@@ -191,17 +198,21 @@ def test_tasks_with_different_numbers_of_ways_are_named(tmp_path):
         (["data.manual_dir=/nowhere"], "--config.data.manual_dir=/nowhere holds no images_"),
         (["proximal=0.0"], "--config.proximal=0.0"),
         (["tasks=10"], "--config.tasks=10: not a multiple"),
+        (["method=reptile"], "--config.method=reptile.*imaml"),
+        (['data.test=("Greek",)'], "--config.data.test=Greek is in --config.data.train"),
     ],
 )
-def test_a_mistake_in_the_config_is_named(settings, message):
+def test_a_mistake_in_the_config_is_named(settings, message, data_dir):
+    if "Greek" in message:
+        settings = [*settings, f"data.manual_dir={data_dir / 'omniglot'}"]
     with pytest.raises(ValueError, match=message):
         task.make_task(configs.load(str(CONFIG), settings))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", ["imaml", "tracked", "maml"])
-def test_an_initialisation_is_learned(solver, data_dir, tmp_path):
+@pytest.mark.parametrize("method", task.METHODS)
+def test_an_initialisation_is_learned(method, data_dir, tmp_path):
     settings = [f"data.manual_dir={data_dir / 'omniglot'}", "steps=200", "eval_every=200"]
-    settings += ["evaluated=100", "baselines=False"]
-    config = configs.load(f"{CONFIG}:{solver}", settings)
+    settings += ["evaluated=100", "copies=0"]
+    config = configs.load(f"{CONFIG}:{method}", settings)
     assert experiment.train_and_evaluate(config, tmp_path)["test_accuracy"] > 0.5
