@@ -40,7 +40,7 @@ def get_config(solver: str = "soba") -> ml_collections.ConfigDict:
     config.adjoint_steps = 10
     config.unrolled_steps = 40
     config.states = STATES[solver]
-    config.state_dtype = "bfloat16" if solver == "soba" else "float32"  # z and v between visits
+    config.state_dtype = "float16" if solver == "soba" else "float32"  # z and v between visits
     config.baselines = True
     # The check at a run's end asks whether v solves the system of all data; solved, z and v are
     # those of the last minibatch alone.

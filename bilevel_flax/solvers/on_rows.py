@@ -21,7 +21,8 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
     Both losses see z as `[batch, ...]` with `batch[key]` = 0, 1, ..., so that `z[batch[key]]` is
     right here and on all of z. Give the training loop minibatches of the same numbers for both
     losses (`Task(paired=True)`). Rows where `batch["mask"]` is 0 are left as they were. Rows are
-    stored in z's dtype and computed with in float32 at least: bfloat16 halves the tables.
+    stored in z's dtype and computed with in float32 at least: float16 halves the tables (bfloat16
+    too, but XLA's CPU backend writes its rows into a float32 copy of all of the table).
 
     Args:
         solver: of any method that remembers no rows: SGD for z, no memory of past gradients.
@@ -100,21 +101,7 @@ def _written(table: jax.Array, index: jax.Array, rows: jax.Array, mask: Any) -> 
     """The table with new rows at `index`, but for those of padding."""
     # Padding repeats a row: it would race with the row that it repeats.
     at = index if mask is None else jnp.where(mask > 0, index, len(table))
-
-    def at_once(table):
-        return table.at[at].set(rows, mode="drop")
-
-    def one_by_one(table):
-        def body(i, table):
-            row = jnp.where(at[i] < len(table), rows[i], table[at[i]])
-            return jax.lax.dynamic_update_index_in_dim(table, row, at[i], 0)
-
-        return jax.lax.fori_loop(0, len(at), body, table)
-
-    # XLA's CPU backend scatters into a float32 copy of a whole bfloat16 table.
-    if table.dtype.itemsize < 4:
-        return jax.lax.platform_dependent(table, cpu=one_by_one, default=at_once)
-    return at_once(table)
+    return table.at[at].set(rows, mode="drop")
 
 
 def _computed(leaf: jax.Array) -> jax.Array:
