@@ -26,6 +26,7 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.oracles.evaluate import Evaluation
 from bilevel_flax.oracles.oracle import Oracle
+from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
 from bilevel_flax.solvers.inner_optimiser import check_value, trainable
@@ -134,10 +135,10 @@ def single_loop(
         about_v = adjoint_extra_args(evaluation, state, estimate.directions)
         new_z, z_opt = z, state.inner_opt_state
         if inner is not None:
-            new_z, z_opt = optimizer_step(tx.inner, d_z, z_opt, z, awake.inner, **about_z)
-        new_v, v_opt = optimizer_step(
-            tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, **about_v
-        )
+            args = tx.inner, d_z, z_opt, z, awake.inner, alive
+            new_z, z_opt = optimizer_step(*args, **about_z)
+        args = tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, alive
+        new_v, v_opt = optimizer_step(*args, **about_v)
         about_x = outer_extra_args(evaluation, state, new_z)
         new_x, x_opt, d_x = move_outer(tx.outer, d_x, alive, state, awake.outer, **about_x)
 
@@ -153,7 +154,8 @@ def single_loop(
             model_state=evaluation.model_state if problem.stateful else state.model_state,
         )
         info = make_info(evaluation, norms, finite, estimator.units)
-        return rollback_unless_finite(finite, new, settled(new, state, active), d_x), info
+        taken = True, True, active.outer is not None or not isinstance(tx.outer, RowTransformation)
+        return rollback_unless_finite(finite, new, settled(new, state, taken), d_x), info
 
     method = Method(name, estimator.units)
     if estimator.full_pass is None:

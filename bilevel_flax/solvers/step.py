@@ -108,6 +108,7 @@ def optimizer_step(
     opt_state: PyTree,
     params: PyTree,
     active: jax.Array | None = None,
+    alive: jax.Array | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """`(params, opt_state)` after one Optax step along a direction.
@@ -118,6 +119,7 @@ def optimizer_step(
         opt_state: its state.
         params: the variable.
         active: bool scalar; where False, both come back as they were. None: True.
+        alive: the same, for a variable that rests by accident alone (a direction is not finite).
         **extra_args: handed to the optimiser.
     """
 
@@ -127,8 +129,11 @@ def optimizer_step(
         )
         return rows.apply_updates(params, updates), opt_state
 
-    if active is None:
+    if active is None and alive is None:
         return step(params, opt_state)
+    if active is None:
+        # A choice between old and new afterwards would keep copies of the moments and of params.
+        return jax.lax.cond(alive, step, lambda *same: same, params, opt_state)
     # A loop of one pass or none: XLA runs it in place, where a branch copies what it hands through.
     return jax.lax.fori_loop(
         0, active.astype(jnp.int32), lambda _, carry: step(*carry), (params, opt_state)
@@ -206,11 +211,11 @@ def move_outer(
     handed a dense direction.
     """
     if isinstance(transform, RowTransformation):
-        d_x = mask_rows(alive, d_x)
+        d_x, whole = mask_rows(alive, d_x), None
     else:
-        d_x = rows.densify(d_x, state.outer_params)
-    args = (transform, d_x, state.outer_opt_state, state.outer_params)
-    return *optimizer_step(*args, active, **extra_args), d_x
+        d_x, whole = rows.densify(d_x, state.outer_params), alive
+    args = transform, d_x, state.outer_opt_state, state.outer_params
+    return *optimizer_step(*args, active, whole, **extra_args), d_x
 
 
 def mask_rows(alive: jax.Array, direction: PyTree) -> PyTree:
@@ -266,18 +271,13 @@ def rollback_unless_finite(
     return chosen.replace(outer_params=plain)
 
 
-def settled(new: TrainState, old: TrainState, active: Variables) -> TrainState:
-    """`old` with the variables that may rest, and their optimisers, taken from `new`.
+def settled(new: TrainState, old: TrainState, taken: Sequence[bool]) -> TrainState:
+    """`old` with the variables that are `taken`, and their optimisers, from `new`.
 
-    Their loop has kept a NaN out already; a choice between two versions of them would copy both.
+    Their step has kept a NaN out already; a choice between two versions of them would copy both.
     """
-    fields = {
-        name: getattr(new, name)
-        for names, moves in zip(_FIELDS, active, strict=True)
-        for name in names
-        if moves is not None
-    }
-    return old.replace(**fields)
+    names = [name for both, yes in zip(_FIELDS, taken, strict=True) if yes for name in both]
+    return old.replace(**{name: getattr(new, name) for name in names})
 
 
 def all_finite(finite: Variables) -> jax.Array:

@@ -70,7 +70,7 @@ def main() -> None:
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), made.inner.batches)
         solver = make_solver(config.solver, made)
         step = lambda state, batch, solver=solver: solver.update(state, bf.Batch(batch, batch))[0]
-        measured = {method: (step, solver.init(z, x))}
+        measured: dict[str, Any] = {method: (step, solver.init(z, x))}
         if method == "maml":
             images = omniglot.distorted(omniglot.read(options.manual_dir), config.copies).images
             pixels = jnp.asarray(images.reshape(-1, omniglot.SIDE, omniglot.SIDE))

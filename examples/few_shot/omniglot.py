@@ -18,7 +18,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def distorted(characters: Characters, copies: int) -> Characters:
         angle, shear, stretch, shift = amount[0] / 4, amount[1] / 4, amount[2:4] / 5, amount[4:]
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = turn @ np.array([[1, shear], [0, 1]]) * np.exp(stretch)
-        offset = middle - matrix @ middle + shift * SIDE / 14
+        offset: Any = middle - matrix @ middle + shift * SIDE / 14
         drawing, copy = divmod(i, copies)
         ndimage.affine_transform(
             flat[drawing], matrix, offset, order=1, output=images[drawing, 1 + copy]

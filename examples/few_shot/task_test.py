@@ -6,6 +6,7 @@ import functools
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +133,9 @@ def archive(folder: Path, drawers: int = 3) -> Path:
 def test_tasks_have_different_characters_and_apart_drawings(tmp_path):
     characters = omniglot.distorted(omniglot.read(archive(tmp_path)), 3)
     assert characters.images.shape == (5, 3, 4, omniglot.SIDE, omniglot.SIDE)
-    shape = {"ways": 3, "shots": 1, "queries": 2, "count": 20, "seed": 0}
+    sizes = functools.partial(omniglot.draw, ways=3, shots=1, queries=2, count=20, seed=0)
     for augment in (False, True):
-        found = omniglot.draw(characters, ["Two"], "key", **shape, augment=augment)
+        found = sizes(characters, ["Two"], "key", augment=augment)
         codes = np.concatenate([found.support, found.query], -1)
         positions, symmetry = np.divmod(codes, omniglot.SYMMETRIES)
         drawings, copy = np.divmod(positions, 4)
@@ -166,7 +167,7 @@ def test_prototypes_are_the_means_of_the_supports():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-DRAW = {"ways": 2, "shots": 1, "queries": 2, "count": 1, "seed": 0}
+DRAW: dict[str, Any] = {"ways": 2, "shots": 1, "queries": 2, "count": 1, "seed": 0}
 MISTAKES = {
     "an unknown alphabet": (["Three"], {}, "key=Three: no such alphabet, there are One, Two"),
     "too few characters": (["One"], {"ways": 3}, r"--config.ways=3: key \(One\) has 2 characters"),
@@ -185,7 +186,8 @@ def test_tasks_that_cannot_be_drawn_are_named(name, tmp_path):
 def test_tasks_with_different_numbers_of_ways_are_named(tmp_path):
     characters = omniglot.read(archive(tmp_path))
     draw = functools.partial(omniglot.draw, characters, ["Two"], "key")
-    tasks = [draw(**DRAW), draw(**DRAW | {"ways": 3})]
+    other: dict[str, Any] = DRAW | {"ways": 3}
+    tasks = [draw(**DRAW), draw(**other)]
     with pytest.raises(UserError, match=r"tasks\[1\] has 3 ways, .*, tasks\[0\] 2 ways"):
         omniglot.stack(tasks)
     assert omniglot.stack(tasks[:1] * 2).support.shape == (2, 2, 1)

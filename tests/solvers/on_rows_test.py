@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ PROBLEM = bf.Problem(
     lambda z, x, batch: 0.5 * real(batch, (z[batch["row"]] - jnp.sin(x)[None]) ** 2),
     lambda z, x, batch: 0.5 * real(batch, (z[batch["row"]] - 1) ** 2) + 0.1 * jnp.sum(x**2),
 )
-SGD = {"inner": optax.sgd(0.5), "outer": optax.sgd(0.1)}
+SGD: dict[str, Any] = {"inner": optax.sgd(0.5), "outer": optax.sgd(0.1)}
 BATCH = {"row": jnp.array([3, 1]), "curvature": jnp.array([[1.0], [0.7]])}
 X = jnp.array([0.4, -1.0])
 

@@ -48,6 +48,7 @@ from bilevel_flax.solvers.step import (
     init_state,
     move_outer,
     rollback_unless_finite,
+    settled,
     tolerant,
 )
 from bilevel_flax.tree import norm, rows_at
@@ -250,6 +251,8 @@ def nested(
             oracle_units=jnp.asarray(units if report.units is None else report.units, jnp.float32),
             metrics={**metrics, **report.metrics},
         )
-        return rollback_unless_finite(finite, new.replace(step=state.step + 1), state, d_x), info
+        moved = not moves_outer and not isinstance(transforms.outer, RowTransformation)
+        old = settled(new, state, (False, False, moved))
+        return rollback_unless_finite(finite, new.replace(step=state.step + 1), old, d_x), info
 
     return BilevelSolver(init, update, method=Method(name, float(units), batches=batches))
