@@ -1,4 +1,4 @@
-"""A step that must leave no NaN behind holds no second copy of x, z and what optimisers remember."""
+"""A step that must leave no NaN behind keeps no second copy of x, z and their moments."""
 
 from __future__ import annotations
 
