@@ -108,4 +108,4 @@ types: $(DEV)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .trainers .venv-docs docs/_build docs/api
+	rm -rf $(VENV) .trainers .venv-docs .jax_cache docs/_build docs/api

@@ -5,13 +5,24 @@ It lies at the root, not in tests/, because pytest hands fixtures downwards only
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 # Before JAX is imported: a machine with an accelerator must give the same numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what the tests cost, and nothing tested hangs on LLVM's effort. With "0" they
-# see the programs that users run; .ci/run does that in one of its environments.
+# Compiling is most of what the tests cost, and nothing tested hangs on the compiler's effort. With
+# "0" they see the programs that users run; .ci/run does that in one of its environments.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The emitters through MLIR take twice as long to compile; later jaxlibs have no others.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false"
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib")[:4] in "0.10 0.11"
+    else "",
+)
+# Two workers, and the programs that tests start, compile much that is the same.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import importlib.util
 
