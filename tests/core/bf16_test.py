@@ -10,6 +10,7 @@ symmetric to 5e-4 of ‖u‖‖Hv‖ (measured: 8e-5). Everything that the solve
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -86,16 +87,14 @@ ALL[HANDED] = bf.oracles.mixed_precision(problem(None), "bfloat16")
 
 def products(dtype, v):
     """(∇₁G, Hv, Jv), Jv without its rows' indices."""
-    call = jax.jit(
-        lambda v: bf.oracles.inner_products(ALL[dtype], bf.Variables(Z, v, X), BATCH)[1:]
-    )
-    grad, hvp, cross = call(v)
+    grad, hvp, cross = bf.oracles.inner_products(ALL[dtype], bf.Variables(Z, v, X), BATCH)[1:]
     return grad, hvp, {**cross, "logits": cross["logits"].values}
 
 
 @pytest.fixture(scope="module")
 def computed():
-    return {dtype: {"u": products(dtype, U), "v": products(dtype, V)} for dtype in ALL}
+    runs = {dtype: jax.jit(functools.partial(products, dtype)) for dtype in ALL}
+    return {dtype: {"u": run(U), "v": run(V)} for dtype, run in runs.items()}
 
 
 @pytest.mark.parametrize("low", LOW)
@@ -169,7 +168,7 @@ def test_what_the_losses_are_handed():
     both = bf.oracles.mixed_precision(bf.Problem(inner, outer), jnp.bfloat16)
     batch = {"a": jnp.ones(3), "mask": jnp.ones(3), "index": jnp.arange(3)}
     at = bf.Variables(*(jnp.float32(value) for value in (1.0, 2.0, 3.0)))
-    found = bf.oracles.evaluate(both, at, bf.Batch(batch, batch))
+    found = jax.eval_shape(lambda: bf.oracles.evaluate(both, at, bf.Batch(batch, batch)))
     handed = {"a": "bfloat16", "mask": "float32", "index": "int32"}
     assert seen == dict.fromkeys(("inner", "outer"), ("bfloat16", "float32", handed))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}

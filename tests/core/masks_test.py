@@ -46,6 +46,10 @@ def test_a_chosen_mask_of_another_shape_is_an_error():
         example_mask({"x": TOKENS, "example_mask": jnp.ones(3)})
 
 
+def evaluate(problem, *inputs):
+    return jax.jit(lambda: oracles.evaluate(problem, *inputs))()
+
+
 def by_sequence(z, batch, name):
     mask = batch[name]
     return (((z * batch["x"] - 1) ** 2) * mask).sum(1) / mask.sum(1)
@@ -59,7 +63,7 @@ def test_a_mask_of_tokens_is_data(name):
         per_sample=True,
     )
     data = {"x": TOKENS, name: (TOKENS > 0).astype(jnp.float32), "index": ROWS}
-    found = oracles.evaluate(problem, POINT, bf.Batch(data, data))
+    found = evaluate(problem, POINT, bf.Batch(data, data))
     z, v, x = (np.asarray(leaf, np.float64) for leaf in POINT)
     mask, tokens, weight = (
         np.asarray(data[name]),
@@ -75,43 +79,49 @@ def test_a_mask_of_tokens_is_data(name):
     np.testing.assert_allclose(found.cross_jvp.values, cross, rtol=1e-5)
 
 
-def mean_of(loss, **options):
-    """The mean of `loss(z, x, row)` over the real examples, as both losses."""
-
-    def mean(z, x, batch):
-        values = jax.vmap(lambda row: loss(z, x, row))(batch["x"])
-        return bf.masked_mean(values, example_mask(batch))
-
-    return bf.Problem(mean, mean, **options)
-
-
-LOSSES = {  # finite at real examples, without a finite derivative at padding of zeros
+# Finite at real examples, without a finite derivative at padding of zeros; each on a z and an x of
+# its own.
+LOSSES = {
     "log": lambda z, x, row: jnp.log(x * z * row[0]) ** 2,
     "norm": lambda z, x, row: jnp.linalg.norm(x * row) * z**2,
     "division": lambda z, x, row: (z * x / row[0]) ** 2,
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def of_real_rows(z, x, batch):
+    """The sum of all `LOSSES`, its mean over the real examples."""
+    rows = jax.vmap(lambda row: sum(loss(z[k], x[k], row) for k, loss in LOSSES.items()))
+    return bf.masked_mean(rows(batch["x"]), example_mask(batch))
+
+
 @pytest.mark.parametrize("mask", [[1.0, 1, 1, 0], [0.0, 1, 1, 0], [True, False, False, False]])
-def test_padding_without_a_derivative_leaves_no_trace(loss, mask):
+def test_padding_without_a_derivative_leaves_no_trace(mask):
     mask = np.array(mask)
     x = np.where(mask[:, None] > 0, np.asarray(TOKENS) + 0.1, 0).astype(np.float32)
-    at = POINT._replace(outer=jnp.array(1.5))
-    problem = mean_of(LOSSES[loss])
-    real = {"x": x[mask > 0]}
-    expected = oracles.evaluate(problem, at, bf.Batch(real, real))
-    padded = {"x": x, "mask": mask}
-    for parts in (1, 2):
-        split = oracles.microbatched(problem, parts)
-        found = oracles.evaluate(split, at, bf.Batch(padded, padded))
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5)
-    blocks = [
-        oracles.evaluate_subsample(problem, at, bf.Batch(padded, padded), block=i, parts=2).oracles
-        for i in range(2)
-    ]
-    np.testing.assert_allclose((blocks[0].hvp + blocks[1].hvp) / 2, expected.hvp, rtol=1e-5)
+    at = bf.Variables(*(dict.fromkeys(LOSSES, jnp.float32(value)) for value in (0.3, 1.0, 1.5)))
+    problem = bf.Problem(of_real_rows, of_real_rows)
+    real, padded = (bf.Batch(data, data) for data in ({"x": x[mask > 0]}, {"x": x, "mask": mask}))
+
+    @jax.jit
+    def run():
+        found = [
+            oracles.evaluate(oracles.microbatched(problem, parts), at, padded) for parts in (1, 2)
+        ]
+        blocks = [
+            oracles.evaluate_subsample(problem, at, padded, block=i, parts=2).oracles.hvp
+            for i in range(2)
+        ]
+        return found, blocks, oracles.evaluate(problem, at, real)
+
+    all_found, blocks, expected = run()
+    for found in all_found:
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+    for name in LOSSES:
+        mean = (blocks[0][name] + blocks[1][name]) / 2
+        np.testing.assert_allclose(mean, expected.hvp[name], rtol=1e-5, err_msg=name)
 
 
 def test_padding_made_by_partition_stays_as_it_is():
@@ -143,13 +153,13 @@ def test_parts_of_a_mean_over_tokens_count_by_their_tokens(loss):
     at = POINT._replace(outer=jnp.array(1.5))
     mask = (TOKENS > 0).astype(jnp.float32)
     data = {"x": TOKENS, "mask": mask}
-    expected = oracles.evaluate(whole, at, bf.Batch(data, data))
+    expected = evaluate(whole, at, bf.Batch(data, data))
     with pytest.raises(ValueError, match=r'microbatches=2 cannot tell.*batch\["example_mask"\]'):
         oracles.evaluate(split, at, bf.Batch(data, data))
     with pytest.raises(ValueError, match="subsample of 1/2 cannot tell"):
         oracles.evaluate_subsample(whole, at, bf.Batch(data, data), block=0, parts=2)
     data["example_mask"] = mask.sum(1) if loss is over_tokens else jnp.ones(4)
-    found = oracles.evaluate(split, at, bf.Batch(data, data))
+    found = evaluate(split, at, bf.Batch(data, data))
     np.testing.assert_allclose(found.inner_grad, expected.inner_grad, rtol=1e-5)
     np.testing.assert_allclose(found.cross_jvp, expected.cross_jvp, rtol=1e-5)
 
@@ -164,10 +174,14 @@ def test_an_index_of_any_integer_finds_its_row(dtype):
     data = {"index": rows.astype(dtype), "mask": jnp.array([1, 1, 1, 0])}
     x = jnp.arange(count, dtype=jnp.float32)
     at = bf.Variables(jnp.array(0.5), jnp.array(1.0), x)
-    cross = oracles.evaluate(problem, at, bf.Batch(data, data)).cross_jvp
+    cross, found = jax.jit(
+        lambda: (
+            oracles.evaluate(problem, at, bf.Batch(data, data)).cross_jvp,
+            oracles.inner_grad(problem, *at[::2], data),
+        )
+    )()
     assert cross.index.tolist() == [0, 44, 100, count]  # padding moves no row
     assert cross.index.dtype == jnp.int32
-    found = oracles.inner_grad(problem, *at[::2], data)
     np.testing.assert_allclose(found, -(x[rows] * jnp.array([1, 1, 1, 0])).sum() / 4)
 
 

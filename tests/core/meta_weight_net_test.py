@@ -41,14 +41,17 @@ def test_it_starts_with_equal_weights():
 def test_neither_z_nor_v_sees_through_the_weights():
     batch, _ = data(8, 0.3, 0)
     x = jax.tree.map(lambda leaf: leaf + 0.3, NET.init())
-    z, v = jnp.ones(4), jnp.arange(4.0)
-    w = NET.weights(x, per_sample(z, batch))
+    point = bf.Variables(jnp.ones(4), jnp.arange(4.0), x)
 
-    def fixed(z):
-        return jnp.mean(w * per_sample(z, batch))
+    @jax.jit
+    def run(point):
+        z, v, x = point
+        w = NET.weights(x, per_sample(z, batch))
+        fixed = lambda z: jnp.mean(w * per_sample(z, batch))
+        found = bf.oracles.evaluate(PROBLEM, point, bf.Batch(batch, batch))
+        return found, *jax.jvp(jax.grad(fixed), (z,), (v,))
 
-    gradient, product = jax.jvp(jax.grad(fixed), (z,), (v,))
-    found = bf.oracles.evaluate(PROBLEM, bf.Variables(z, v, x), bf.Batch(batch, batch))
+    found, gradient, product = run(point)
     np.testing.assert_allclose(found.inner_grad, gradient, rtol=1e-5)
     np.testing.assert_allclose(found.hvp, product, rtol=1e-5)
     assert float(jnp.abs(found.cross_jvp["first"]["kernel"]).max()) > 0
