@@ -213,7 +213,7 @@ def is_linear(
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
     with jax.ensure_compile_time_eval():
         point = jax.tree.map(_small, filter_inexact(params))
-        nothing = jax.tree.map(jnp.zeros_like, point)
+        nothing = _scaled(point, 0.0)
         # The second of two steps: some divide by what the step before has left (ACProp).
         update = functools.partial(_update, transform, _shaped(shapes), times=2)
         answers = []  # RAdam is linear in its first steps alone
@@ -231,16 +231,24 @@ def is_linear(
     return bool(answers) and all(answers)
 
 
+# In NumPy from here on, where it may be: what JAX does on numbers is compiled for every shape.
+
+
 def _at_step(state: PyTree, step: int) -> PyTree:
     """The state of an optimiser, fresh but for its counters."""
-    return jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, step) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf,
-        state,
-    )
+
+    def counter(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.integer):
+            return leaf
+        return jnp.asarray(np.full(leaf.shape, step, leaf.dtype))
+
+    return jax.tree.map(counter, state)
 
 
 def _scaled(tree: PyTree, factor: float) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf) * np.asarray(factor, leaf.dtype)), tree
+    )
 
 
 def _refuse_values_of_the_loss(
@@ -305,17 +313,20 @@ def _probe(
 
 
 def _largest(tree: PyTree) -> float:
-    return max(float(jnp.max(jnp.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(tree))
+    return max(float(np.max(np.abs(leaf), initial=0.0)) for leaf in _arrays(tree))
 
 
 def _finite(tree: PyTree) -> bool:
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+    return all(bool(np.isfinite(leaf).all()) for leaf in _arrays(tree))
 
 
 def _near(one: PyTree, other: PyTree) -> bool:
     def close(a, b):
-        size = max(float(jnp.max(jnp.abs(a))), float(jnp.max(jnp.abs(b))))
-        return float(jnp.max(jnp.abs(a - b))) <= _ROUNDING * size
+        size = max(float(np.max(np.abs(a))), float(np.max(np.abs(b))))
+        return float(np.max(np.abs(a - b))) <= _ROUNDING * size
 
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(close(a, b) for a, b in pairs if a.size)
+    return all(close(a, b) for a, b in zip(_arrays(one), _arrays(other), strict=True) if a.size)
+
+
+def _arrays(tree: PyTree) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
