@@ -1,17 +1,18 @@
 """Names that have left a module: old place, `module:name` of the new one."""
 
+_CONTRIB = (
+    *("bsa", "bsg", "bsgo", "darts1", "darts2", "fsla", "masoba", "mrbo", "spaba", "sustain"),
+    *("ttsa", "vrbo"),
+)
 ATTRIBUTES = {
-    "bilevel_flax.bsa": "bilevel_flax.contrib:bsa",
-    "bilevel_flax.bsg": "bilevel_flax.contrib:bsg",
-    "bilevel_flax.bsgo": "bilevel_flax.contrib:bsgo",
-    "bilevel_flax.darts1": "bilevel_flax.contrib:darts1",
-    "bilevel_flax.darts2": "bilevel_flax.contrib:darts2",
+    **{
+        f"{place}.{name}": f"bilevel_flax.contrib:{name}"
+        for place in ("bilevel_flax", "bilevel_flax.solvers")
+        for name in _CONTRIB
+    },
     "bilevel_flax.data.ImageData": "examples.datasets.sources:ImageData",
     "bilevel_flax.data.load": "examples.datasets.sources:load",
-    "bilevel_flax.fsla": "bilevel_flax.contrib:fsla",
     "bilevel_flax.grid_search": "bilevel_flax.bench.searches:grid_search",
-    "bilevel_flax.masoba": "bilevel_flax.contrib:masoba",
-    "bilevel_flax.mrbo": "bilevel_flax.contrib:mrbo",
     "bilevel_flax.outer.architecture.entropy": "examples.darts.selection:entropy",
     "bilevel_flax.outer.architecture.select_by_perturbation": (
         "examples.darts.selection:select_by_perturbation"
@@ -19,20 +20,6 @@ ATTRIBUTES = {
     "bilevel_flax.outer.architecture.stop_before_rise": "examples.darts.selection:stop_before_rise",
     "bilevel_flax.outer.architecture.strongest": "examples.darts.selection:strongest",
     "bilevel_flax.random_search": "bilevel_flax.bench.searches:random_search",
-    "bilevel_flax.solvers.bsa": "bilevel_flax.contrib:bsa",
-    "bilevel_flax.solvers.bsg": "bilevel_flax.contrib:bsg",
-    "bilevel_flax.solvers.bsgo": "bilevel_flax.contrib:bsgo",
-    "bilevel_flax.solvers.darts1": "bilevel_flax.contrib:darts1",
-    "bilevel_flax.solvers.darts2": "bilevel_flax.contrib:darts2",
-    "bilevel_flax.solvers.fsla": "bilevel_flax.contrib:fsla",
-    "bilevel_flax.solvers.masoba": "bilevel_flax.contrib:masoba",
-    "bilevel_flax.solvers.mrbo": "bilevel_flax.contrib:mrbo",
-    "bilevel_flax.solvers.spaba": "bilevel_flax.contrib:spaba",
-    "bilevel_flax.solvers.sustain": "bilevel_flax.contrib:sustain",
-    "bilevel_flax.solvers.ttsa": "bilevel_flax.contrib:ttsa",
-    "bilevel_flax.solvers.vrbo": "bilevel_flax.contrib:vrbo",
-    "bilevel_flax.spaba": "bilevel_flax.contrib:spaba",
-    "bilevel_flax.sustain": "bilevel_flax.contrib:sustain",
     "bilevel_flax.train.device_feed.Feed": "bilevel_flax.train.device_feed:DeviceFeed",
     "bilevel_flax.train.experiment.HARMLESS": "bilevel_flax.train.run_config:RESUME_SAFE",
     "bilevel_flax.train.experiment.Trained": "bilevel_flax.train.train_loop:Trained",
@@ -50,6 +37,4 @@ ATTRIBUTES = {
     "bilevel_flax.train.workdir.NoRoom": "bilevel_flax.train.workdir:DiskFullError",
     "bilevel_flax.train.workdir.claim": "bilevel_flax.train.workdir:check_same_run",
     "bilevel_flax.train.workdir.opened": "bilevel_flax.train.workdir:lock",
-    "bilevel_flax.ttsa": "bilevel_flax.contrib:ttsa",
-    "bilevel_flax.vrbo": "bilevel_flax.contrib:vrbo",
 }

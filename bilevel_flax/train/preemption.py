@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from bilevel_flax import deprecated
@@ -103,12 +103,7 @@ class PreemptionGuard:
 
         threading.Thread(target=wait, name="preemption", daemon=True).start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._left.set()
         if self._pipe is not None:
             writer, before = self._pipe
