@@ -23,8 +23,8 @@ def step_of(solver, data, start):
 
 def losses_at(data, start):
     batch = data.batch(1, 2)
-    inner = lambda z, x: data.problem.inner_loss(z, x, batch.inner)
-    outer = lambda z, x: data.problem.outer_loss(z, x, batch.outer)
+    inner = jax.jit(lambda z, x: data.problem.inner_loss(z, x, batch.inner))
+    outer = jax.jit(lambda z, x: data.problem.outer_loss(z, x, batch.outer))
     return inner, outer, start.inner, start.outer
 
 

@@ -224,7 +224,7 @@ def test_sabas_mean_does_not_drift_in_float32():
         num_inner_batches=n,
         num_outer_batches=n,
     )
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, n, (400_000, 2)), jnp.int32)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, n, (100_000, 2)), jnp.int32)
 
     def step(state, pair):
         i, j = pair
@@ -233,4 +233,4 @@ def test_sabas_mean_does_not_drift_in_float32():
     state = solver.init(jnp.float32(0), jnp.float32(0))
     state, _ = jax.jit(lambda s, ids: jax.lax.scan(step, s, ids))(state, ids)
     right = float(3 * b.mean() - state.inner_params) / float(a.mean())
-    assert abs(float(state.adjoint) - right) < 2e-6  # 4e-4 with a plain sum
+    assert abs(float(state.adjoint) - right) < 2e-6  # a plain sum: 4e-4 after 400,000 steps

@@ -212,9 +212,8 @@ def test_saba_one_epoch_at_a_frozen_point_makes_the_mean_the_full_gradient(x64):
     assert spread < 1e-12
 
 
-@pytest.mark.parametrize("length", [100_000])
 @pytest.mark.parametrize("table_dtype", [None, jnp.bfloat16])
-def test_saba_running_means_stay_the_means_of_the_tables(length, table_dtype):
+def test_saba_running_means_stay_the_means_of_the_tables(table_dtype):
     data = quadratics(num_inner=32, num_outer=16, dtype=jnp.float32)
     solver = bf.saba(
         data.problem,
@@ -223,7 +222,7 @@ def test_saba_running_means_stay_the_means_of_the_tables(length, table_dtype):
         **counts(data),
         table_dtype=table_dtype,
     )
-    state = steps(solver, data, solver.init(data.inner_params, data.outer_params), length)
+    state = steps(solver, data, solver.init(data.inner_params, data.outer_params), 20_000)
     memory = state.estimator_state
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(memory.inner.table))
     assert largest > 0.5
