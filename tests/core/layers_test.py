@@ -208,7 +208,7 @@ def test_a_violation_is_found(tmp_path: Path):
 
 
 def test_the_cores_tests_need_no_extra():
-    tools = {"pytest", "hypothesis", "problems", "transcriptions", "bilevel_flax"}
+    tools = {"pytest", "hypothesis", "mistakes", "problems", "transcriptions", "bilevel_flax"}
     for path in (ROOT / "tests" / "core").glob("*.py"):
         names = set(imports(path))
         assert {name.partition(".")[0] for name in names} <= CORE | tools | sys.stdlib_module_names
