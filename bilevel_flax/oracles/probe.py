@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
+from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
 from bilevel_flax.oracles.kernel_rules import opaque_p
@@ -17,6 +18,7 @@ from bilevel_flax.oracles.stops import first_order_stop, stop
 from bilevel_flax.oracles.with_reference import by_reference, disagreement
 
 FIRST_ORDER = "first_order"
+_CONDITION = "the condition, of which the transposed Jacobian is needed"
 _EXACT = ("forward_over_reverse", "reverse_over_reverse")
 
 
@@ -47,7 +49,7 @@ class Probe(NamedTuple):
         """One line."""
         stopped = [f"{mode} by {name}" for mode, name in self.stopped_by.items() if name]
         works = [mode for mode, name in self.stopped_by.items() if not name]
-        return f"inner_loss: {', '.join(works)} work" + (
+        return f"derivatives of inner_loss: {', '.join(works)} work" + (
             f"; stopped are {', '.join(stopped)}" if stopped else ""
         )
 
@@ -114,6 +116,11 @@ def probe(
     stopped = {mode: stop(loss, z.leaves, x.leaves, mode) for mode in _EXACT}
     stopped["finite_differences"] = coarser(closed, z.leaves)
     stopped[FIRST_ORDER] = ""
+    if is_condition(problem.inner_loss):  # no other mode gives Jᵀv
+        transposed = "reverse_over_reverse"
+        stopped = {
+            mode: name if mode == transposed else _CONDITION for mode, name in stopped.items()
+        }
     return Probe(stopped, next(mode for mode, name in stopped.items() if not name))
 
 

@@ -53,7 +53,7 @@ def summarize(
         "seconds_per_step": totals["seconds"] / run.steps,
         "steps_per_second": run.steps / max(totals["seconds"], 1e-9),
         "gradient_units_per_step": totals["oracle_units"] / run.steps,
-        "adjoint_residual": _adjoint_residual(run, task, state),
+        "adjoint_residual": _adjoint_residual(run, task, trained),
         **_hypergradient(run, trained, workdir, log),
         "selected_step": step,
         **task.final_metrics(chosen, workdir, log),
@@ -78,11 +78,11 @@ def _readable(side: data.FiniteSum) -> data.FiniteSum:
     return data.subsample(side, _OF_A_STREAM) if side.streamed else side
 
 
-def _adjoint_residual(run: RunConfig, task: Task, state: TrainState) -> float:
+def _adjoint_residual(run: RunConfig, task: Task, trained: Trained) -> float:
     """On all data; NaN where z and v are not those of all data (`health.summary=False`)."""
-    if not run.health.summary:
+    if trained.obstacle or not run.health.summary:
         return math.nan
-    sides = _readable(task.inner), _readable(task.outer)
+    state, sides = trained.state, (_readable(task.inner), _readable(task.outer))
     return diagnostics.adjoint_residual(
         task.problem, state.variables, *sides, state.model_state, state.rng
     )
@@ -98,6 +98,9 @@ def _hypergradient(
     }
     if not run.health.summary:
         log("hypergradient_cosine: not measured (--config.health.summary=False)")
+        return dict.fromkeys(names, math.nan)
+    if trained.obstacle:
+        log(f"hypergradient_cosine: not measured, {trained.obstacle} stops second derivatives")
         return dict.fromkeys(names, math.nan)
     rows = read_metrics(workdir / "metrics.jsonl")
     measured = [r for r in rows if r["step"] == run.steps and "hypergradient_cosine" in r]

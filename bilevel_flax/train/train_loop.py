@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from bilevel_flax import deprecated
+from bilevel_flax import data, deprecated, oracles
 from bilevel_flax.base import BilevelSolver, Info, TrainState
 from bilevel_flax.checkpoints.best import BestCheckpoint
 from bilevel_flax.checkpoints.checkpointer import Checkpointer
@@ -54,12 +55,14 @@ class Trained(NamedTuple):
             refreshes) and `compile_seconds`.
         monitor: of the run's health.
         unsaved: why the last checkpoint was not written; None: it was.
+        obstacle: what stops second derivatives, of which the diagnostics are made; "": nothing.
     """
 
     state: TrainState
     totals: dict[str, float]
     monitor: Monitor
     unsaved: str | None = None
+    obstacle: str = ""
 
 
 def train_loop(
@@ -92,7 +95,12 @@ def train_loop(
     runner = StepRunner(solver, task.inner, task.outer, paired=task.paired, **settings)
     messages: list[str] = []
     progress = Progress(run.steps, quiet=not processes.is_leader)
-    monitor = Monitor(task, run.steps, outer_params, run.eval_every, run.health.every)
+    # Traces only: nothing is compiled, but where a kernel and its reference are compared.
+    minibatch = data.gather(task.inner, np.array(0))
+    probe = oracles.probe(task.problem, multihost.gather_to_host(state), minibatch)
+    obstacle = probe.stopped_by[task.problem.derivatives]
+    health_every = 0 if obstacle else run.health.every
+    monitor = Monitor(task, run.steps, outer_params, run.eval_every, health_every)
     with (
         PreemptionGuard(grace_seconds=_GRACE_SECONDS) as guard,
         Checkpointer(
@@ -129,8 +137,12 @@ def train_loop(
         try:
             if step < run.steps:
                 messages += [_cost_line(solver), _size_line(solver, task, runner)]
-            if wrong := monitor.first_check(state) if step == 0 else "":
-                messages.append(f"warning: {wrong}")
+            if step == 0:
+                messages.append(probe.message)
+                if obstacle:
+                    messages.append(f"no adjoint residual is measured: {obstacle} stops it")
+                if wrong := monitor.first_check(state):
+                    messages.append(f"warning: {wrong}")
             while step < run.steps:
                 log.flush()
                 refresh_at = int(solver.next_refresh(state))
@@ -168,7 +180,7 @@ def train_loop(
         finally:
             log.close()
             runner.close()
-    return Trained(state, totals.now(), monitor, unsaved)
+    return Trained(state, totals.now(), monitor, unsaved, obstacle)
 
 
 def _initial(

@@ -18,7 +18,7 @@ from bilevel_flax import cli
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/mnist_hypercleaning.py:soba"
-PROGRESS = ("cost:", "soba:", "comp")  # what a run says before its first step
+PROGRESS = ("cost:", "derivatives of", "soba:", "comp")  # what a run says before its first step
 # Small, so that what gets as far as the training is soon there.
 SMALL = (
     "--config.data.splits=120,60,40",

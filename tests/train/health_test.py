@@ -281,3 +281,20 @@ def test_a_run_begins_with_what_is_wrong_with_its_inner_gradient(health, said, t
     train_and_evaluate(config, tmp_path)
     line = "warning: the inner problem holds a stop_gradient"
     assert (line in capsys.readouterr().err) == said
+
+
+def test_a_run_says_at_its_start_which_derivatives_can_be_had_and_not_again(tmp_path, capsys):
+    config = tiny_task.get_config(
+        task={"call": "tiny_task:make_task_with_a_kernel"},
+        solver={
+            "call": "bilevel_flax:first_order",
+            "inner": {"call": "optax:sgd", "learning_rate": 0.1},
+            "steps": 20,
+        },
+    )
+    train_and_evaluate(config, tmp_path)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "derivatives" in line)
+    assert "first_order work; stopped are forward_over_reverse by the primitive pure_call" in line
+    (tmp_path / "summary.json").unlink()  # resumed from its last checkpoint
+    train_and_evaluate(config, tmp_path)
+    assert "derivatives" not in capsys.readouterr().err

@@ -62,6 +62,23 @@ def make_task_with_a_stopped_target(config: Any) -> Task:
     return dataclasses.replace(task, problem=bf.Problem(inner_loss, task.problem.outer_loss))
 
 
+def make_task_with_a_kernel(config: Any) -> Task:
+    """The same with a square that nothing can differentiate twice."""
+    task = make_task(config)
+
+    @jax.custom_vjp
+    def square(residual):
+        return jax.pure_callback(np.square, residual, residual)
+
+    hide = lambda residual: jax.pure_callback(np.asarray, residual, residual)
+    square.defvjp(lambda r: (square(r), r), lambda r, c: (2 * hide(r) * c,))
+
+    def inner_loss(z, x, batch):
+        return jnp.mean(square(z - x - batch["y"])) / 2
+
+    return dataclasses.replace(task, problem=bf.Problem(inner_loss, task.problem.outer_loss))
+
+
 def final_metrics(state: bf.TrainState, workdir: Path, log: Any) -> dict[str, float]:
     """One number."""
     del workdir
