@@ -49,6 +49,7 @@ from bilevel_flax.oracles.evaluate import (
     evaluate_without_hvp,
     residual,
 )
+from bilevel_flax.oracles.fit_memory import Fit, fit_memory, keep
 from bilevel_flax.oracles.linear_models import linear_problem
 from bilevel_flax.oracles.mixed_mode import differentiable_inner_grad
 from bilevel_flax.oracles.mixed_precision import mixed_precision
@@ -64,6 +65,7 @@ from bilevel_flax.oracles.wrappers import configured, microbatched, remat
 __all__ = [
     "FORWARD_UNITS",
     "Evaluation",
+    "Fit",
     "Oracle",
     "Oracles",
     "Probe",
@@ -82,6 +84,7 @@ __all__ = [
     "evaluate_inner",
     "evaluate_subsample",
     "evaluate_without_hvp",
+    "fit_memory",
     "hvp",
     "inner_grad",
     "inner_grad_and_cross",
@@ -89,6 +92,7 @@ __all__ = [
     "inner_products",
     "inner_value_and_grad",
     "inner_value_and_grads",
+    "keep",
     "linear_problem",
     "microbatched",
     "mixed_precision",

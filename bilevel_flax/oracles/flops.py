@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 import jax
-from jax.extend import core
+
+from bilevel_flax.oracles.jaxprs import sub_jaxprs
 
 _ARITHMETIC = {
     *("add", "add_any", "sub", "mul", "div", "neg", "max", "min", "sign", "abs", "floor", "square"),
@@ -57,7 +58,7 @@ def _equation(eqn: Any) -> float:
         return max(of(branch) for branch in params["branches"])
     if name == "shard_map":  # written for one device
         return params["mesh"].size * of(params["jaxpr"])
-    inside = [of(each) for value in params.values() for each in _jaxprs(value)]
+    inside = [of(each) for each in sub_jaxprs(eqn)]
     if inside and name not in _REDUCTIONS:
         return sum(inside)
     if name in _ARITHMETIC and jax.numpy.issubdtype(out.dtype, jax.numpy.inexact):
@@ -65,11 +66,3 @@ def _equation(eqn: Any) -> float:
     if name in _REDUCTIONS:
         return float(eqn.invars[0].aval.size)
     return 0.0
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [each for item in value for each in _jaxprs(item)]
-    return []

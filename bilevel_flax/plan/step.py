@@ -15,7 +15,7 @@ import numpy as np
 from bilevel_flax import oracles, sharding
 from bilevel_flax.base import Batch, BilevelSolver, Problem, TrainState
 from bilevel_flax.data import FiniteSum
-from bilevel_flax.plan import flops as flop_count
+from bilevel_flax.oracles import flops as flop_count
 from bilevel_flax.plan.collectives import Collective, instructions
 from bilevel_flax.sharding.context import in_mesh
 from bilevel_flax.train import config as configs

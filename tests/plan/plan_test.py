@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from bilevel_flax import cli
-from bilevel_flax.plan import advice, command, flops, step, topology
+from bilevel_flax.oracles import flops
+from bilevel_flax.plan import advice, command, step, topology
 from bilevel_flax.plan.collectives import collectives
 from bilevel_flax.plan.step import out_of_memory
 from bilevel_flax.train import config as configs

@@ -10,7 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import bilevel_flax as bf
 
@@ -55,7 +57,7 @@ def temporary(kind: str, remat: bool, microbatches: int = 1) -> int:
     else:
         solver = bf.soba(problem, inner=optimizer, outer=optax.sgd(0.1))
         if kind == "fraction":
-            solver = bf.auto(problem, inner=optimizer, steps=100, fraction=0.5)
+            solver = bf.auto(problem, inner=optimizer, steps=100, subsample=0.5)
         args = (jax.eval_shape(solver.init, z, x), bf.Batch(batch, batch))
         function, donated = solver.update, (0,)
     lowered = jax.jit(function, donate_argnums=donated).lower(*args)
@@ -82,3 +84,57 @@ def test_microbatches_bring_the_exact_step_to_plain_training():
     # The goal: 1.5 times plain training at the same minibatch, all of it used.
     assert temporary("soba", True, 2) < 1.5 * plain
     assert temporary("soba", True, 4) < 0.8 * plain
+
+
+@functools.cache
+def fitted(layers: int) -> bf.oracles.Fit:
+    shapes = ((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH), (WIDTH, WIDTH))
+    z = tuple(jax.ShapeDtypeStruct((layers, *shape), jnp.float32) for shape in shapes)
+    x = jax.ShapeDtypeStruct((), jnp.float32)
+    batch = jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.float32)
+    return bf.oracles.fit_memory(REMATERIALISED, bf.Variables(z, z, x), bf.Batch(batch, batch))
+
+
+REMATERIALISED = bf.Problem(
+    functools.partial(loss, True), lambda z, x, batch: loss(True, z, 0.0 * x, batch)
+)
+
+
+@pytest.mark.parametrize("layers", [6, pytest.param(12, marks=pytest.mark.slow)])
+def test_the_step_that_is_fitted_costs_little_more_than_three_plain_ones(layers):
+    fit = fitted(layers)
+    # By the compiled program; as given, it is 4 gradients' operations and 2.1 times the memory.
+    assert fit.temporary_bytes <= fit.budget
+    assert fit.flops <= 3.4 * fit.plain_flops, fit.message
+
+
+def test_what_blocks_keep_and_the_parts_change_no_number():
+    keys = jax.random.split(jax.random.key(0), 7)
+    shapes = ((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH), (WIDTH, WIDTH))
+    z, v = (
+        tuple(
+            0.1 * jax.random.normal(key, (LAYERS, *shape))
+            for key, shape in zip(three, shapes, strict=True)
+        )
+        for three in (keys[:3], keys[3:6])
+    )
+    point = bf.Variables(z, v, jnp.float32(0.5))
+    batch = bf.Batch(*[jax.random.normal(keys[6], (BATCH, LENGTH, WIDTH))] * 2)
+    both = [
+        jax.jit(functools.partial(bf.oracles.evaluate, problem))(point, batch)
+        for problem in (REMATERIALISED, fitted(LAYERS).problem)
+    ]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+def test_a_budget_that_nothing_meets_and_parts_of_parts_are_refused():
+    point = bf.Variables(jnp.ones((4, 4)), jnp.ones((4, 4)), jnp.ones(()))
+    loss = lambda z, x, a: jnp.mean((a @ z) ** 2) * x
+    problem, batch = bf.Problem(loss, loss), bf.Batch(jnp.ones((2, 4)), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"takes 1 bytes .* the least is .* microbatches"):
+        bf.oracles.fit_memory(problem, point, batch, budget=1)
+    with pytest.raises(ValueError, match="microbatched already"):
+        bf.oracles.fit_memory(bf.oracles.microbatched(problem, 2), point, batch)
+    with pytest.raises(ValueError, match="factor=0 must be a positive number"):
+        bf.oracles.fit_memory(problem, point, batch, factor=0)
