@@ -170,7 +170,7 @@ def in_own_units(
         steps = jnp.maximum(time_constant * residual, jnp.minimum(time_constant, _FASTEST))
         scaled = functools.partial(_times, 1 / jnp.where(unit > 0, unit, 1.0))
         moved, inner = step.update(scaled(updates), state.inner, scaled(params), **extra_args)
-        own = norm(moved)
+        own = norm(moved).astype(jnp.float32)  # as it was, where z is float64
         longest = jnp.maximum(state.longest, own)
         # ‖D_v‖ / κ; at v = 0 nothing is known of κ, and a step too short to matter will tell.
         far = jnp.where(

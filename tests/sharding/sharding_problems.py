@@ -18,6 +18,7 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.sharding import BATCH_AXES
 from bilevel_flax.solvers import table
+from bilevel_flax.solvers.first_order import estimator as penalty_estimator
 
 BATCH, CLASSES = 16, 4
 MINIBATCHES = 3
@@ -153,7 +154,7 @@ def setting(name: str, ragged: bool = False, weights: bool | None = None) -> Set
 
 
 def solver(name: str, task: Setting, problem: bf.Problem, **more: Any) -> bf.BilevelSolver:
-    """One of `SOLVERS` (or "auto") for a setting."""
+    """One of `SOLVERS` (or "auto", "first_order") for a setting."""
     by_row = bf.outer.lazy_sgd if problem.per_sample else optax.sgd
     arguments = {"inner": optax.adam(1e-2, eps=1e-2), "outer": by_row(0.5)}
     if name == "auto":
@@ -164,6 +165,8 @@ def solver(name: str, task: Setting, problem: bf.Problem, **more: Any) -> bf.Bil
         arguments |= {"num_inner_batches": MINIBATCHES, "num_outer_batches": MINIBATCHES}
     if name == "srba":
         arguments |= {"period": 8}
+    if name == "first_order":  # without auto's steps, which follow an estimate of the residual
+        return bf.single_loop(problem, penalty_estimator(), **arguments | more)
     return table.method(name)(problem, **arguments | more)
 
 

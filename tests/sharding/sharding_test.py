@@ -5,6 +5,7 @@ The whole matrix of models, methods and meshes is in sharding_matrix_test.py (sl
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -199,6 +200,25 @@ def test_steps_on_a_mesh_are_the_steps_of_one_device():
     assert abs(many.info.adjoint_residual / one.info.adjoint_residual - 1) < 0.6
 
 
+@pytest.mark.parametrize(
+    ("mesh", "rules"),
+    [
+        ("data=8", None),
+        ("data=2,fsdp=4", None),
+        ("data=2,fsdp=2,tensor=2", [("first", "fsdp,tensor"), ("second", "tensor,fsdp")]),
+    ],
+)
+def test_first_order_steps_on_a_mesh_are_the_steps_of_one_device(x64, mesh, rules):
+    many = run("plain", "first_order", mesh, steps=4, rules=rules)
+    assert largest_difference(first_order_alone().state, many.state) < 1e-6
+    assert many.traces == 1 and not many.not_donated
+
+
+@functools.cache
+def first_order_alone():
+    return run("plain", "first_order", None, steps=4)
+
+
 def compiled_step(method: str, **more):
     """(HLO of a data-parallel step on 8 devices, bytes of z)."""
     task = setting("plain", weights=False)
@@ -220,8 +240,9 @@ def compiled_step(method: str, **more):
     return compiled.as_text(), sum(leaf.nbytes for leaf in jax.tree.leaves(task.inner_params))
 
 
-def test_data_parallel_steps_reduce_the_directions_once():
-    text, size = compiled_step("soba")
+@pytest.mark.parametrize("method", ["soba", "auto", "first_order"])
+def test_data_parallel_steps_reduce_the_directions_once(method):
+    text, size = compiled_step(method)
     found = collectives(text)
     assert set(found) == {"all-reduce"}
     assert 2 * size <= found["all-reduce"]["bytes"] <= 2.05 * size

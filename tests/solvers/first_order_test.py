@@ -100,7 +100,7 @@ POINT = bf.Variables(
 )
 
 
-def test_weights_of_examples_and_of_domains_follow_soba_on_one_device_and_on_eight():
+def test_weights_of_examples_and_of_domains_follow_soba_on_one_device_and_on_two():
     exact = jax.jit(functools.partial(oracles.evaluate, WEIGHTED))(POINT, bf.Batch(ROWS, ROWS))
     ours = evaluated(WEIGHTED, None, POINT, ROWS)
     assert isinstance(ours.cross_jvp["rows"], bf.Rows)
