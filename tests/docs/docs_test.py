@@ -20,8 +20,8 @@ PAGES = [
     *ROOT.glob("examples/*/*.md"),
 ]
 BLOCKS = [
-    pytest.param(code, id=f"{page.name}-{i}")
-    for page in DOCS
+    pytest.param(code, id=f"{page.relative_to(ROOT)}-{i}")
+    for page in [*DOCS, *ROOT.glob("examples/*/README.md")]
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
