@@ -44,15 +44,16 @@ def soba(problem: Problem, **common: Unpack[CommonWithAdjoint]) -> BilevelSolver
         **common: optimisers and weights, see `solvers.keywords`.
 
     Example:
-        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
         >>> problem = bf.Problem(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
         ...     outer_loss=lambda z, x, batch: 0.5 * ((z - batch) ** 2).sum(),
         ... )
         >>> solver = bf.soba(problem, inner=optax.sgd(0.5), outer=optax.sgd(0.1))
         >>> state = solver.init(jnp.zeros(3), jnp.ones(3))
+        >>> update = jax.jit(solver.update)
         >>> for _ in range(100):
-        ...     state, info = solver.update(state, bf.Batch(jnp.ones(3), jnp.full(3, 5.0)))
+        ...     state, info = update(state, bf.Batch(jnp.ones(3), jnp.full(3, 5.0)))
         >>> [round(float(value), 2) for value in state.outer_params]
         [5.0, 5.0, 5.0]
     """

@@ -72,7 +72,7 @@ def solver_optimizer(
         rng: key of the run; None: a fixed one.
 
     Example:
-        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
         >>> from bilevel_flax.trainers import solver_optimizer
         >>> problem = bf.Problem(
         ...     inner_loss=lambda z, x, batch: 0.5 * ((z - x) ** 2).sum(),
@@ -81,10 +81,10 @@ def solver_optimizer(
         >>> solver = bf.soba(problem, inner=optax.sgd(0.5), outer=optax.sgd(0.1))
         >>> tx = solver_optimizer(solver, jnp.ones(3))
         >>> z = jnp.zeros(3)
-        >>> opt_state = tx.init(z)
+        >>> opt_state, update = tx.init(z), jax.jit(tx.update)
         >>> for _ in range(100):
         ...     batch = bf.Batch(jnp.ones(3), jnp.full(3, 5.0))
-        ...     updates, opt_state = tx.update(z, opt_state, z, batch=batch)
+        ...     updates, opt_state = update(z, opt_state, z, batch=batch)
         ...     z = optax.apply_updates(z, updates)
         >>> [round(float(value), 2) for value in opt_state.outer_params]
         [5.0, 5.0, 5.0]
