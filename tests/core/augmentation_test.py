@@ -32,6 +32,7 @@ def signals(count: int = 2) -> jax.Array:
     return jnp.asarray(np.stack([wave * (1 + n) for n in range(count)])[..., None])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def applied(name: str, amount, examples=None) -> jax.Array:
     """One operation, the same amount for all."""
     if name in augmentation.IMAGE_OPERATIONS:
@@ -92,7 +93,7 @@ def test_posterize_rounds_and_has_its_surrogates_derivative(x64):
     found = jax.grad(lambda a: applied("posterize", a).sum())(amount)
     wanted = (surrogate(amount + 1e-5) - surrogate(amount - 1e-5)) / 2e-5
     assert found == pytest.approx(float(wanted), rel=1e-6)
-    by_pixel = jax.grad(lambda p: pixels.posterize(p, jnp.full(3, amount)).sum())(images)
+    by_pixel = jax.jit(jax.grad(lambda p: pixels.posterize(p, jnp.full(3, amount)).sum()))(images)
     np.testing.assert_allclose(by_pixel, 1.0)
 
 
@@ -145,7 +146,7 @@ def test_hard_draws_are_applied_as_often_as_the_probability_says():
     policy = augmentation.image_policy(("flip", "rotate"), hard=True)
     x = policy.at({"flip": {"probability": 0.3}, "rotate": {"magnitude": 40.0}})
     drawn = operation.draw(KEY, 2, 1000)
-    amounts = policy.amounts(x, drawn)
+    amounts = jax.jit(policy.amounts)(x, drawn)
     assert set(np.unique(amounts["flip"])) == {0.0, 1.0}
     assert float(amounts["flip"].mean()) == pytest.approx(0.3, abs=2e-3)
     rotations = np.asarray(amounts["rotate"])  # uniform in ±40
@@ -160,7 +161,7 @@ def test_a_class_gets_its_own_operations():
         {"time_shift": one | {"magnitude": 0.2}, "amplitude": {"probability": [0.0, 1.0]}}
     )
     examples, labels = jnp.asarray(signals(8), jnp.float32), jnp.arange(8) % 2
-    changed = policy.apply(x, examples, KEY, labels)
+    changed = jax.jit(policy.apply)(x, examples, KEY, labels)
     # A shift in time changes phases only, an amplitude the height only.
     power = lambda waves: np.abs(np.fft.rfft(np.asarray(waves), axis=1))[:, :-1]
     np.testing.assert_allclose(power(changed[::2]), power(examples[::2]), atol=1e-2)

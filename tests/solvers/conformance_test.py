@@ -258,7 +258,8 @@ def test_leaves_that_are_no_floats_stay_as_they_are(name):
     solver = run.method.make(problem, inner=sgd, outer=sgd)
     found = data(False)
     z, x = nest(found.inner_params, INNER), nest(found.outer_params, OUTER)
-    before = solver.init({"floats": z, "others": others}, {"floats": x, "others": others})
+    start = {"floats": z, "others": others}, {"floats": x, "others": others}
+    before = jax.eval_shape(solver.init, *start)
     after, _ = jax.eval_shape(solver.update, before, run.batch(0))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
@@ -279,7 +280,8 @@ def test_leaves_that_are_no_floats_keep_their_values(name):
         batch = batch._replace(inner=batch.inner[0], outer=batch.outer[0])
     else:
         batch = batch._replace(inner_id=None, outer_id=None)
-    after, _ = solver.update(solver.init(start, {**start, "w": 2 * jnp.ones(2)}), batch)
+    state = solver.init(start, {**start, "w": 2 * jnp.ones(2)})
+    after, _ = jax.jit(solver.update)(state, batch)
     for variable in (after.inner_params, after.outer_params):
         assert (jax.random.key_data(variable["key"]) == jax.random.key_data(others["key"])).all()
         assert bool(variable["flag"][0]) and variable["count"].tolist() == [0, 1]
