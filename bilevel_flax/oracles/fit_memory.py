@@ -42,6 +42,13 @@ class Fit(NamedTuple):
         flops: of one evaluation of all oracles.
         budget: bytes.
         plain_flops: of one gradient of G, as the network was given.
+
+    Example:
+        >>> import bilevel_flax as bf
+        >>> loss = lambda z, x, batch: ((z - x) ** 2).mean()
+        >>> fit = bf.oracles.Fit(bf.Problem(loss, loss), "", 2, 2**20, 300.0, 2**21, 100.0)
+        >>> print(fit.message)
+        blocks keep what they kept, 2 microbatches: 3.00 times a gradient's operations, ...
     """
 
     problem: Problem

@@ -11,6 +11,7 @@ PACKAGE = "bilevel_flax"
 # Page by page, in the order of the site. A name that two namespaces export is on the first's page.
 NAMESPACES = (
     "bilevel_flax",
+    "bilevel_flax.solvers",
     "bilevel_flax.solvers.adjoint_optimisers",
     "bilevel_flax.contrib",
     "bilevel_flax.outer",
