@@ -34,7 +34,6 @@ from bilevel_flax.solvers.single_loop import single_loop
 _ADJOINT_LIMIT = 1e12
 # One visit, however few there are in the run, says no more than this about a row.
 _LONGEST_VISIT = 1.0
-# V's time constant, in steps of v.
 # How far z may be behind dense x, as a share of the steps of x.
 _LAG = 0.0025
 # Steps over which v averages noise: shorter ones lost up to .16 of AUC in runs of 100 steps.

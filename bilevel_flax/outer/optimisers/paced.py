@@ -6,15 +6,18 @@ up for by H Δz. Seen along v, which weighs what matters for F, the two are
     push = ⟨∇²₂₁G v, Δx⟩        pull = ⟨Hv, Δz⟩
 
 and where the first is larger for long, x runs away from z: under Adam z walks by its learning rate
-at most, whatever x does. So x walks at a pace m, a share of its own step. The lag, in whole steps
-of x, is what z has not made up for, and from `max_lag` on z tells the pace:
+at most, whatever x does. So x walks at a pace m, a share of its own step. What z has followed to is
+kept beside x: of the gap x - y, every step takes the share of it that Δz makes up for,
 
-    lag ← max(0, lag + m - pull / push)
-    m ← min(1, growth · m, where lag > max_lag: pull / (θ · push))
+    y += min(1, pull / |⟨∇²₂₁G v, x - y⟩|) · (x - y)
 
-in running means of |push| (of a whole step) and |pull|, the second as ‖Hv‖ / ‖v‖ · ⟨v, Δz⟩. If z
-follows x at all, pull is m · push in the end, so m grows as fast as z responds. Neither the scale
-of v, nor that of F or G matters.
+and the lag, in whole steps of x, is how far x is ahead of y in the direction in which it walks now,
+less than 0 where it has turned back. The pace holds the lag below τ + `max_lag`:
+
+    m ← min(1, growth · m, pull / push + 1 + (max_lag - lag) / τ)
+
+in running means over τ = 10 steps of |push| (of a whole step) and |pull|, the second as ‖Hv‖ / ‖v‖
+times ⟨v, Δz⟩. Neither the scale of v, nor that of F or G matters.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Table
 from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.tree import dot
 
 _DECAY = 0.9
 _GROWTH = 1.1
@@ -37,7 +41,10 @@ class PacedState(NamedTuple):
     """State of `paced`; scalars are float32."""
 
     pace: jax.Array  # m
-    lag: jax.Array  # whole steps of x
+    reached: Any  # y, tree of x; None for tables
+    ahead: jax.Array  # ⟨D_x, x - y⟩
+    slope: jax.Array  # ⟨D_x, Δx⟩ of a whole step
+    shift: jax.Array  # ⟨∇²₂₁G v, x - y⟩
     push: jax.Array
     pull: jax.Array
     curvature: jax.Array  # ‖Hv‖ / ‖v‖ when it was last known
@@ -48,15 +55,13 @@ def paced(
     transform: RowTransformation,
     *,
     max_lag: float = 0.0,
-    share: float = 0.8,
     update_every: int = 1,
 ) -> RowTransformation:
     """Shortens the steps of dense leaves of x to what z can follow; rows are left alone.
 
     Args:
         transform: the optimiser of x.
-        max_lag: whole steps of x, >= 0.
-        share: θ in (0, 1), of its steps that z must have followed.
+        max_lag: whole steps of x, >= 0, that it may go ahead beyond the first τ.
         update_every: steps of z for each of x.
 
     Returns:
@@ -66,30 +71,36 @@ def paced(
         `transform`.
 
     Raises:
-        ValueError: `share` is not in (0, 1).
         TypeError: from `update`, without the extra arguments.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
         >>> outer = paced(bf.outer.robust_sgd(0.1))
-        >>> x = jnp.array([1.0, 2.0])
-        >>> step, _ = outer.update(
-        ...     x, outer.init(x), x, adjoint_product=jnp.array(1.0), adjoint_length=jnp.array(1.0),
-        ...     inner_step_along_adjoint=jnp.array(1e-3), through_inner=jnp.array(1.0),
-        ... )
-        >>> [round(float(value), 4) for value in step]  # z hardly moves, nor does x
-        [-0.0007, -0.001]
+        >>> x = jnp.zeros(2)
+        >>> state, one = outer.init(x), jnp.array(1.0)
+        >>> for _ in range(100):  # z stands still, and so does x after a while
+        ...     step, state = outer.update(
+        ...         jnp.ones(2), state, x, adjoint_product=one, adjoint_length=one,
+        ...         inner_step_along_adjoint=0 * one, through_inner=one,
+        ...     )
+        ...     x += step
+        >>> [round(float(value), 4) for value in step]
+        [-0.001, -0.001]
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share={share} must lie in (0, 1)")
+
+    def is_table(node):
+        return isinstance(node, Table)
 
     def init(params):
-        nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
+        nodes = jax.tree.leaves(params, is_leaf=is_table)
         inner = transform.init(params)
-        if all(isinstance(node, Table) for node in nodes):
+        if all(map(is_table, nodes)):
             return inner
-        lag, push, pull, curvature = (jnp.zeros((), jnp.float32) for _ in range(4))
-        return PacedState(jnp.float32(_START), lag, push, pull, curvature, inner)
+        zero = jnp.zeros((), jnp.float32)
+        reached = jax.tree.map(
+            lambda node: None if is_table(node) else jnp.array(node), params, is_leaf=is_table
+        )
+        return PacedState(jnp.float32(_START), reached, *[zero] * 6, inner)
 
     def update(updates, state, params=None, **extra_args):
         if not isinstance(state, PacedState):
@@ -109,19 +120,33 @@ def paced(
 
         known = (product > 0) & (length > 0)
         curvature = jnp.where(known, product / jnp.where(known, length, 1.0), state.curvature)
-        pairs = zip(rows.dense_leaves(updates), rows.dense_leaves(steps), strict=True)
-        slope = sum(jnp.vdot(d.astype(jnp.float32), s.astype(jnp.float32)) for d, s in pairs)
-        push = running(state.push, jnp.abs(slope) * through)
+        gap = jax.tree.map(
+            lambda y, leaf: None if y is None else leaf - y,
+            state.reached,
+            params,
+            is_leaf=lambda node: node is None,
+        )
+        d_x = rows.dense_leaves(updates)
+        slope = running(state.slope, dot(d_x, rows.dense_leaves(steps)))
+        along_gap = dot(d_x, jax.tree.leaves(gap))
+        ahead, shift = running(state.ahead, along_gap), running(state.shift, along_gap * through)
+        push = running(state.push, jnp.abs(dot(d_x, rows.dense_leaves(steps))) * through)
         pull = running(state.pull, curvature * jnp.abs(along) * update_every)
-        followed = jnp.where(push > 0, pull / jnp.where(push > 0, push, 1.0), 1.0)
-        lag = jnp.maximum(state.lag + state.pace - followed, 0.0)
-        limit = jnp.where(lag > max_lag, jnp.maximum(followed / share, _SLOWEST), 1.0)
-        pace = jnp.minimum(jnp.minimum(limit, _GROWTH * state.pace), 1.0)
+        share = jnp.minimum(_quotient(pull, jnp.abs(shift)), 1.0)
+        reached = jax.tree.map(lambda y, g: y + share.astype(g.dtype) * g, state.reached, gap)
+        lag = jnp.where(slope < 0, ahead / jnp.where(slope < 0, slope, 1.0), 0.0)
+        limit = _quotient(pull, push) + 1 + (1 - _DECAY) * (max_lag - lag)
+        pace = jnp.minimum(jnp.maximum(limit, _SLOWEST), jnp.minimum(_GROWTH * state.pace, 1.0))
 
         def slowed(node):
             return node if rows.is_rows(node) else node * pace.astype(node.dtype)
 
         steps = jax.tree.map(slowed, steps, is_leaf=rows.is_rows)
-        return steps, PacedState(pace, lag, push, pull, curvature, inner)
+        return steps, PacedState(pace, reached, ahead, slope, shift, push, pull, curvature, inner)
 
     return RowTransformation(init, update)
+
+
+def _quotient(top: jax.Array, bottom: jax.Array) -> jax.Array:
+    """Top / bottom; 1 where there is nothing to follow."""
+    return jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), 1.0)
