@@ -81,9 +81,14 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     if root not in sys.path:
         sys.path.insert(0, root)
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"--config={spec}: {path} is no Python file; a config is one, FILE.py")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}"
+        raise ConfigError(f"--config={spec}: {where} is no Python: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {path} defines no get_config()")
     if argument and not inspect.signature(module.get_config).parameters:

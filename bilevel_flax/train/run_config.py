@@ -31,6 +31,7 @@ _RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "health.share": ("health.every", lambda old: 0 if str(old).strip("0.") == "" else None),
 }
 # Where a machine keeps its files; the tasks' own keys, and no part of what a run is.
+_MOST = 2**31 - 1  # steps count in int32
 _PATHS = ("data.manual_dir", "data.data_dir")
 _TYPO = 0.8  # similarity from which an unknown key is taken for a slip of the pen
 
@@ -296,6 +297,8 @@ def _checked(name: str, key: Key, value: Any) -> Any:
         return value
     if key.at_least is not None:
         check_count(f"--config.{name}", value, key.at_least)
+        if key.at_least and value > _MOST:  # not of seeds, which are no counts
+            raise ConfigError(f"--config.{name}={value}: must be at most {_MOST}")
         return int(value)
     if key.kind is float and isinstance(value, numbers.Real):
         if not 0 < float(value) < math.inf:

@@ -19,7 +19,8 @@ _Files = Iterator[tuple[tuple[str, ...], bytes]]
 
 def is_own(name: str) -> bool:
     """Whether a name is a path: of an .npz file or a tar, or of a folder that is there."""
-    return name.endswith((".npz", *_TARS)) or pathlib.Path(name).expanduser().is_dir()
+    is_file = name.endswith((".npz", *_TARS))
+    return is_file or (bool(name) and pathlib.Path(name).expanduser().is_dir())
 
 
 def beside_originals(name: str, folder: pathlib.Path) -> pathlib.Path | None:
