@@ -58,10 +58,13 @@ class Template:
         mismatch = first_mismatch(saved, expected)
         if mismatch is not None:
             whole = set(map(_part, saved)) - set(map(_part, self._records))
-            hint = " (`restore_parts` reads some fields of a state)" if whole else ""
-            raise CheckpointMismatch(
-                f"{path!r} is a checkpoint of another model: {mismatch}{hint}."
-            )
+            whose, hint = "another model", ""
+            if whole:
+                hint = " (`restore_parts` reads some fields of a state)"
+            elif _of_variables(saved) == _of_variables(expected) != {}:
+                whose = "the same z and x under another solver, optimiser or version"
+                hint = "; checkpoints.warm_start goes on from its z and x, with all else afresh"
+            raise CheckpointMismatch(f"{path!r} is a checkpoint of {whose}: {mismatch}{hint}.")
         return leaves
 
     def fill(self, values: Mapping[str, Any]) -> Any:
@@ -90,6 +93,15 @@ def _zeros(leaf: Any) -> jax.Array:
     zeros = jnp.zeros(leaf.shape, leaf.dtype)
     sharding = getattr(leaf, "sharding", None)
     return zeros if sharding is None else jax.device_put(zeros, sharding)
+
+
+def _of_variables(records: Mapping[str, Record]) -> dict[str, Record]:
+    """The records of z and x alone, without what tells values apart."""
+    return {
+        name: record._replace(checksum="")
+        for name, record in records.items()
+        if _part(name) in ("inner_params", "outer_params")
+    }
 
 
 def _part(name: str) -> str:

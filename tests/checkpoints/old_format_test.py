@@ -111,3 +111,20 @@ def test_a_leaf_that_is_newer_than_the_checkpoint_starts_at_zero():
     assert all(not leaf.any() for leaf in jax.tree.leaves(filled.estimator_state.inner.lost))
     with pytest.raises(CheckpointMismatch, match="no such leaf"):
         template.match({n: record for n, record in old.items() if "hvp" not in n}, "there")
+
+
+def test_another_optimiser_or_an_older_version_is_told_from_another_model():
+    """New leaves in the state of `bf.auto`, say: z and x are what they were."""
+    state = make("saba").init(*POINT, rng=jax.random.key(1))
+    template = Template(state)
+    saved = {n: records.describe(n, leaf) for n, leaf in records.named_leaves(state).items()}
+    lacks = next(n for n in saved if n.startswith("outer_opt_state"))
+    older = {n: record for n, record in saved.items() if n != lacks}
+    with pytest.raises(
+        CheckpointMismatch, match="same z and x under another .*version.*warm_start"
+    ):
+        template.match(older, "there")
+    leaf = next(n for n in saved if n.startswith("inner_params"))
+    other = older | {leaf: saved[leaf]._replace(shape=(99,))}
+    with pytest.raises(CheckpointMismatch, match="a checkpoint of another model"):
+        template.match(other, "there")
