@@ -82,7 +82,8 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
     Args:
         dataset: a `grain.MapDataset` of minibatches (its last step is `.batch(...)`): dicts of
             arrays that agree in their leading length. The last may be shorter; it is padded with
-            its own examples and marked by a mask, as by `partition`.
+            its own examples and marked by a mask, as by `partition`. Or it is padded already, and
+            all have a mask of their examples ("example_mask", or "mask" with a number for each).
         num_batches: how many of them there are in the sum; None: the dataset's own number. A
             repeated dataset has no end and needs it.
 
@@ -118,9 +119,9 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
     if not isinstance(first, dict):
         raise TypeError(f"dataset[0] must be a dict of arrays, got {type(first).__name__}")
     leaves, structure = jax.tree.flatten(first)
-    size = _length(leaves, 0)
-    last = _length(jax.tree.leaves(dataset[count - 1]), count - 1)
-    read = _Reader(dataset, count, size, sum(np.asarray(leaf).nbytes for leaf in leaves))
+    size, mask = _length(leaves, 0), _mask_of_examples(first)
+    read = _Reader(dataset, count, first, mask)
+    last = read.examples(count - 1)
     batches = jax.tree.unflatten(
         structure,
         [
@@ -134,12 +135,19 @@ def streamed(dataset: Any, num_batches: int | None = None) -> FiniteSum:
     )
     counts = np.full(count, size)
     counts[-1] = last
-    if last < size:
+    if last < size and mask is None:
         mask = (np.arange(size) < counts[:, None]).astype(np.float32)
         batches["example_mask" if "mask" in first else "mask"] = mask
     num_samples = int(counts.sum())
     weights = (counts / num_samples).astype(np.float32)
     return FiniteSum(batches, weights, num_samples, count, size, streamed=True)
+
+
+def _mask_of_examples(first: dict[str, Any]) -> str | None:
+    """The name of the mask that minibatches bring along, as `minibatches.example_mask` has it."""
+    if "example_mask" in first:
+        return "example_mask"
+    return "mask" if np.ndim(first.get("mask", [[]])) == 1 else None
 
 
 def _length(leaves: list, i: int) -> int:
@@ -156,8 +164,12 @@ def _length(leaves: list, i: int) -> int:
 class _Reader:
     """Minibatch i, as a list of leaves; the last ones are kept, for each leaf asks on its own."""
 
-    def __init__(self, dataset: Any, count: int, size: int, nbytes: int):
-        self._dataset, self._count, self._size = dataset, count, size
+    def __init__(self, dataset: Any, count: int, first: dict[str, Any], mask: str | None):
+        self._dataset, self._count, self._mask = dataset, count, mask
+        leaves, self._structure = jax.tree.flatten(first)
+        self._kinds = [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves]
+        self._size = _length(leaves, 0)
+        nbytes = sum(np.asarray(leaf).nbytes for leaf in leaves)
         self._cache: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
         self._max_cached = max(2, _CACHED_BYTES // max(1, nbytes))
         self._lock = threading.Lock()
@@ -170,14 +182,46 @@ class _Reader:
                     self._cache.popitem(last=False)
             return self._cache[i]
 
-    def _padded(self, i: int) -> list[np.ndarray]:
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self._dataset[i])]
-        length = _length(leaves, i)
-        if length > self._size or (length < self._size and i != self._count - 1):
+    def examples(self, i: int) -> int:
+        """How many real ones minibatch i has."""
+        minibatch = self._checked(i)
+        if self._mask is None:
+            return _length(jax.tree.leaves(minibatch), i)
+        return int(np.sum(np.asarray(minibatch[self._mask]) > 0))
+
+    def _checked(self, i: int) -> dict[str, Any]:
+        """Minibatch i, if it is like the first; the last may be short, or partly masked."""
+        minibatch = self._dataset[i]
+        leaves, structure = jax.tree.flatten(minibatch)
+        if structure != self._structure:
+            raise ValueError(
+                f"dataset[{i}] is {structure} and dataset[0] {self._structure}: minibatches must "
+                "agree in their entries"
+            )
+        for leaf, (shape, dtype) in zip(leaves, self._kinds, strict=True):
+            given, own = np.asarray(leaf), np.shape(leaf)
+            if own[1:] != shape[1:] or not np.can_cast(given.dtype, dtype, "same_kind"):
+                raise ValueError(
+                    f"dataset[{i}] has a {given.dtype}{list(own)} where dataset[0] has a "
+                    f"{dtype}{list(shape)}: minibatches must agree in shapes and dtypes"
+                )
+        length, is_last = _length(leaves, i), i == self._count - 1
+        is_short = length < self._size and not (is_last and self._mask is None)
+        if not length or length > self._size or is_short:
+            also = "" if self._mask is None else ", and none where all have a mask"
             raise ValueError(
                 f"dataset[{i}] has {length} examples and dataset[0] has {self._size}: only the "
-                "last minibatch may be shorter; end the pipeline with "
+                f"last minibatch may be shorter{also}; end the pipeline with "
                 ".batch(..., drop_remainder=True)"
             )
+        if self._mask and not is_last and not np.all(np.asarray(minibatch[self._mask]) > 0):
+            raise ValueError(
+                f'dataset[{i}]["{self._mask}"] marks padding: only the last minibatch may have any'
+            )
+        return minibatch
+
+    def _padded(self, i: int) -> list[np.ndarray]:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self._checked(i))]
+        length = len(leaves[0])
         again = np.resize(np.arange(length), self._size)
         return leaves if length == self._size else [leaf[again] for leaf in leaves]

@@ -77,6 +77,38 @@ def test_another_minibatch_that_is_short_is_an_error():
         data.gather(side, np.array([1]))
 
 
+X = np.ones((2, 3))
+TWO, ONE = np.ones(2), np.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({"y": X}, "must agree in their entries"),
+        ({"x": X[:, :1]}, r"float64\[2, 1\] where dataset\[0\] has a float64\[2, 3\]"),
+        ({"x": X[:0]}, r"dataset\[1\] has 0 examples"),
+        ({"x": np.ones((3, 3))}, r"dataset\[1\] has 3 examples"),
+        ({"x": X * 1j}, "agree in shapes and dtypes"),
+    ],
+)
+def test_minibatches_of_another_kind_are_named_and_never_made_to_fit(last, says):
+    with pytest.raises(ValueError, match=says):
+        data.streamed([{"x": X}, last])
+
+
+@pytest.mark.parametrize("name", ["mask", "example_mask"])
+def test_padding_that_the_pipeline_made_itself_counts_as_none(name):
+    side = data.streamed([{"x": X, name: TWO}, {"x": X, name: np.array([1.0, 0.0])}])
+    assert side.num_samples == 3 and side.ragged
+    np.testing.assert_allclose(side.weights, [2 / 3, 1 / 3])
+    assert set(side.batches) == {"x", name}
+    with pytest.raises(ValueError, match="none where all have a mask"):
+        data.streamed([{"x": X, name: TWO}, {"x": X[:1], name: ONE}])
+    early = data.streamed([{"x": X, name: TWO}, {"x": X, name: 0 * TWO}, {"x": X, name: TWO}])
+    with pytest.raises(ValueError, match="marks padding: only the last minibatch"):
+        data.gather(early, np.array([1]))
+
+
 def test_a_mask_of_tokens_is_the_users_own():
     tokens = [{"x": np.ones((2, 3)), "mask": np.ones((2, 3))}]
     side = data.streamed([*tokens, jax.tree.map(lambda leaf: leaf[:1], tokens[0])])
