@@ -18,7 +18,7 @@ from bilevel_flax.train import config as configs
 from bilevel_flax.train import metrics as writers
 from bilevel_flax.train import multihost, summary
 from bilevel_flax.train import workdir as workdirs
-from bilevel_flax.train.errors import Diverged, Interrupted
+from bilevel_flax.train.errors import ConfigError, Diverged, Interrupted
 from bilevel_flax.train.heartbeat import Heartbeat
 from bilevel_flax.train.metrics.units import format_value, unit_of
 from bilevel_flax.train.report import page as report
@@ -170,7 +170,10 @@ def make_report(
             f"{workdir} holds no run (no config.json): give the --workdir of one"
         )
     parts: Sequence[report.Section] = ()
-    named = workdirs.read_json(path).get("report")
+    config = workdirs.read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is damaged (no JSON object): bring it back or delete it")
+    named = config.get("report")
     if sections is not None:
         parts = configs.imported(sections)(workdir)
     elif named is not None:
@@ -178,6 +181,10 @@ def make_report(
             parts = trusted.find_sections(named, workdir, trust=trust)(workdir)
         except trusted.UntrustedError as error:
             log(f"the report's own sections are left out: {error}")
+        except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+            # The folder may be anybody's, and cut off anywhere.
+            why = error or type(error).__name__
+            log(f"the report's own sections are left out, for {workdir} is damaged: {why}")
     return report.write_report(workdir, sections=parts)
 
 

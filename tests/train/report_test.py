@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from bilevel_flax import cli
 from bilevel_flax.train.metrics import JsonlWriter
 from bilevel_flax.train.report.page import (
     Section,
@@ -452,3 +453,35 @@ def test_weights_without_an_order_are_refused(tmp_path):
 def test_a_section_is_placed_after_the_curves_with_its_title_escaped(tmp_path):
     text = write_report(tmp_path, sections=[Section("A < B", "<p>body</p>")]).read_text()
     assert text.index("Curves") < text.index("<h2>A &lt; B</h2><p>body</p>")
+
+
+FOREIGN = {
+    "a step without end": {"metrics.jsonl": f'{{"step": {10**400}, "loss": 1}}\n'},
+    "a list for a config": {"config.json": "[1]"},
+    "a list for units": {"units.json": "[1]"},
+}
+ODD = {
+    "a number that no float holds": {
+        "metrics.jsonl": f'{{"step": 1, "loss": {10**400}}}\n{{"step": 2, "loss": 1}}\n'
+    },
+    "a headline that is none": {"summary.json": '{"headline": 5, "conclusion": {"a": 1}}'},
+    "names that are none": {"summary.json": '{"headline": [[], 3, null], "steps": 3}'},
+    "the project's own sections on files that are cut off": {
+        "config.json": '{"report": "examples.mnist_hypercleaning.report:sections"}',
+        "learned.npz": "PK",
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN | ODD)
+def test_a_folder_from_anywhere_is_shown_or_refused_in_one_line(name, tmp_path, capsys):
+    files = {"config.json": "{}"} | (FOREIGN | ODD)[name]
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    code = cli.main(["report", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert (code, (tmp_path / "report.html").exists()) == (
+        (2, False) if name in FOREIGN else (0, True)
+    )
+    assert code == 0 or len(error.strip().splitlines()) == 1

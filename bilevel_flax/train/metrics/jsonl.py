@@ -125,12 +125,21 @@ def _keep_lines(path: Path, last_step: int | None) -> None:
         file.write(keep)
 
 
+def _integer(digits: str) -> int | float:
+    # A number that no float holds is read as infinite, like 1e999.
+    return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63
+
+
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=_integer)
     except ValueError:
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or not _is_step(row.get("step")):
         raise ValueError(
             f"{path}, line {number}: expected a JSON object with an integer step, got "
             f"{line[:60]!r}; mend or remove the file"

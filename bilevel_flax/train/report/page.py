@@ -154,7 +154,9 @@ def _header(
         step = f" at step {rows[-1]['step']:,}" if rows else ""
         facts.append(f"not finished{step}: the same train command goes on with it")
     numbers = flatten(summary)
-    names = [name for name in (*summary.get("headline", ()), *_COST) if name in numbers]
+    chosen = summary.get("headline")
+    chosen = [str(name) for name in chosen] if isinstance(chosen, list) else []
+    names = [name for name in (*chosen, *_COST) if name in numbers]
     cards = "".join(
         f'<div class="card{"" if number else " first"}">'
         f"<b>{html.escape(format_value(numbers[name], unit_of(name, units)))}</b>"
