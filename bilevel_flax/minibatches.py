@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.base import PyTree
-from bilevel_flax.tree import is_inexact
+from bilevel_flax.tree import check_gatherable, is_inexact
 
 
 def importance_factors(name: str, weights: Any) -> jax.Array | None:
@@ -103,6 +103,7 @@ def repeat_real(batch: PyTree) -> PyTree:
     mask = example_mask(batch)
     if mask is None:
         return batch
+    check_gatherable(mask)
     real, place = mask > 0, jnp.arange(len(mask))
     again = place % jnp.maximum(jnp.sum(real), 1)
     source = jnp.where(real, place, jnp.where(real[again], again, jnp.argmax(real)))
@@ -149,6 +150,8 @@ def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         raise ValueError(
             f"mask has shape {jnp.shape(mask)}, values {values.shape}: give one value an example"
         )
-    mask, total = jnp.asarray(mask), jnp.sum(mask)
-    values = jnp.where(mask > 0, values, 0.0) * mask.astype(values.dtype)
+    mask = jnp.asarray(mask)
+    total = jnp.sum(mask.astype(jnp.int32) if mask.dtype == bool else mask)
+    mask = mask.astype(values.dtype)
+    values = jnp.where(mask > 0, values, 0.0) * mask
     return jnp.sum(values) / jnp.where(total > 0, total, 1).astype(values.dtype)

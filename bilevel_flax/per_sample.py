@@ -15,7 +15,7 @@ import optax
 
 from bilevel_flax.base import PyTree, Rows, Table
 from bilevel_flax.minibatches import example_mask
-from bilevel_flax.tree import rows_at
+from bilevel_flax.tree import rows_at, wide_index
 
 
 class RowTransformation(optax.GradientTransformationExtraArgs):
@@ -78,8 +78,7 @@ def _minibatch_index(batch: PyTree) -> jax.Array:
             f'batch["index"] has shape {index.shape}, but must be [batch], one position for each '
             f"example; the other entries' leading axes are {others}"
         )
-    # n, which stands for "no row", may not fit into a narrow integer.
-    return index.astype(jnp.promote_types(index.dtype, jnp.int32))
+    return wide_index(index)
 
 
 def gather(per_sample: PyTree, outer_params: PyTree, batch: PyTree) -> PyTree:

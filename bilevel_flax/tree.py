@@ -87,6 +87,26 @@ def nowhere(node: Rows) -> Rows:
     return node._replace(index=jnp.full_like(node.index, jnp.iinfo(node.index.dtype).max))
 
 
+def plus_decay(tree: PyTree, decay: PyTree, vector: PyTree) -> PyTree:
+    """Tree + λ · vector with a number λ for each float leaf, None for others; None: the tree."""
+    if decay is None:
+        return tree
+    is_none = lambda node: node is None
+    add_to = lambda rate, leaf, v: leaf if rate is None else leaf + jnp.asarray(rate, v.dtype) * v
+    return jax.tree.map(add_to, decay, tree, vector, is_leaf=is_none)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of sums: float32, or the dtype itself if it is wider."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def wide_index(index: Any) -> jax.Array:
+    """Integers of 32 bits at least: n, which stands for "no row", may not fit into narrower."""
+    index = jnp.asarray(index)
+    return index.astype(jnp.int32) if jnp.iinfo(index.dtype).bits < 32 else index
+
+
 def norm(tree: PyTree) -> jax.Array:
     """Euclidean norm over the float leaves, in float32 at least; not finite iff a leaf is not.
 
@@ -94,7 +114,7 @@ def norm(tree: PyTree) -> jax.Array:
     """
     # A dot product, not sum(square(...)): XLA's CPU reductions are scalar loops, 5 times slower.
     flat = [
-        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).reshape(-1)
+        leaf.astype(wide(leaf.dtype)).reshape(-1)
         for leaf in jax.tree.leaves(tree)
         if is_inexact(leaf)
     ]
@@ -102,12 +122,24 @@ def norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0.0)))
 
 
+def masked(tree: PyTree, flags: PyTree) -> PyTree:
+    """Zeros in the leaves whose flag, a bool or a scalar array of one, is False; None: all stay."""
+    if flags is None:
+        return tree
+
+    def keep(leaf, flag):
+        if isinstance(flag, bool):
+            return leaf if flag else jnp.zeros_like(leaf)
+        return jnp.where(flag, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.map(keep, tree, flags)
+
+
 def dot(tree: PyTree, other: PyTree) -> jax.Array:
     """Inner product of two trees of floats, in float32 at least."""
 
     def product(a, b):
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.vdot(a.astype(wide), b.astype(wide))
+        return jnp.vdot(a.astype(wide(a.dtype)), b.astype(wide(a.dtype)))
 
     total = jnp.float32(0.0)
     for part in jax.tree.leaves(jax.tree.map(product, tree, other)):
@@ -120,6 +152,22 @@ def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
     return jnp.where(
         bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
     )
+
+
+def check_gatherable(index: jax.Array) -> None:
+    """Raises where JAX would not say for itself how rows that are looked up shall lie.
+
+    Raises:
+        ValueError: the index is spread over Explicit axes of a mesh.
+    """
+    sharding = jax.typeof(index).sharding
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    if explicit and any(axes is not None for axes in sharding.spec):
+        raise ValueError(
+            f"the minibatch lies over Explicit axes of a mesh ({sharding.spec}), where JAX looks "
+            "up no rows (per-sample weights, domains, padding): make the mesh with "
+            "bf.sharding.make_mesh, or with axis_types=(jax.sharding.AxisType.Auto,) for each axis"
+        )
 
 
 def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
@@ -136,9 +184,8 @@ def rows_at(leaf: jax.Array, index: Any) -> jax.Array:
         >>> rows_at(jnp.array([5.0, 6.0]), jnp.array([1, 2, -1])).tolist()
         [6.0, nan, nan]
     """
-    index = jnp.asarray(index)
-    # n, which stands for "no row", may not fit into a narrow integer.
-    index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
+    index = wide_index(index)
+    check_gatherable(index)
     inside = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
     return leaf.at[inside].get(mode="fill", fill_value=jnp.nan)
 

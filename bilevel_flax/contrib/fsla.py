@@ -62,6 +62,7 @@ def estimator(problem: Problem, eta: Any, *, lazy: bool = False) -> Estimator:
         change = evaluation.directions
         carried = averages.accumulate(state.outer, keep, change.outer)
         handed = change._replace(outer=averages.cast_like(carried, change.outer))
+        handed = averages.in_dtypes_of(variables, handed)
         return Estimate(handed, FSLAState(carried, variables, state.step + 1), evaluation)
 
     return Estimator(init=init, update=update, units=6.0)

@@ -24,6 +24,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import BilevelSolver, Problem, PyTree, TrainState
 from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.solvers.keywords import Common, takes
+from bilevel_flax.solvers.memory import averages
 from bilevel_flax.solvers.nested.frame import nested, report_at
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -43,19 +44,19 @@ class MRBOState(NamedTuple):
 
     inner_params: PyTree  # tree of z
     outer_params: PyTree  # tree of x
-    inner: PyTree  # d_z
-    outer: PyTree  # d_x, dense
+    inner: PyTree  # d_z, in float32 at least
+    outer: PyTree  # d_x, dense, likewise
 
 
 def start(variables) -> MRBOState:
     """Previous = initial point: the first difference is zero."""
     z, v, x = variables
-    return MRBOState(z, x, v, zeros_like(x))
+    return MRBOState(z, x, averages.widened(v), averages.widened(zeros_like(x)))
 
 
 def momentum_decay(t):
     """(t + 1)^-2/3, the published rate."""
-    return (t + 1.0) ** (-2 / 3)
+    return (jnp.asarray(t, float) + 1.0) ** (-2 / 3)
 
 
 def recursive_step(
@@ -83,18 +84,23 @@ def recursive_step(
     _, old_d_z = sampled.inner_grad(old_z, old_x, gradient)
     old = hypergradient(sampled, old_z, old_x, system, cross, outer, solve, inner_out[1])
 
-    correction_z = difference(before.inner, old_d_z)
-    correction_x = difference(before.outer, rows.densify(old.d_x, old_x))
-    d_z = axpy(1 - eta, correction_z, d_z)
-    d_x = axpy(1 - eta, correction_x, rows.densify(now.d_x, x))
-    new_z, opt_state = sampled.inner_step(z, state.inner_opt_state, x, gradient, inner_out[0], d_z)
+    d_z, old_d_z, d_x, old_d_x = map(
+        averages.widened,
+        (d_z, old_d_z, rows.densify(now.d_x, x), rows.densify(old.d_x, old_x)),
+    )
+    d_z = axpy(1 - eta, difference(before.inner, old_d_z), d_z)
+    d_x = axpy(1 - eta, difference(before.outer, old_d_x), d_x)
+    handed_z, handed_x = averages.in_dtypes_of(z, d_z), averages.in_dtypes_of(x, d_x)
+    new_z, opt_state = sampled.inner_step(
+        z, state.inner_opt_state, x, gradient, inner_out[0], handed_z
+    )
     state = state.replace(
         inner_params=new_z,
         adjoint=now.adjoint,
         inner_opt_state=opt_state,
         estimator_state=MRBOState(z, x, d_z, d_x),
     )
-    return state, report_at(inner_out, now, norm(d_z), d_x)
+    return state, report_at(inner_out, now, norm(d_z), handed_x)
 
 
 @takes(Common)

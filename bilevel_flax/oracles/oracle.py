@@ -15,7 +15,16 @@ from bilevel_flax.oracles.derivatives import inner_value_and_grad
 from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual, through_inner
 from bilevel_flax.oracles.importance import importance_weighted
 from bilevel_flax.oracles.residual_codes import evaluate_linear
-from bilevel_flax.tree import add, filter_inexact, is_inexact, norm, rows_at
+from bilevel_flax.tree import (
+    add,
+    filter_inexact,
+    is_inexact,
+    masked,
+    norm,
+    plus_decay,
+    rows_at,
+    wide,
+)
 
 
 def directions(oracles: Oracles) -> Variables:
@@ -37,7 +46,8 @@ def directions(oracles: Oracles) -> Variables:
 def difference(now: Variables, before: Variables, keep: Any, lazy: bool) -> Variables:
     """D(now) - keep · D(before); `Rows` too, unless `lazy`: these stay those of `now`.
 
-    `keep` None: D(now) alone, so that nothing of `before` is computed.
+    `keep` None: D(now) alone, so that nothing of `before` is computed. An array: in float32 at
+    least.
     """
     if keep is None:
         return now
@@ -45,7 +55,13 @@ def difference(now: Variables, before: Variables, keep: Any, lazy: bool) -> Vari
     def leaf(node, other):
         if rows.is_rows(node):
             return node if lazy else Rows(node.index, leaf(node.values, other.values))
-        return node - jnp.asarray(keep, node.dtype) * other if is_inexact(node) else node
+        if not is_inexact(node):
+            return node
+        if isinstance(keep, float):
+            return node - jnp.asarray(keep, node.dtype) * other
+        # A share of what is left, (1 - keep) of it, has few digits in bfloat16 or none.
+        dtype = wide(node.dtype)
+        return node.astype(dtype) - jnp.asarray(keep, dtype) * other.astype(dtype)
 
     return jax.tree.map(leaf, now, before, is_leaf=rows.is_rows)
 
@@ -65,6 +81,8 @@ class Oracle:
         factors: (N·w_i, M·w_j), or None for equal minibatches.
         trainable: a tree of z's with False for leaves that z's optimiser never moves; they are no
             part of the linear system that v solves. None: all of them move.
+        decay: λ for each float leaf of z where z's optimiser adds λz to its gradient; here in the
+            residual alone, which is that of (H + λI)v = -∇₁F. None: it adds nothing.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -81,6 +99,7 @@ class Oracle:
     rngs: tuple[Any, Any]
     factors: tuple[Any, Any] = (None, None)
     trainable: PyTree = None
+    decay: PyTree = None
 
     def at(self, point: Variables, evaluate: Callable[..., Evaluation] = evaluate_all):
         """The `Evaluation` at a point, with its `oracles`.
@@ -90,15 +109,16 @@ class Oracle:
             evaluate: which of the quantities, e.g. `oracles.evaluate_inner`.
         """
         if self.problem.evaluate is None or evaluate is evaluate_linear:
-            return self._finish(evaluate(self.problem, point, *self._context))
-        return self._finish(self.problem.evaluate(self._shared(evaluate), (point,), None))
+            return self._finish(evaluate(self.problem, point, *self._context), point)
+        return self._finish(self.problem.evaluate(self._shared(evaluate), (point,), None), point)
 
     def directions(self, point: Variables, evaluate: Callable[..., Evaluation] = evaluate_all):
         """The `Evaluation` at a point, with its `directions` (on many devices, these alone)."""
         if self.problem.evaluate is None:
-            evaluation = self._finish(evaluate(self.problem, point, *self._context))
+            evaluation = self._finish(evaluate(self.problem, point, *self._context), point)
             return evaluation._replace(directions=directions(evaluation.oracles))
-        return self._finish(self.problem.evaluate(self._shared(evaluate), (point,), self._combine))
+        evaluation = self.problem.evaluate(self._shared(evaluate), (point,), self._combine)
+        return self._finish(evaluation, point)
 
     def difference(
         self, now: Variables, before: Variables, keep: Any = 1.0, lazy: bool = False
@@ -120,10 +140,10 @@ class Oracle:
 
         if self.problem.evaluate is None:
             first, second = (evaluate_all(self.problem, p, *self._context) for p in (now, before))
-            return self._finish(first)._replace(directions=combine(first.oracles, second.oracles))
-        return self._finish(
-            self.problem.evaluate(self._shared(evaluate_all), (now, before), combine)
-        )
+            both = combine(first.oracles, second.oracles)
+            return self._finish(first, now)._replace(directions=both)
+        evaluation = self.problem.evaluate(self._shared(evaluate_all), (now, before), combine)
+        return self._finish(evaluation, now)
 
     def inner_value_and_grad(self, z: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
         """`(G, ∇₁G)` on the inner minibatch, for optimisers that look around (line searches)."""
@@ -149,21 +169,15 @@ class Oracle:
 
     def _movable(self, oracles: Oracles) -> Oracles:
         """Without the entries of D_v that belong to parameters which never move."""
-        if self.trainable is None:
-            return oracles
 
         def only(tree):
-            if tree is None:
-                return None
-            return jax.tree.map(
-                lambda leaf, moves: leaf if moves else jnp.zeros_like(leaf), tree, self.trainable
-            )
+            return None if tree is None else masked(tree, self.trainable)
 
         return oracles._replace(
             hvp=only(oracles.hvp), outer_grad_inner=only(oracles.outer_grad_inner)
         )
 
-    def _finish(self, evaluation: Evaluation) -> Evaluation:
+    def _finish(self, evaluation: Evaluation, point: Variables) -> Evaluation:
         """With the losses as the user wrote them, and the residual."""
         oracles = self._movable(evaluation.oracles)
         by_inner, by_outer = self.factors
@@ -171,7 +185,8 @@ class Oracle:
         if product is None and oracles.hvp is not None:
             product = norm(oracles.hvp)
         if relative is None and oracles.hvp is not None and oracles.outer_grad_inner is not None:
-            relative = residual(oracles)
+            product_of_system = plus_decay(oracles.hvp, self.decay, point.adjoint)
+            relative = residual(oracles._replace(hvp=product_of_system))
         share = evaluation.through_inner
         if share is None and self.batch.outer is not None and oracles.cross_jvp is not None:
             share = through_inner(oracles)
@@ -214,6 +229,7 @@ def bind(
     factors: tuple[Any, Any] = (None, None),
     fixed_keys: bool = False,
     trainable: PyTree = None,
+    decay: PyTree = None,
 ) -> Oracle:
     """The oracle of one step.
 
@@ -225,6 +241,7 @@ def bind(
         fixed_keys: a minibatch's id takes the place of the step in its key, so that a minibatch
             is the same at every visit.
         trainable: as in `Oracle`.
+        decay: likewise.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
@@ -251,7 +268,7 @@ def bind(
     outer = factor(factors[1], batch.outer, batch.outer_id)
     weighted = importance_weighted(problem, inner, "inner_loss")
     weighted = importance_weighted(weighted, outer, "outer_loss")
-    return Oracle(weighted, batch, state.model_state, rngs, (inner, outer), trainable)
+    return Oracle(weighted, batch, state.model_state, rngs, (inner, outer), trainable, decay)
 
 
 def _unscaled(loss: Any, factor: Any) -> Any:

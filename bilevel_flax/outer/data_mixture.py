@@ -214,7 +214,7 @@ def network_weights(
         logits = units @ outer_params["last"] / hidden
         if mask is None:
             return len(logits) * jax.nn.softmax(logits)
-        return jnp.sum(mask > 0) * jax.nn.softmax(logits, where=mask > 0)
+        return jnp.sum(mask > 0).astype(logits.dtype) * jax.nn.softmax(logits, where=mask > 0)
 
     def shares(outer_params, batch=None):
         if batch is None:
@@ -261,7 +261,7 @@ def comb(offset: Any, weights: jax.Array, count: int) -> Selected:
     """What `select` draws when its uniform number is `offset`, in [0, 1)."""
     frozen = jax.lax.stop_gradient(weights)
     total = jnp.cumsum(frozen)
-    teeth = (offset + jnp.arange(count)) / count * total[-1]
+    teeth = (offset + jnp.arange(count, dtype=total.dtype)) / count * total[-1]
     # Rounding can put the last tooth on the total itself: then the last candidate with a weight.
     last = jnp.searchsorted(total, total[-1], side="left")
     index = jnp.minimum(jnp.searchsorted(total, teeth, side="right"), last)

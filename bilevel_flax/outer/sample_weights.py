@@ -113,7 +113,9 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
                 'softmax weights need batch["index"] (int32 [batch]); '
                 f"the batch has {sorted(batch)}"
             )
-        index, mask = batch["index"], example_mask(batch)
+        index, mask = jnp.asarray(batch["index"]), example_mask(batch)
+        if not jnp.issubdtype(index.dtype, jnp.integer):
+            raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
         if mask is not None:
             index = jnp.where(mask > 0, index, 0)  # a padded example may point anywhere
         logits = rows_at(outer_params, index)

@@ -73,7 +73,8 @@ def estimator(problem: Problem, eta: Callable, *, lazy: bool = False) -> Estimat
         change = evaluation.directions
         carried = averages.accumulate(state.directions, keep, change)
         state = STORMState(carried, variables, state.step + 1)
-        return Estimate(averages.cast_like(carried, change), state, evaluation)
+        handed = averages.in_dtypes_of(variables, averages.cast_like(carried, change))
+        return Estimate(handed, state, evaluation)
 
     return Estimator(init=init, update=update, units=8.0)
 

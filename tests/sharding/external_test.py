@@ -89,3 +89,17 @@ def test_a_mesh_of_others_is_refused(mesh):
     own = jax.tree.map(lambda leaf: leaf.sharding, z)
     with pytest.raises(ValueError, match=r"lie on a mesh \{'stage': 2, 'model': 2\}, but mesh= is"):
         bf.sharding.param_specs(z, bf.sharding.make_mesh("data=1", jax.devices()[:1]), own)
+
+
+def test_rows_are_not_looked_up_over_explicit_axes():
+    """JAX's default for a mesh; its own error names a gather inside of the library."""
+    explicit = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    cut = NamedSharding(explicit, PartitionSpec("data"))
+    solver = bf.soba(PROBLEM, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    state = solver.init(z_of(), jnp.zeros(8))
+    at, data = (
+        jax.device_put(tree, where)
+        for tree, where in ((state, NamedSharding(explicit, PartitionSpec())), (batch(0)[:2], cut))
+    )
+    with pytest.raises(ValueError, match=r"over Explicit axes of a mesh .* bf.sharding.make_mesh"):
+        jax.jit(solver.update)(at, bf.Batch(*data))

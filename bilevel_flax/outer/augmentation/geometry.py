@@ -67,8 +67,8 @@ def transform(images: jax.Array, amounts: Mapping[str, jax.Array]) -> jax.Array:
     back = (shrink * back[0], shrink * back[1], shrink * back[2], shrink * back[3])
 
     across = lambda values: values[:, None, None]
-    x = (jnp.arange(width) - (width - 1) / 2).astype(images.dtype)[None, None, :]
-    y = (jnp.arange(height) - (height - 1) / 2).astype(images.dtype)[None, :, None]
+    x = (jnp.arange(width, dtype=float) - (width - 1) / 2).astype(images.dtype)[None, None, :]
+    y = (jnp.arange(height, dtype=float) - (height - 1) / 2).astype(images.dtype)[None, :, None]
     x = x - across(width * get("translate_x"))
     y = y - across(height * get("translate_y"))
     from_x = across(back[0]) * x + across(back[1]) * y + (width - 1) / 2

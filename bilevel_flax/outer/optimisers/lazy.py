@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_flax import checks
+from bilevel_flax import checks, tree
 from bilevel_flax.base import PyTree, Rows, Table
 from bilevel_flax.per_sample import RowTransformation, is_rows
 
@@ -149,7 +149,7 @@ def lazy_adam(
             if not _is_table(node):
                 return None
             leaf = node.rows
-            wide = jnp.promote_types(leaf.dtype, jnp.float32)
+            wide = tree.wide(leaf.dtype)
             count = jnp.zeros(leaf.shape[:1], jnp.int32)
             return Table(RowMoments(count, *(jnp.zeros(leaf.shape, wide) for _ in range(2))))
 

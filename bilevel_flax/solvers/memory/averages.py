@@ -15,11 +15,17 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import PyTree, Variables
 from bilevel_flax.tree import is_inexact
+from bilevel_flax.tree import wide as wide_dtype
 
 
 def wide(leaf: jax.Array) -> Any:
     """The dtype of running means and sums: float32, or the leaf's if that is wider."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return wide_dtype(leaf.dtype)
+
+
+def widened(tree: PyTree) -> PyTree:
+    """The float leaves in the dtype of running means."""
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf)) if is_inexact(leaf) else leaf, tree)
 
 
 def _is_none(node: Any) -> bool:
@@ -68,6 +74,17 @@ def accumulate(running: PyTree, decay: Any, increment: PyTree, weight: Any = 1.0
         return total + weighted(term, total)
 
     return jax.tree.map(leafwise, running, increment, is_leaf=_is_none)
+
+
+def in_dtypes_of(params: PyTree, direction: PyTree) -> PyTree:
+    """A direction's floats in the dtypes of the parameters, so that no optimiser state changes."""
+
+    def cast(node, leaf):
+        if rows.is_rows(node):
+            return node._replace(values=node.values.astype(leaf.dtype))
+        return node.astype(leaf.dtype) if is_inexact(node) else node
+
+    return jax.tree.map(cast, direction, params, is_leaf=rows.is_rows)
 
 
 def cast_like(running: PyTree, current: PyTree) -> PyTree:

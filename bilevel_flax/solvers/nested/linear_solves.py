@@ -186,7 +186,7 @@ def _system(hvp, grad, minibatch: Minibatch, damping: float):
             for a, u in zip(image, leaves, strict=True)
         ]
 
-    target = [-leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in floats.leaves]
+    target = [-leaf.astype(tree.wide(leaf.dtype)) for leaf in floats.leaves]
     return product, target, in_own_dtypes
 
 
