@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_flax import checks
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, BilevelSolver, Problem, PyTree, TrainState, Variables
 from bilevel_flax.checks import (
@@ -37,7 +38,13 @@ from bilevel_flax.checks import (
 )
 from bilevel_flax.minibatches import importance_factors, scale
 from bilevel_flax.solvers.keywords import Common, takes
-from bilevel_flax.solvers.nested.frame import StepReport, nested, refresh_minibatch, report_at
+from bilevel_flax.solvers.nested.frame import (
+    StepReport,
+    nested,
+    refresh_minibatch,
+    report_at,
+    sampled_oracles,
+)
 from bilevel_flax.solvers.nested.linear_solves import hypergradient, neumann
 from bilevel_flax.solvers.nested.sampled_oracles import (
     SampledOracles,
@@ -48,7 +55,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     first,
     split,
 )
-from bilevel_flax.solvers.step import optimizer_step, rollback_unless
+from bilevel_flax.solvers.step import optimizer_step, rollback_unless, tolerant
 from bilevel_flax.tree import norm, zeros_like
 
 
@@ -218,7 +225,8 @@ def vrbo(
         memory: VRBOState = state.estimator_state
         z, _, x = state.variables
         eta = at_step(adjoint_step, state.step)
-        sampled = SampledOracles(problem, Variables(None, None, None), state.model_state)
+        inner = tolerant(checks.optimizer("inner", common.get("inner")))
+        sampled = sampled_oracles(problem, Variables(inner, None, None), state)
         mean_z, mean_x, term = memory.mean_inner, memory.mean_outer, memory.term
         if batch.inner is not None:
             minibatch = refresh_minibatch(problem, state, batch, "inner", factors["inner"])

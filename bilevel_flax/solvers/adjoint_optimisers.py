@@ -16,11 +16,15 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import PyTree
-from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint, is_linear
+from bilevel_flax.solvers.inner_optimiser import (
+    applies_to_adjoint,
+    coupled_decay,
+    is_linear,
+    scales_by_parameters,
+    share_step_count,
+)
 from bilevel_flax.solvers.step import tolerant
-from bilevel_flax.tree import norm, ratio
-
-_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+from bilevel_flax.tree import norm, ratio, wide
 
 # δ between 1e-26 and 1e26: ρδ stays a float32.
 _LOG_LIMIT = 60.0
@@ -42,16 +46,18 @@ def _needed(extra_args: dict, *names: str) -> list:
 
 
 def like_inner_optimizer(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, *, decays: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Z's transformation for v, with statistics of its own.
 
     Its schedules count z's steps, and hyperparameters that somebody writes into z's state
     (`optax.inject_hyperparams`) hold for v as well. What it does to parameters by their values is
-    left out where it has no meaning for v (`inner_optimiser.applies_to_adjoint`).
+    left out where it has no meaning for v (`inner_optimiser.applies_to_adjoint`); where their size
+    gives the step its length (LAMB), v's is that of z.
 
     Args:
         inner: z's optimiser.
+        decays: weight decay in front of its step is added to D_v here; False: D_v has it already.
 
     Returns:
         A transformation whose `update` needs the extra arguments `inner_opt_state` and
@@ -78,9 +84,20 @@ def like_inner_optimizer(
 
     def update(updates, state, params=None, **extra_args):
         opt_state, z = _needed(extra_args, "inner_opt_state", "inner_params")
-        if not applies_to_adjoint(inner, opt_state, z, extra_args.get("outer_params")):
+        about = inner, opt_state, z, extra_args.get("outer_params")
+        if not applies_to_adjoint(*about) or not (decays or coupled_decay(*about) is None):
             params = jax.tree.map(jnp.zeros_like, params)
-        return step.update(updates, share_step_count(state, opt_state), params, **extra_args)
+        elif scales_by_parameters(*about):
+            params = z
+        try:
+            return step.update(updates, share_step_count(state, opt_state), params, **extra_args)
+        except TypeError as error:
+            if "value_fn" not in str(error):
+                raise
+            raise ValueError(
+                "inner searches along a line for a lower loss, and v, which would do the same, "
+                "minimises none: pass adjoint=, e.g. optax.adam"
+            ) from error
 
     return optax.GradientTransformationExtraArgs(step.init, update)
 
@@ -186,35 +203,10 @@ def in_own_units(
 
 
 def _times(factor: jax.Array, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)
-
-
-def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
-    """V's optimiser state with z's clock in its schedules, and z's injected hyperparameters.
-
-    Other counters stay its own: where v moves in every k-th step only, an optimiser that acts in
-    every k-th of its calls (`optax.MultiSteps`) would never act on z's.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
-        >>> tx = optax.sgd(optax.linear_schedule(0.1, 0.0, 100))
-        >>> z_state, v_state = tx.init(jnp.zeros(2)), tx.init(jnp.zeros(2))
-        >>> for _ in range(3):
-        ...     _, z_state = tx.update(jnp.ones(2), z_state)
-        >>> int(optax.tree.get(bf.adjoint.share_step_count(v_state, z_state), "count"))
-        3
-    """
-
-    def shared(own, of_z):
-        if isinstance(own, optax.ScaleByScheduleState):
-            return of_z
-        if isinstance(own, _INJECTED):
-            return of_z._replace(inner_state=share_step_count(own.inner_state, of_z.inner_state))
-        return own
-
-    kinds = (optax.ScaleByScheduleState, *_INJECTED)
-    is_leaf = lambda node: isinstance(node, kinds)
-    return jax.tree.map(shared, state, inner_opt_state, is_leaf=is_leaf)
+    # In the wider dtype of the two: what scales a unit away may itself be no float16.
+    return jax.tree.map(
+        lambda leaf: (factor * leaf.astype(wide(leaf.dtype))).astype(leaf.dtype), tree
+    )
 
 
 def scale_free_like(

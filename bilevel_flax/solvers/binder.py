@@ -40,16 +40,20 @@ class Binder:
             for side, factor in zip(("inner", "outer"), self._factors, strict=True)
         }
 
-    def part(self, state: Any, batch: Batch, trainable: PyTree = None) -> Oracle:
+    def part(
+        self, state: Any, batch: Batch, trainable: PyTree = None, decay: PyTree = None
+    ) -> Oracle:
         """The oracles on a batch of which a side may be missing (a full pass)."""
         checks.require_ids(batch, self._name, self._needed, scalars=True)
         keys = {"factors": self._factors, "fixed_keys": self._fixed_keys}
-        return bind(self._problem, state, batch, trainable=trainable, **keys)
+        return bind(self._problem, state, batch, trainable=trainable, decay=decay, **keys)
 
-    def step(self, state: Any, batch: Batch, trainable: PyTree = None) -> Oracle:
+    def step(
+        self, state: Any, batch: Batch, trainable: PyTree = None, decay: PyTree = None
+    ) -> Oracle:
         """The oracles of an update, the user's losses checked."""
         checks.batch(batch)
-        oracle = self.part(state, batch, trainable)
+        oracle = self.part(state, batch, trainable, decay)
         args = self._problem, state.variables, batch, state.model_state, oracle.rngs[0]
         checks.losses(*args, second_order=self._second_order)
         return oracle

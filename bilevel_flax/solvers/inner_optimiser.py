@@ -20,12 +20,25 @@ from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.solvers.step import tolerant
-from bilevel_flax.tree import depends_on, filter_inexact
+from bilevel_flax.tree import depends_on, filter_inexact, is_inexact
 
 # A schedule may start at 0, and then nothing is seen at the first step.
 _STEPS = (0, 1, 10, 1000)
 _LONGEST_SIDE = 3
 _ROUNDING = 1e-3
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_RATES = (optax.ScaleByScheduleState, *_INJECTED)
+# Of 0 they make 0, whatever their shape and dtype.
+_KEEP_ZERO = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "neg", "copy")
+_GROUPS = (optax.transforms.PartitionState, optax.MaskedState)
+_FAR = 1e6  # a bound that parameters of order 1 never meet
+_OFF_GRID = 0.0537  # whole numbers lie on the grid of what rounds
+_NOISE = 2e-5  # of what remembers parameters, and subtracts them
+_CONSTRAINT = (
+    "inner changes parameters by their values (a projection, a clip, a constraint), and v, which "
+    "would go through the same, is no parameter: pass adjoint=, e.g. the same optimiser without "
+    "that part, which is right where no constraint is active"
+)
 _NO_STEP = 1e-5  # of the step from parameters that are not 0
 
 
@@ -48,7 +61,9 @@ def trainable(
 
     Returns:
         A tree like `params` of booleans; leaves that are no floats are True. None where all are, or
-        none: z as a whole is then held where it is, to look at v and x there.
+        none: z as a whole is then held where it is, to look at v and x there. Where groups of
+        parameters have rates of their own that the state tells (a schedule, a hyperparameter), a
+        leaf's boolean is that of the moment, a scalar array: a group waits as long as its is 0.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -65,8 +80,14 @@ def trainable(
     jaxpr = jax.make_jaxpr(update)(floats, opt_state, floats)
     count = len(jax.tree.leaves(floats))
     rest = len(jaxpr.jaxpr.invars) - count
-    moves = _reached(jaxpr.jaxpr, [True] * count + [False] * rest)
-    if all(moves) or not any(moves):
+    moves = _reached(jaxpr, [True] * count + [False] * rest)
+    if not any(moves):
+        return None
+    if _rates_by_group(opt_state):
+        now = _moves_now(transform, opt_state, floats, outer_params)
+        resting = ~functools.reduce(jnp.logical_or, now)
+        moves = [flag and (at | resting) for flag, at in zip(moves, now, strict=True)]
+    elif all(moves):
         return None
     flags = jax.tree.unflatten(jax.tree.structure(floats), moves)
     return jax.tree.map(
@@ -133,25 +154,101 @@ def _update(
     return updates
 
 
-def _reached(jaxpr: Any, sources: Sequence[bool]) -> list[bool]:
-    """For each output whether it depends on an input that is marked."""
+def _rates_by_group(opt_state: PyTree) -> bool:
+    """Whether the state holds rates, and parameters in groups that may have different ones."""
+
+    def holds(tree, kinds, inside):
+        is_kind = lambda node: isinstance(node, kinds)
+        nodes = filter(is_kind, jax.tree.leaves(tree, is_leaf=is_kind))
+        return any(inside(node) for node in nodes)
+
+    some = lambda _: True
+    return holds(opt_state, _GROUPS, lambda group: holds(group, _RATES, some)) or holds(
+        opt_state, _INJECTED, lambda rates: holds(rates.inner_state, _GROUPS, some)
+    )
+
+
+def _moves_now(
+    transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree
+) -> list[jax.Array]:
+    """For each leaf whether a gradient would move it at the present rates; on small arrays."""
+    with jax.ensure_compile_time_eval():
+        point = jax.tree.map(_small, params)
+        nothing = _scaled(point, 0.0)
+        fresh = transform.init(nothing)
+    state = share_step_count(fresh, opt_state)
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    updates = _update(transform, _shaped(shapes), point, state, nothing)
+    return [jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates)]
+
+
+def share_step_count(state: PyTree, inner_opt_state: PyTree) -> PyTree:
+    """An optimiser's state with z's clock in its schedules, and z's injected hyperparameters.
+
+    Other counters stay its own: where v moves in every k-th step only, an optimiser that acts in
+    every k-th of its calls (`optax.MultiSteps`) would never act on z's.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, bilevel_flax as bf
+        >>> tx = optax.sgd(optax.linear_schedule(0.1, 0.0, 100))
+        >>> z_state, v_state = tx.init(jnp.zeros(2)), tx.init(jnp.zeros(2))
+        >>> for _ in range(3):
+        ...     _, z_state = tx.update(jnp.ones(2), z_state)
+        >>> int(optax.tree.get(bf.adjoint.share_step_count(v_state, z_state), "count"))
+        3
+    """
+
+    def shared(own, of_z):
+        if isinstance(own, optax.ScaleByScheduleState):
+            return of_z
+        if isinstance(own, _INJECTED):
+            return of_z._replace(inner_state=share_step_count(own.inner_state, of_z.inner_state))
+        return own
+
+    is_leaf = lambda node: isinstance(node, _RATES)
+    return jax.tree.map(shared, state, inner_opt_state, is_leaf=is_leaf)
+
+
+def _reached(closed: Any, sources: Sequence[bool], given: Sequence[Any] = ()) -> list[bool]:
+    """For each output of a closed jaxpr whether it depends on an input that is marked.
+
+    Args:
+        closed: the program of an update.
+        sources: which of its inputs are marked.
+        given: its inputs' values where they are known, else None; (): none is.
+    """
+    jaxpr = closed.jaxpr
+    known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(jaxpr.invars, given, strict=False))
     marked = {var for var, flag in zip(jaxpr.invars, sources, strict=True) if flag}
     is_literal = lambda atom: hasattr(atom, "val")
     hit = lambda atom: not is_literal(atom) and atom in marked
+
+    def value(atom):
+        found = atom.val if is_literal(atom) else known.get(atom)
+        unknown = found is None or isinstance(found, jax.core.Tracer)
+        is_key = jnp.issubdtype(getattr(found, "dtype", np.float32), jax.dtypes.prng_key)
+        return None if unknown or is_key else np.asarray(found)
+
     for eqn in jaxpr.eqns:
         flags = [hit(atom) for atom in eqn.invars]
+        name, values = eqn.primitive.name, [value(atom) for atom in eqn.invars]
+        if name in _KEEP_ZERO:
+            known[eqn.outvars[0]] = values[0]
         if not any(flags):
             continue
-        if eqn.primitive.name == "mul" and any(
-            is_literal(atom) and np.all(np.asarray(atom.val) == 0) for atom in eqn.invars
-        ):
+        if name == "mul" and any(v is not None and np.all(v == 0) for v in values):
             continue
         outputs = [True] * len(eqn.outvars)
-        if "branches" in eqn.params:  # of the operands behind the index
-            each = [_reached(branch.jaxpr, flags[1:]) for branch in eqn.params["branches"]]
+        if name == "select_n" and values[0] is not None:
+            outputs = [any(flags[1 + int(case)] for case in np.unique(values[0]))]
+        elif "branches" in eqn.params:  # of the operands behind the index
+            branches = eqn.params["branches"]
+            each = [_reached(branch, flags[1:], values[1:]) for branch in branches]
             outputs = [any(column) for column in zip(*each, strict=True)]
-        elif eqn.primitive.name in ("jit", "pjit", "closed_call"):
-            outputs = _reached(eqn.params["jaxpr"].jaxpr, flags)
+        elif name in ("jit", "pjit", "closed_call"):
+            called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            outputs = _reached(called, flags, values)
         marked |= {var for var, flag in zip(eqn.outvars, outputs, strict=True) if flag}
     return [hit(atom) for atom in jaxpr.outvars]
 
@@ -164,7 +261,7 @@ def applies_to_adjoint(
 ) -> bool:
     """Whether v, too, may be handed to z's transformation as its parameters.
 
-    Where it looks at them at all: weight decay in front of a preconditioner, or under SGD, is part
+    Where it pulls at them at all: weight decay in front of a preconditioner, or under SGD, is part
     of the gradient of a regularised G, and so of the system that v solves. Decay behind a
     preconditioner (AdamW, Lion) is not: it would pull v to 0 whatever D_v is, so that v is not
     handed over (its system is then that of G alone). A distance from the start (DoG, Prodigy) or a
@@ -193,12 +290,94 @@ def applies_to_adjoint(
         return _probe(transform, update, floats)
 
 
+def scales_by_parameters(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> bool:
+    """Whether parameters give the step its length and nothing else (LAMB, LARS, adaptive clips).
+
+    V, which starts at 0, would hardly leave it by steps as long as itself; those of z serve.
+
+    Args: as `applies_to_adjoint`.
+    """
+    floats = filter_inexact(params)
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with jax.ensure_compile_time_eval():
+        update = functools.partial(_update, transform, _shaped(shapes))
+    used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
+    if not any(used[-1 - len(jax.tree.leaves(floats)) : -1]):
+        return False
+    with jax.ensure_compile_time_eval():
+        point = jax.tree.map(_small, floats)
+        nothing, twice = _scaled(point, 0.0), _scaled(point, 2.0)
+        states = [transform.init(start) for start in (point, twice)]
+        if not _near(*map(_floats, states)):
+            return False  # it remembers where it was: a distance, an average
+        for step in _STEPS:
+            state = _at_step(states[0], step)
+            still, short, long = (
+                update(gradient, state, at)
+                for gradient, at in ((nothing, point), (point, point), (point, twice))
+            )
+            if _finite((still, short, long)) and not _near(short, long):
+                return _near(still, nothing)
+    return False
+
+
+def coupled_decay(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> PyTree:
+    """Weight decay λ in front of a linear step: z's gradient is ∇₁G + λz, and its Hessian H + λI.
+
+    Args: as `applies_to_adjoint`.
+
+    Returns:
+        A tree like `params` of numbers, one for each float leaf (else None); None: no such decay.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> transform = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+        >>> round(coupled_decay(transform, transform.init(jnp.ones(2)), jnp.ones(2)), 4)
+        0.5
+    """
+    floats = filter_inexact(params)
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with jax.ensure_compile_time_eval():
+        update = functools.partial(_update, transform, _shaped(shapes))
+    used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
+    looks = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
+    if used[-1] or not looks or not is_linear(transform, params, outer_params):
+        return None
+    with jax.ensure_compile_time_eval():
+        point = jax.tree.map(_small, floats)
+        nothing = _scaled(point, 0.0)
+        for step in _STEPS:
+            state = _at_step(transform.init(point), step)
+            pull, push = update(nothing, state, point), update(point, state, nothing)
+            doubled = update(nothing, state, _scaled(point, 2.0))
+            if _largest(pull) > 0 and _near(doubled, _scaled(pull, 2.0)):
+                return jax.tree.map(_rate, pull, push)
+    return None
+
+
+def _rate(pull: jax.Array, push: jax.Array) -> float:
+    size = _largest(push)
+    return _largest(pull) / size if size else 0.0
+
+
 def is_linear(
     transform: optax.GradientTransformation,
     params: PyTree,
     outer_params: PyTree = None,
 ) -> bool:
     """Whether twice the gradients give twice the steps (SGD, momentum), found out by asking.
+
+    Steps whose length the parameters give (LARS) count as if they did not.
 
     Args:
         transform: z's optimiser.
@@ -210,6 +389,10 @@ def is_linear(
         >>> [is_linear(tx, jnp.ones(2)) for tx in (optax.sgd(0.1, momentum=0.9), optax.adam(0.1))]
         [True, False]
     """
+    with jax.ensure_compile_time_eval():
+        fresh = transform.init(jax.tree.map(_small, filter_inexact(params)))
+    if scales_by_parameters(transform, fresh, params, outer_params):
+        return False
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
     with jax.ensure_compile_time_eval():
         point = jax.tree.map(_small, filter_inexact(params))
@@ -286,21 +469,24 @@ def _probe(
     for step in _STEPS:
         still = functools.partial(at, step, nothing)
         pull, push = still(point), still(_scaled(point, -1.0))
-        moves = not (_near(pull, nothing) and _near(push, nothing))
-        if not moves or not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
+        if not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
             continue
-        odd = _near(push, _scaled(pull, -1.0))
-        twice = still(_scaled(point, 2.0))
+        if _near(pull, nothing) and _near(push, nothing):
+            off_grid = jax.tree.map(
+                lambda p: jnp.asarray(np.asarray(p) + np.asarray(_OFF_GRID, p.dtype)), point
+            )
+            rounded, bounded = still(off_grid), still(_scaled(point, _FAR))
+            if _largest(rounded) > _NOISE or _largest(bounded) > 1.0:
+                raise ValueError(_CONSTRAINT)
+            continue
+        odd, twice = _near(push, _scaled(pull, -1.0)), still(_scaled(point, 2.0))
+        once, doubled = (at(step, _scaled(point, scale), nothing) for scale in (1.0, 2.0))
         if odd and _near(twice, _scaled(pull, 2.0)):
             decays = True
-            once, doubled = at(step, point, nothing), at(step, _scaled(point, 2.0), nothing)
             normalises |= not _near(doubled, _scaled(once, 2.0))
-        elif not (odd and _near(twice, pull)):  # nor decay in front of a normaliser
-            raise ValueError(
-                "inner changes parameters by their values (a projection, a clip, a constraint), "
-                "and v, which would go through the same, is no parameter: pass adjoint=, e.g. the "
-                "same optimiser without that part"
-            )
+        # Decay in front of a normaliser pulls as a gradient does; a proximal step does not.
+        elif not (odd and _near(twice, pull) and _near(*map(_sizes, (once, pull)))):
+            raise ValueError(_CONSTRAINT)
     from_zero, from_point = (
         max(_largest(at(step, point, start)) for step in _STEPS) for start in (nothing, point)
     )
@@ -310,6 +496,14 @@ def _probe(
             "it would stay: pass adjoint=, e.g. optax.adam"
         )
     return not (decays and normalises)
+
+
+def _floats(state: PyTree) -> list:
+    return [leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf)]
+
+
+def _sizes(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.abs, tree)
 
 
 def _largest(tree: PyTree) -> float:

@@ -38,9 +38,10 @@ class CommonWithAdjoint(Common, total=False):
 
     Attributes:
         adjoint: optimiser of v, fed D_v = ∇²₁₁G v + ∇₁F; None: as `inner`, see
-            `adjoint.like_inner_optimizer`. It is handed `inner_opt_state`, `inner_direction` (D_z)
-            and `inner_params`, all of before the step, and `adjoint_residual`, so that damping can
-            follow it (`adjoint.self_damped`).
+            `adjoint.like_inner_optimizer`. Where `inner` decays weights in front of its step (SGD
+            with weight decay), this must do so to v, too. It is handed `inner_opt_state`,
+            `inner_direction` (D_z) and `inner_params`, all of before the step, and
+            `adjoint_residual`, so that damping can follow it (`adjoint.self_damped`).
     """
 
     adjoint: optax.GradientTransformation | None

@@ -29,7 +29,7 @@ from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
-from bilevel_flax.solvers.inner_optimiser import check_value, trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, coupled_decay, trainable
 from bilevel_flax.solvers.step import (
     all_finite,
     init_state,
@@ -41,7 +41,7 @@ from bilevel_flax.solvers.step import (
     settled,
     tolerant,
 )
-from bilevel_flax.tree import dot, filter_inexact, norm
+from bilevel_flax.tree import dot, filter_inexact, masked, norm
 
 
 def single_loop(
@@ -121,7 +121,11 @@ def single_loop(
         """One shared evaluation, three parallel Optax steps, all from the old point."""
         state = at_hosts_z(state, inner_params)
         check_value(problem, tx.inner, state.inner_opt_state, *state.variables[::2])
-        oracle = binder.step(state, batch, moving(state))
+        flags = moving(state)
+        # Of a group that has come to rest v says nothing any more.
+        state = state.replace(adjoint=masked(state.adjoint, flags))
+        decay = coupled_decay(tx.inner, state.inner_opt_state, *state.variables[::2])
+        oracle = binder.step(state, batch, flags, decay)
         estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
         evaluation, active = estimate.evaluation, estimate.active
         norms, finite = norms_and_finite(estimate)

@@ -53,6 +53,7 @@ def init_state(
     x_floats = rows.marked(problem.per_sample, x_floats) if by_rows else x_floats
     points = (filter_inexact(z), filter_inexact(z), x_floats)
     states = [t.init(point) for t, point in zip(transforms, points, strict=True)]
+    _refuse_lookahead(states[0])
     return TrainState(
         step=jnp.int32(0),
         inner_params=z,
@@ -65,6 +66,15 @@ def init_state(
         model_state=model_state,
         rng=rng,
     )
+
+
+def _refuse_lookahead(inner_opt_state: PyTree) -> None:
+    is_lookahead = lambda node: isinstance(node, optax.LookaheadState)
+    if any(map(is_lookahead, jax.tree.leaves(inner_opt_state, is_leaf=is_lookahead))):
+        raise checks.UserError(
+            "inner=optax.lookahead(...) keeps two copies of the parameters and takes a gradient of "
+            "one, but a loss sees all of inner_params: pass its fast optimiser alone"
+        )
 
 
 def init_variables(

@@ -9,7 +9,11 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint, trainable
+from bilevel_flax.solvers.inner_optimiser import (
+    applies_to_adjoint,
+    scales_by_parameters,
+    trainable,
+)
 
 # G = ½‖z - x a‖², F = ½‖z - t‖²: z* = x a, v* = t - x a, x* = a·t / a·a.
 A, T = jnp.array([[1.0, 2.0], [-1.0, 0.5]]), jnp.array([[2.0, 1.0], [0.0, -1.0]])
@@ -123,11 +127,42 @@ def clip(bound):
     return optax.GradientTransformation(lambda params: (), update)
 
 
-@pytest.mark.parametrize(
-    "inner", [optax.keep_params_nonnegative(), clip(2.0)], ids=["sign", "clip"]
-)
-def test_projections_of_parameters_are_no_business_of_v(inner):
-    chain = optax.chain(optax.sgd(0.1), inner)
+def mapped(function):
+    """A transformation that sets parameters to a function of where the step would take them."""
+    return optax.stateless(lambda u, p: jax.tree.map(lambda u, p: function(p + u) - p, u, p))
+
+
+CONSTRAINTS = {
+    "sign": optax.keep_params_nonnegative(),
+    "clip": clip(2.0),
+    "a wide clip": clip(1e4),
+    "sphere": mapped(lambda w: w / jnp.linalg.norm(w)),
+    "ball": mapped(lambda w: w * jnp.minimum(1.0, 50.0 / jnp.linalg.norm(w))),
+    "soft threshold": mapped(lambda w: jnp.sign(w) * jnp.maximum(jnp.abs(w) - 1e-3, 0.0)),
+    "rounding": mapped(lambda w: jnp.round(w * 64) / 64),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_projections_of_parameters_are_no_business_of_v_wherever_they_stand(name):
+    constraint, z = CONSTRAINTS[name], {"w": jnp.ones((2, 2)), "u": jnp.ones(2)}
+    labels = {"w": "held", "u": "free"}
+    for inner in (
+        optax.chain(optax.sgd(0.1), constraint),
+        optax.chain(constraint, optax.sgd(0.1)),
+        optax.chain(optax.adam(0.01), constraint),
+        optax.multi_transform(
+            {"held": optax.chain(optax.sgd(0.1), constraint), "free": optax.sgd(0.1)}, labels
+        ),
+        optax.apply_if_finite(optax.chain(optax.sgd(0.1), constraint), 3),
+    ):
+        with pytest.raises(ValueError, match="changes parameters by their values .* pass adjoint="):
+            applies_to_adjoint(inner, inner.init(z), z)
+
+
+@pytest.mark.parametrize("name", ["sign", "clip"])
+def test_with_an_optimiser_of_its_own_v_is_right_where_no_constraint_is_active(name):
+    chain = optax.chain(optax.sgd(0.1), CONSTRAINTS[name])
     with pytest.raises(ValueError, match="changes parameters by their values .* pass adjoint="):
         solved(bf.soba(RIDGE, inner=chain, outer=optax.sgd(0.1)), 1)
     solver = bf.soba(RIDGE, inner=chain, adjoint=optax.sgd(0.1), outer=optax.set_to_zero())
@@ -135,43 +170,139 @@ def test_projections_of_parameters_are_no_business_of_v(inner):
     np.testing.assert_allclose(state.adjoint["w"], T - state.inner_params["w"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+        optax.chain(optax.scale_by_param_block_norm(), optax.sgd(0.05)),
+        optax.chain(optax.scale_by_param_block_rms(), optax.sgd(0.05)),
+    ],
+    ids=["adaptive clip", "norm of a block", "its root mean square"],
+)
+def test_where_the_size_of_parameters_gives_the_step_its_length_that_of_z_is_vs(inner):
+    """V starts at 0, and with steps as long as itself it stayed there: x ended at -.42."""
+    z = {"w": jnp.ones((2, 2))}
+    assert scales_by_parameters(inner, inner.init(z), z)
+    assert not scales_by_parameters(optax.contrib.dog(), optax.contrib.dog().init(z), z)
+    solver = bf.soba(RIDGE, inner=inner, outer=optax.sgd(0.005))
+    state, _ = solved(solver, 4000, z=z, x=1.0)
+    assert abs(float(state.outer_params) - X) < 0.02
+
+
+def test_lookahead_is_refused():
+    solver = bf.soba(RIDGE, inner=optax.lookahead(optax.sgd(0.1), 5, 0.5), outer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"optax.lookahead.*fast optimiser alone"):
+        solver.init({"w": jnp.ones((2, 2))}, jnp.float32(0.0))
+
+
 GROUPS = {"h": "train", "b": "freeze"}
-FROZEN = {
-    "set_to_zero": lambda: optax.multi_transform(
-        {"train": optax.sgd(0.1), "freeze": optax.set_to_zero()}, GROUPS
+
+
+def grouped(frozen):
+    return optax.multi_transform({"train": optax.sgd(0.1), "freeze": frozen}, GROUPS)
+
+
+FROZEN = {  # and the method that it is tried with
+    "set_to_zero": (lambda: grouped(optax.set_to_zero()), "implicit"),
+    "accumulated": (lambda: optax.MultiSteps(grouped(optax.set_to_zero()), 2), "soba"),
+    "masked": (
+        lambda: optax.chain(
+            optax.adam(optax.cosine_decay_schedule(0.05, 4000)),
+            optax.masked(optax.set_to_zero(), {"h": False, "b": True}),
+        ),
+        "auto",
     ),
-    "masked": lambda: optax.chain(
-        optax.adam(optax.cosine_decay_schedule(0.05, 4000)),
-        optax.masked(optax.set_to_zero(), {"h": False, "b": True}),
+    "step 0": (lambda: grouped(optax.sgd(0.0)), "auto"),
+    "an array of 0": (lambda: grouped(optax.sgd(jnp.array(0.0))), "implicit"),
+    "never chosen": (
+        lambda: grouped(
+            optax.stateless(lambda u, _: jax.tree.map(lambda g: jnp.where(False, g, 0), u))
+        ),
+        "implicit",
     ),
-    "step 0": lambda: optax.multi_transform(
-        {"train": optax.sgd(0.1), "freeze": optax.sgd(0.0)}, GROUPS
+    "a schedule of 0": (lambda: grouped(optax.sgd(optax.linear_schedule(0.0, 0.0, 9))), "implicit"),
+    "0 in the state": (
+        lambda: grouped(optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)),
+        "auto",
     ),
-    "accumulated": lambda: optax.MultiSteps(
-        optax.multi_transform({"train": optax.sgd(0.1), "freeze": optax.set_to_zero()}, GROUPS), 2
-    ),
+    "0 for now": (lambda: grouped(optax.sgd(lambda t: jnp.where(t < 10**6, 0.0, 0.1))), "auto"),
+    "in a full pass": (lambda: grouped(optax.set_to_zero()), "vrbo"),
 }
+COUPLED = bf.Problem(
+    lambda z, x, _: 0.5 * z["h"] ** 2 - x * z["h"] + 3 * z["b"] * z["h"] + 9 * z["b"] ** 2,
+    lambda z, x, _: 0.5 * (z["h"] - 2.0) ** 2 + 0.5 * x**2,
+)
+AT_0 = {"h": jnp.array(0.0), "b": jnp.array(0.0)}
+
+
+def of_method(method, problem, inner, outer):
+    if method == "auto":
+        return bf.auto(problem, inner=inner, steps=4000)
+    settings = {
+        "implicit": {"inner_steps": 10, "adjoint_steps": 5},
+        "amigo": {"inner_steps": 10, "adjoint_steps": 10},
+        "stocbio": {"inner_steps": 10, "adjoint_steps": 60, "adjoint_step": 0.3},
+        "vrbo": {"inner_steps": 5, "adjoint_steps": 20, "adjoint_step": 0.5, "period": 9}
+        | {"num_inner_batches": 1, "num_outer_batches": 1},
+    }.get(method, {})
+    module = bf.contrib if method == "vrbo" else bf
+    return getattr(module, method)(problem, inner=inner, outer=outer, **settings)
+
+
+def brought_on(solver, state, steps):
+    """Steps with the passes that are due."""
+    inner, outer = (jnp.zeros(count) for count in solver.batches)
+    update, refresh = jax.jit(solver.update), jax.jit(solver.refresh)
+    for _ in range(steps):
+        while solver.next_refresh(state) <= state.step:
+            first = int(solver.refresh_cursor(state)) == 0
+            state = refresh(state, bf.Batch(**({"inner": 0.0} if first else {"outer": 0.0})))
+        state, info = update(state, bf.Batch(inner, outer))
+    return state, info
 
 
 @pytest.mark.parametrize("how", FROZEN)
-@pytest.mark.parametrize("method", ["soba", "auto"])
-def test_parameters_that_never_move_are_no_part_of_the_system(how, method):
+def test_parameters_that_never_move_are_no_part_of_the_system(how):
     """b is held at 0: h* = x, F = ½(h - 2)² + ½x², so that x* = 1; a full H would say .43."""
-    problem = bf.Problem(
-        lambda z, x, _: 0.5 * z["h"] ** 2 - x * z["h"] + 3 * z["b"] * z["h"] + 9 * z["b"] ** 2,
-        lambda z, x, _: 0.5 * (z["h"] - 2.0) ** 2 + 0.5 * x**2,
-    )
-    inner = FROZEN[how]()
-    z = {"h": jnp.array(0.0), "b": jnp.array(0.0)}
-    assert trainable(inner, inner.init(z), z) == {"h": True, "b": False}
-    if method == "soba":
-        solver = bf.soba(problem, inner=inner, outer=optax.sgd(0.02))
+    make, method = FROZEN[how]
+    inner = make()
+    assert trainable(inner, inner.init(AT_0), AT_0) == {"h": True, "b": False}
+    solver = of_method(method, COUPLED, inner, optax.sgd(0.05))
+    if solver.batches == (1, 1) and method != "implicit":
+        state, info = solved(solver, 4000, AT_0, 0.5)
+        info = jax.tree.map(lambda leaf: leaf[-1], info)
     else:
-        solver = bf.auto(problem, inner=inner, steps=4000)
-    state, info = solved(solver, 4000, z, 0.5)
+        state, info = brought_on(solver, solver.init(AT_0, jnp.float32(0.5)), 150)
     assert abs(float(state.outer_params) - 1) < 0.02
     assert float(state.adjoint["b"]) == 0
-    assert float(info.adjoint_residual[-1]) < 0.05
+    assert float(info.adjoint_residual) < 0.05
+
+
+def test_what_comes_to_rest_in_the_run_takes_its_v_along():
+    """From step 500 on b stays where it is: h* = x - 3b, and x* = 1 + 1.5 b."""
+    frozen = optax.sgd(lambda t: jnp.where(t < 500, 0.05, 0.0))
+    solver = bf.soba(COUPLED, inner=grouped(frozen), outer=optax.sgd(0.02))
+    before, _ = solved(solver, 500, AT_0, 0.5)
+    assert abs(float(before.adjoint["b"])) > 0.1
+    state, _ = solved(solver, 4000, AT_0, 0.5)
+    assert float(state.adjoint["b"]) == 0
+    assert abs(float(state.outer_params) - (1 + 1.5 * float(state.inner_params["b"]))) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["soba", "implicit", "amigo", "stocbio"])
+def test_decay_in_front_of_the_step_is_in_every_methods_system(method):
+    """Z solves (1 + d) z = x a, so dF/dx = ⟨a / 1.5, x a / 1.5 - t⟩ for d = .5."""
+    inner = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+    seen = optax.GradientTransformation(jnp.zeros_like, lambda d, state, _=None: (0 * d, d))
+    solver = of_method(method, RIDGE, inner, seen)
+    state = solver.init({"w": jnp.zeros((2, 2))}, jnp.float32(1.0))
+    if method == "soba":
+        state, info = solved(solver, 400, x=1.0)
+    else:
+        state, info = brought_on(solver, state, 20)
+    assert float(jnp.atleast_1d(info.adjoint_residual)[-1]) < 1e-3
+    right = float(jnp.vdot(A / 1.5, A / 1.5 - T))
+    np.testing.assert_allclose(state.outer_opt_state, right, atol=1e-3)
 
 
 SCALAR = bf.Problem(lambda z, x, b: 0.5 * (z - x) ** 2, lambda z, x, b: 0.5 * (z - 3.0) ** 2)

@@ -78,7 +78,7 @@ def amigo(
 
     if common.get("adjoint") is None:
         inner = checks.optimizer("inner", common.get("inner"))
-        common["adjoint"] = like_inner_optimizer(inner)
+        common["adjoint"] = like_inner_optimizer(inner, decays=False)
 
     def step(sampled: SampledOracles, state, inner, outer):
         z, v, x = state.variables

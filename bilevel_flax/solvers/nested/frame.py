@@ -35,7 +35,7 @@ from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.inner_optimiser import check_value, trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, coupled_decay, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     Minibatch,
@@ -133,6 +133,22 @@ def _minibatches(
     return Minibatch(data, None if factors is None else rows_at(factors, ids), keys)
 
 
+def sampled_oracles(
+    problem: Problem, transforms: Variables, state: TrainState, second_order: bool = True
+) -> SampledOracles:
+    """The oracles of an update or a refresh, with what z's optimiser does to the system of v.
+
+    Args:
+        problem: the problem.
+        transforms: the optimisers.
+        state: before the update.
+        second_order: products with H are asked for.
+    """
+    of_inner = transforms.inner, state.inner_opt_state, *state.variables[::2]
+    decay = coupled_decay(*of_inner) if second_order else None
+    return SampledOracles(problem, transforms, state.model_state, trainable(*of_inner), decay)
+
+
 def nested(
     problem: Problem,
     step: Callable[..., tuple[TrainState, StepReport]],
@@ -217,8 +233,7 @@ def nested(
             for side in ("inner", "outer")
         ]
         check_value(problem, transforms.inner, state.inner_opt_state, *state.variables[::2])
-        moving = trainable(transforms.inner, state.inner_opt_state, *state.variables[::2])
-        sampled = SampledOracles(problem, transforms, state.model_state, moving)
+        sampled = sampled_oracles(problem, transforms, state, second_order)
         start = first(minibatches[0])
         checks.losses(
             problem,

@@ -19,7 +19,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem, PyTree, Variables
 from bilevel_flax.minibatches import scale
 from bilevel_flax.solvers.step import optimizer_step
-from bilevel_flax.tree import filter_inexact, is_inexact, norm
+from bilevel_flax.tree import filter_inexact, is_inexact, masked, norm, plus_decay
 
 
 class Minibatch(NamedTuple):
@@ -100,6 +100,8 @@ class SampledOracles:
         model_state: what a stateful loss is handed.
         trainable: a tree like z of booleans, False for leaves that z's optimiser never moves: they
             are constants, so that ∇₁F and ∇²₁₁G have no entries for them. None: all move.
+        decay: λ for each float leaf of z, where z's optimiser adds λz to its gradient: Hessian
+            products are those of H + λI. None: it adds nothing.
         differentiated: the inner loop is differentiated through: ∇₁G in mixed mode, and of every
             step its start alone is kept.
     """
@@ -108,15 +110,12 @@ class SampledOracles:
     transforms: Variables
     model_state: PyTree
     trainable: PyTree = None
+    decay: PyTree = None
     differentiated: bool = False
 
     def constrain(self, tree: PyTree) -> PyTree:
         """A tree like z with zeros for the leaves that do not move."""
-        if self.trainable is None:
-            return tree
-        return jax.tree.map(
-            lambda moves, leaf: leaf if moves else jnp.zeros_like(leaf), self.trainable, tree
-        )
+        return masked(tree, self.trainable)
 
     def after(self, aux: Aux) -> SampledOracles:
         """The oracles once F has been evaluated: with its model state if it updates it."""
@@ -139,10 +138,13 @@ class SampledOracles:
         return rows.densify(scale(grad, minibatch.factor), x)
 
     def hvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
-        """∇²₁₁G v."""
+        """∇²₁₁G v + λv."""
         point = Variables(z, v, x)
         product = oracles.hvp(self.problem, point, minibatch.data, self.model_state, minibatch.rng)
-        return self.constrain(scale(product, minibatch.factor))
+        return self._regularised(scale(product, minibatch.factor), v)
+
+    def _regularised(self, product: PyTree, v: PyTree) -> PyTree:
+        return self.constrain(plus_decay(product, self.decay, v))
 
     def cross_jvp(self, z, v, x, minibatch: Minibatch) -> PyTree:
         """∇²₂₁G v; per-sample leaves are `Rows`."""
@@ -177,7 +179,7 @@ class SampledOracles:
             self.problem, Variables(z, v, x), minibatch.data, self.model_state, minibatch.rng
         )
         product, cross = scale((product, cross), minibatch.factor)
-        return self.constrain(product), rows.add(cross, outer.outer)
+        return self._regularised(product, v), rows.add(cross, outer.outer)
 
     def inner_step(self, z, opt_state, x, minibatch: Minibatch, value, direction):
         """Z's optimiser, fed `direction`; what else it may ask for goes by Optax's names."""

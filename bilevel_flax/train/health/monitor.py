@@ -142,6 +142,7 @@ def _check(task: Task, state: TrainState, minibatches: int, products: int) -> di
         method="gmres" if is_condition(task.problem.inner_loss) else "minres",
         # From 0 so few products would not reach a v to compare with.
         warm_start=True,
+        trainable=_moving(state),
         max_iterations=products,
         tolerance=1e-3,
     )
@@ -151,6 +152,12 @@ def _check(task: Task, state: TrainState, minibatches: int, products: int) -> di
         "health/smallest_curvature": check.smallest_curvature,
         "health/largest_curvature": check.largest_curvature,
     }
+
+
+def _moving(state: TrainState) -> PyTree:
+    """Which parameters move: v stays 0 where z's optimiser holds them; None: all, or v is new."""
+    flags = jax.tree.map(lambda leaf: bool(jnp.any(leaf != 0)), state.adjoint)
+    return flags if any(jax.tree.leaves(flags)) else None
 
 
 def _root_mean_square(tree: PyTree) -> jax.Array:
