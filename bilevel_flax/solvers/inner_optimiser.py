@@ -390,8 +390,9 @@ def is_linear(
         [True, False]
     """
     with jax.ensure_compile_time_eval():
-        fresh = transform.init(jax.tree.map(_small, filter_inexact(params)))
-    if scales_by_parameters(transform, fresh, params, outer_params):
+        small = jax.tree.map(_small, filter_inexact(params))
+        fresh = transform.init(small)
+    if scales_by_parameters(transform, fresh, small, outer_params):
         return False
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
     with jax.ensure_compile_time_eval():
