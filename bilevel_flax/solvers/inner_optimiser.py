@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree
@@ -226,7 +227,7 @@ def _reached(closed: Any, sources: Sequence[bool], given: Sequence[Any] = ()) ->
 
     def value(atom):
         found = atom.val if is_literal(atom) else known.get(atom)
-        unknown = found is None or isinstance(found, jax.core.Tracer)
+        unknown = found is None or isinstance(found, Tracer)
         is_key = jnp.issubdtype(getattr(found, "dtype", np.float32), jax.dtypes.prng_key)
         return None if unknown or is_key else np.asarray(found)
 
