@@ -10,7 +10,8 @@ compare with, `:maml` (backprop through the steps), `:first_order` (MAML without
 and `:prototypes` (prototypical networks). `--config.ways=20` is the 20-way protocol. Alphabets of
 meta-training, validation and meta-test are apart.
 
-Hardware: any CPU, three minutes on 2 shared cores (1:40 of CPU time); what it reaches: benchmarks/results/few_shot.md.
+Hardware: any CPU, three minutes on 2 shared cores (1:40 of CPU time); what it reaches:
+benchmarks/results/few_shot.md.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ from bilevel_flax.train.config import check_choice
 # λ, the step of gradient descent and how many of them, in training and where it is measured.
 SETTINGS = {
     "imaml": {"proximal": 0.2, "inner_rate": 0.1, "inner_steps": 20, "adapt_steps": 20},
-    "tracked": {"proximal": 0.2, "inner_rate": 0.1, "inner_steps": 1, "adapt_steps": 20},
+    "tracked": {"proximal": 0.2, "inner_rate": 0.2, "inner_steps": 1, "adapt_steps": 20},
     "maml": {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5},
     "first_order": {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5},
     "prototypes": {"proximal": 0.0, "inner_rate": 0.0, "inner_steps": 0, "adapt_steps": 0},
@@ -50,7 +51,7 @@ def get_config(method: str = "imaml") -> ml_collections.ConfigDict:
     config.shots = 1
     config.queries = 5
     config.width = 32
-    config.tasks = 400 if method == "tracked" else 12_000
+    config.tasks = 2000 if method == "tracked" else 12_000
     config.copies = 5  # distorted ones of each drawing, beside it
     config.evaluated = 400  # tasks of each part
     config.update(SETTINGS[method])

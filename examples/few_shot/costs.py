@@ -63,8 +63,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = [f"data.manual_dir={options.manual_dir}", f"ways={options.ways}", "evaluated=1"]
     for method in tasks.METHODS:
-        recurring = method == "tracked"
-        config = configs.load(f"{CONFIG}:{method}", settings + ["tasks=400"] * (not recurring))
+        few = [] if method == "tracked" else ["tasks=400"]  # there, the tables' rows
+        config = configs.load(f"{CONFIG}:{method}", settings + few)
         made: Task = tasks.make_task(config)
         z, x, _ = made.init(jax.random.PRNGKey(0))
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), made.inner.batches)
