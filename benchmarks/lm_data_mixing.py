@@ -1,34 +1,40 @@
 """Learned data mixtures against the baselines: two targets, three seeds, with and without its text.
 
     python benchmarks/lm_data_mixing.py --out runs/lm
+    python benchmarks/lm_data_mixing.py --out runs/lm --markdown
+    python benchmarks/lm_data_mixing.py --out runs/more --targets a.txt,b.txt --inside false
 
 Runs that are there are not repeated, and an interrupted one goes on. Prints, and writes to
-`table.md`, means and deviations over the seeds.
+`table.md`, means and deviations over the seeds; `--markdown` runs nothing and prints those of
+what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import os
+import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from bilevel_flax.train.workdir import read_json
+from examples.lm_data_mixing.baselines import METHODS
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "lm_data_mixing.py"
-COLUMNS = ("soba", "retrained", "uniform", "direct_mix", "classifier", "dds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--targets", default="shakespeare,python")
+    parser.add_argument("--targets", default="shakespeare,python", help="domains, or files")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--inside", default="false,true", help="is the target's text in the pool?")
+    parser.add_argument("--markdown", action="store_true", help="the tables of what is there")
     parser.add_argument("more", nargs="*", help="overrides, such as steps=1000")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -39,46 +45,75 @@ def main() -> None:
     }
     settings = [text.split(",") for text in (given.inside, given.targets, given.seeds)]
     for seed, inside, target in itertools.product(settings[2], settings[0], settings[1]):
-        workdir = given.out / f"{target}-{inside}-{seed}"
-        if not (workdir / "summary.json").exists():
-            overrides = (f"target={target}", f"target_in_mixture={inside}", f"seed={seed}")
-            subprocess.run(
-                [sys.executable, "-m", "bilevel_flax.cli", "train", "--config", str(CONFIG)]
-                + ["--workdir", str(workdir)]
-                + [f"--config.{text}" for text in (*overrides, *given.more)],
-                check=True,
-                cwd=ROOT,
-                env=environment,
-            )
-        write(given.out, settings)
-
-
-def write(out: Path, settings: list[list[str]]) -> None:
-    """The tables of what is there."""
-    parts = []
-    for inside, target in itertools.product(settings[0], settings[1]):
-        files = [out / f"{target}-{inside}-{seed}" / "summary.json" for seed in settings[2]]
-        runs = [read_json(file) for file in files if file.exists()]
-        if not runs:
+        workdir = folder(given.out, target, inside, seed)
+        if given.markdown or (workdir / "summary.json").exists():
             continue
-        where = "in the pool as well" if inside == "true" else "not in the pool"
-        lines = [
-            f"Target {target}, its text {where}; {len(runs)} seeds, {runs[0]['tokens']:,} bytes",
-            "",
-            "| | " + " | ".join(COLUMNS) + " |",
-            "|---|" + "---|" * len(COLUMNS),
-        ]
-        for when in ("before", "after"):
-            cells = [shown([numbers(summary)[name][when] for summary in runs]) for name in COLUMNS]
-            lines.append(f"| {when} fine-tuning | " + " | ".join(cells) + " |")
-        names = sorted(runs[0]["mixture"], key=lambda name: -runs[0]["mixture"][name])
-        for key in ("mixture", "dds_mixture"):
-            shares = [f"{name} {shown([s[key][name] for s in runs], 2)}" for name in names]
-            lines += ["", f"{key}: " + ", ".join(shares)]
-        parts.append("\n".join(lines))
+        overrides = (f"target={target}", f"target_in_mixture={inside}", f"seed={seed}")
+        subprocess.run(
+            [sys.executable, "-m", "bilevel_flax.cli", "train", "--config", str(CONFIG)]
+            + ["--workdir", str(workdir)]
+            + [f"--config.{text}" for text in (*overrides, *given.more)],
+            check=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        write(given.out, settings)
+    print(write(given.out, settings), flush=True)
+
+
+def folder(out: Path, target: str, inside: str, seed: str) -> Path:
+    """Of one run."""
+    return out / f"{Path(target).name}-{inside}-{seed}"
+
+
+def write(out: Path, settings: list[list[str]]) -> str:
+    """The tables of what is there."""
+    parts = [setup()]
+    for inside, target in itertools.product(settings[0], settings[1]):
+        files = [folder(out, target, inside, seed) / "summary.json" for seed in settings[2]]
+        runs = [read_json(file) for file in files if file.exists()]
+        if runs:
+            where = "in the pool as well" if inside == "true" else "not in the pool"
+            parts.append(f"Target {Path(target).name}, its text {where}; {table(runs)}")
     text = "\n\n".join(parts) + "\n"
     (out / "table.md").write_text(text)
-    print(text, flush=True)
+    return text
+
+
+def setup() -> str:
+    """Machine and versions."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")]
+    return ", ".join(
+        [f"{os.cpu_count()} CPU cores", f"Python {platform.python_version()}", *versions]
+    )
+
+
+def table(runs: list[dict]) -> str:
+    """Of one setting: a row for each method, ordered by what is left after fine-tuning."""
+    methods = [*METHODS, "retrained"]
+    values = {
+        name: {when: [numbers(run)[name][when] for run in runs] for when in ("before", "after")}
+        for name in methods
+    }
+    ranked = sorted(methods, key=lambda name: statistics.mean(values[name]["after"]))
+    steps = runs[0]["plain_step_equivalents"]
+    lines = [
+        f"{len(runs)} seeds, {runs[0]['tokens']:,} bytes",
+        "",
+        "| | before fine-tuning | after | cost, in trainings |",
+        "|---|---|---|---|",
+    ]
+    for name in ranked:
+        cost = f"{steps[name] / steps['uniform']:.2f}" if name in steps else ""
+        cells = [shown(values[name][when]) for when in ("before", "after")]
+        lines.append(
+            f"| {f'**{name}**' if name == 'soba' else name} | {' | '.join(cells)} | {cost} |"
+        )
+    names = sorted(runs[0]["mixture"], key=lambda name: -runs[0]["mixture"][name])
+    for key in ("mixture", "dds_mixture"):
+        shares = [f"{name} {shown([run[key][name] for run in runs], 2)}" for name in names]
+        lines += ["", f"{key}: " + ", ".join(shares)]
+    return "\n".join(lines)
 
 
 def numbers(summary: dict) -> dict:

@@ -30,7 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.default_domains = True  # those of BILEVEL_FLAX_DATA/text as well
     config.target = config_dict.placeholder(str)  # None: shakespeare, or else the first domain
     config.target_in_mixture = True  # the rest of a target that is a domain is trained on
-    config.sample_in_mixture = False  # half of F's sample is one more domain; F keeps the other
     config.data = {
         "outer_share": 0.02,
         "validation_share": 0.08,
@@ -44,7 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.length = 64
     config.batch_size = 8
     # What is learned.
-    config.mixture = "domains"  # or "network"
+    config.mixture = "curriculum"  # or "domains", "network"
+    config.curriculum = {"epochs": 7.0}  # that the target's sample is read, at most
     config.temperature = 1.0  # of the logits of domains: with less the same steps of x go further
     config.use = "sampling"  # or "weighting"
     config.oversampling = config_dict.placeholder(int)  # None: the number of domains
@@ -71,6 +71,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.solver = {
         "call": "bilevel_flax:auto",
         "steps": steps,
+        # F holds one half of the sample while x is learned; then x stands still, and all is read.
+        "cooldown": 0.7,
+        "update_every": 2,
         "inner": {
             "call": "examples.language_model.task:adamw",
             "learning_rate": 3e-3,

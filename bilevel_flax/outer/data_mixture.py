@@ -100,9 +100,16 @@ def _domains(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
 
 
 def domain_weights(
-    num_domains: int, proposal: Sequence[float] | None = None, *, temperature: float = 1.0
+    num_domains: int,
+    proposal: Sequence[float] | None = None,
+    *,
+    temperature: float = 1.0,
+    reference: Any = None,
 ) -> DataMixture:
     """One logit for each domain, p = softmax(x / τ); the start is the data as it comes, p = q.
+
+    With a reference r, a mixture that is known to be good, x = 0 is that one, and what is learned
+    is by how much to read more or less of a domain: p_d ∝ r_d exp(x_d / τ).
 
     Args:
         num_domains: K, >= 2.
@@ -110,6 +117,8 @@ def domain_weights(
             to sum to 1); None: equal ones.
         temperature: τ > 0, the unit of x: with a smaller one the same steps of x go further. In a
             short run the mixture is else still under way when the run ends.
+        reference: r [K], shares >= 0 (they are made to sum to 1); a domain without one is not read,
+            whatever x. None: x starts where p = q.
 
     Returns:
         x is float32 [K]; `weights` reads `batch["domain"]`, integers [batch] in 0 .. K - 1 (one
@@ -117,7 +126,7 @@ def domain_weights(
 
     Raises:
         ValueError: fewer than two domains, `proposal` is not K positive numbers, `temperature` is
-            not positive; at trace time `batch["domain"]` is missing.
+            not positive, `reference` is no mixture; at trace time `batch["domain"]` is missing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -126,6 +135,9 @@ def domain_weights(
         [0.5, 0.5]
         >>> mixture.weights(mixture.init(), {"domain": jnp.array([0, 1, 1])}).round(3).tolist()
         [1.0, 1.0, 1.0]
+        >>> near = domain_weights(2, reference=(3, 1))
+        >>> near.shares(near.init()).tolist()
+        [0.75, 0.25]
     """
     check_count("num_domains", num_domains, 2)
     given = np.ones(num_domains) if proposal is None else np.asarray(proposal, np.float64)
@@ -134,6 +146,15 @@ def domain_weights(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be positive")
     share = jnp.asarray(given / given.sum(), jnp.float32)
+    known = None if reference is None else _mixture(reference, num_domains)
+
+    def shares(outer_params, batch=None):
+        del batch
+        logits = outer_params / temperature
+        if known is None:
+            return jax.nn.softmax(logits)
+        read = known > 0
+        return jax.nn.softmax(logits + jnp.log(jnp.where(read, known, 1.0)), where=read)
 
     def weights(outer_params, batch):
         if jnp.shape(outer_params) != (num_domains,):
@@ -142,16 +163,24 @@ def domain_weights(
                 f"domains: one logit for each, [{num_domains}]"
             )
         domain, real = _domains(batch)
-        each = rows_at(jax.nn.softmax(outer_params / temperature) / share, domain)
+        each = rows_at(shares(outer_params) / share, domain)
         return each if real is None else jnp.where(real, each, 0.0)
 
-    def shares(outer_params, batch=None):
-        del batch
-        return jax.nn.softmax(outer_params / temperature)
-
     # log 1 is exactly 0: equal shares start there.
-    start = temperature * jnp.log(share * num_domains)
+    start = temperature * jnp.log(share * num_domains) if known is None else jnp.zeros(num_domains)
     return DataMixture(lambda: start, weights, shares)
+
+
+def _mixture(reference: Any, num_domains: int) -> jax.Array:
+    """[K], which sum to 1."""
+    given = np.asarray(reference, np.float64)
+    fine = given.shape == (num_domains,) and np.isfinite(given).all() and (given >= 0).all()
+    if not fine or not given.any():
+        raise ValueError(
+            f"reference={reference!r} must be {num_domains} shares >= 0, one for each domain, not "
+            "all 0"
+        )
+    return jnp.asarray(given / given.sum(), jnp.float32)
 
 
 def network_weights(

@@ -71,6 +71,7 @@ def auto(
     travel: float = 10.0,
     dense_learning_rate: float = 0.01,
     warmup: float = 0.0,
+    cooldown: float = 0.0,
     damping: float | None = None,
     subsample: float = 1.0,
     update_every: int = 1,
@@ -95,6 +96,8 @@ def auto(
         dense_learning_rate: of the other leaves of x, which move in every step: at most, for they
             wait for z.
         warmup: share of the steps in which x stands still, in [0, 1).
+        cooldown: share of the steps, at the end, in which x stands still again and costs nothing:
+            z trains on with what was learned. The step of x has fallen to 0 where it begins.
         damping: δ >= 0, v solves (H + δI)v = -∇₁F; None: as the residual asks
             (`adjoint.self_damped`).
         subsample: share 1/m of the examples that D_v and D_x use.
@@ -149,14 +152,15 @@ def auto(
         ("dense_learning_rate", dense_learning_rate),
     ):
         checks.at_least(name, value)
+    moving = cheap_steps.last_move(cooldown, steps)
     cheaper = (subsample, update_every, adjoint_update_every)
     if estimator is None:
-        estimator = cheap_steps.estimator(*cheaper)
-    elif cheap_steps.units(*cheaper) < 4:
+        estimator = cheap_steps.estimator(*cheaper, cooldown=cooldown, steps=steps)
+    elif cheap_steps.units(*cheaper, cooldown) < 4:
         raise ValueError(
             f"subsample={subsample}, update_every={update_every}, adjoint_update_every="
-            f"{adjoint_update_every} with an estimator of your own: its memory cannot tell left "
-            "out from zero; leave one of them out"
+            f"{adjoint_update_every}, cooldown={cooldown} with an estimator of your own: its "
+            "memory cannot tell left out from zero; leave one of them out"
         )
 
     moves_v = adjoint
@@ -169,7 +173,12 @@ def auto(
     else:
         moves_v = adjoint_optimisers.damped(moves_v, damping)
     if outer is None:
-        moves, frozen = -(-steps // update_every), int(warmup * steps) // update_every
+        moves, frozen = -(-moving // update_every), int(warmup * steps) // update_every
+        if frozen >= moves:
+            raise ValueError(
+                f"warmup={warmup} and cooldown={cooldown} leave no steps in which x moves: their "
+                "sum must stay below 1"
+            )
         # The area under a triangle: what a row travels if all its visits agree.
         triangle = 2 / max(moves - frozen, 1)
         outer = robust_sgd(

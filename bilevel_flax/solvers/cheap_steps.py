@@ -61,8 +61,13 @@ def parts_of(subsample: float) -> int:
     return parts
 
 
-def units(subsample: float = 1.0, update_every: int = 1, adjoint_update_every: int = 1) -> float:
-    """Gradient units of a step, on average, where x is weights of examples.
+def units(
+    subsample: float = 1.0,
+    update_every: int = 1,
+    adjoint_update_every: int = 1,
+    cooldown: float = 0.0,
+) -> float:
+    """Gradient units of a step, on average over the run, where x is weights of examples.
 
     Raises:
         ValueError: an argument out of range, or `subsample` together with `adjoint_update_every`.
@@ -75,11 +80,16 @@ def units(subsample: float = 1.0, update_every: int = 1, adjoint_update_every: i
             f"subsample={subsample} with adjoint_update_every={m}: x would move by a part of the "
             "minibatch in some steps and by all of it in others; choose one of the two"
         )
-    return 1.0 + (3.0 / parts + (FORWARD_UNITS - 1) * (m - 1)) / (k * m)
+    return 1.0 + (1 - cooldown) * (3.0 / parts + (FORWARD_UNITS - 1) * (m - 1)) / (k * m)
 
 
 def estimator(
-    subsample: float = 1.0, update_every: int = 1, adjoint_update_every: int = 1
+    subsample: float = 1.0,
+    update_every: int = 1,
+    adjoint_update_every: int = 1,
+    *,
+    cooldown: float = 0.0,
+    steps: int = 0,
 ) -> Estimator:
     """SOBA's directions, those of v (and x) less often or on less.
 
@@ -87,13 +97,16 @@ def estimator(
         subsample: s = 1/m; the minibatches' leading lengths must be divisible by m.
         update_every: k >= 1. In the other steps v and x stand still.
         adjoint_update_every: m >= 1. In the updates between, v stands still.
+        cooldown: share of the run's steps, at its end, in which v and x stand still, in [0, 1).
+        steps: of the run, where there is a cooldown.
 
     Raises:
         ValueError: an argument out of range, or `subsample` together with `adjoint_update_every`;
             at trace time a minibatch that m does not divide.
     """
-    cost, parts = units(subsample, update_every, adjoint_update_every), parts_of(subsample)
-    if parts == update_every == adjoint_update_every == 1:
+    cost = units(subsample, update_every, adjoint_update_every, cooldown)
+    parts, stop = parts_of(subsample), last_move(cooldown, steps)
+    if parts == update_every == adjoint_update_every == 1 and not cooldown:
         return every_step()
 
     def init(variables):
@@ -123,16 +136,36 @@ def estimator(
     # The kinds of steps, by how seldom they come; equal periods leave one kind.
     period = update_every * adjoint_update_every
     kinds = {1: z_alone, update_every: z_and_x, period: everything}
+    resting = [z_alone] if cooldown and update_every == 1 else []  # else it is the first already
 
     def update(oracle, variables, batch, state):
         del batch
         turn, moves = state.count // update_every, moves_at(state.count, update_every)
         due = {1: False, update_every: moves, period: moves & (turn % adjoint_update_every == 0)}
         kind = sum(due[often].astype(jnp.int32) for often in list(kinds)[1:]) + jnp.int32(0)
-        calls = [functools.partial(step, oracle, variables, state) for step in kinds.values()]
-        return switch_updates(calls, kind)
+        if cooldown:
+            kind = jnp.where(state.count < stop, kind + len(resting), 0)
+        steps_of = [*resting, *kinds.values()]
+        return switch_updates(
+            [functools.partial(step, oracle, variables, state) for step in steps_of], kind
+        )
 
     return Estimator(init=init, update=update, units=cost)
+
+
+def last_move(cooldown: float, steps: int) -> int:
+    """The steps of a run in which v and x may move: what the cooldown leaves of it.
+
+    Raises:
+        ValueError: `cooldown` is outside [0, 1), or all of the run.
+    """
+    left = steps - int(cooldown * steps)
+    if not 0 <= cooldown < 1 or (cooldown and left < 1):
+        raise ValueError(
+            f"cooldown={cooldown} must lie in [0, 1): the share of the {steps} steps at the end "
+            "in which x stands still"
+        )
+    return left
 
 
 def moves_at(count: jax.Array | int, update_every: int) -> jax.Array:

@@ -5,6 +5,7 @@
 * classifier: of the candidates of a step those that look most like the sample.
 * dds: the mixture by the alignment of gradients (`alignment.py`).
 * retrained: from scratch on the learned mixture, frozen.
+* reference: on the curriculum that the learned one starts from, nothing learned (`reference.py`).
 * proportional, direct_mix_tuned, doremi, online, regmix: `rivals.py`.
 
 All read the same stream of candidates. Then each network is fine-tuned on the sample, stopped
@@ -41,7 +42,21 @@ _CHUNK = 25  # steps in a compiled chunk of plain training
 _COMB, _SAMPLE = 21, 22  # draws of the plain selections
 
 HEADLINE = ("soba", "uniform", "direct_mix", "direct_mix_tuned", "classifier", "regmix")
-METHODS = ("soba", "uniform", "direct_mix", "classifier", "dds", *rivals.NAMES)
+METHODS = ("soba", "reference", "uniform", "direct_mix", "classifier", "dds", *rivals.NAMES)
+
+
+class PlainMixture(NamedTuple):
+    """A logit for each domain.
+
+    Attributes:
+        problem: its losses.
+        outer_params: x, equal shares.
+        shares: of a state.
+    """
+
+    problem: bf.Problem
+    outer_params: Any
+    shares: Callable[[bf.TrainState], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Run:
     Attributes:
         config: the run's.
         init: where it started.
-        problem: its losses.
+        plain: a mixture of the same domains, for others to learn.
+        units: gradient units of a step of the run's own solver, on average.
         model: the decoder.
         inner: the candidates.
         outer: F's minibatches.
@@ -59,18 +75,19 @@ class Run:
         validation: held-out windows that may choose.
         test: held-out windows that are only reported.
         nats: `nats(z, windows) -> float`.
-        shares: of the domains, of a state.
-        weights: `weights(x, candidates) -> [steps, candidates]`, of the candidates of some steps.
+        weights: `weights(x, steps, candidates) -> [steps, candidates]`, of some steps' candidates.
         looked_at: of each domain some windows.
         sizes: of each domain, in windows.
         pool: [domains], 0 for the target's sample where that is one of them, else 1.
+        proposed: [domains], the share of each among the candidates.
         workdir: where results go as they come.
         say: prints a line.
     """
 
     config: Any
     init: Callable[[jax.Array], Any]
-    problem: bf.Problem
+    plain: PlainMixture
+    units: float
     model: Decoder
     inner: data.FiniteSum
     outer: data.FiniteSum
@@ -78,11 +95,11 @@ class Run:
     validation: np.ndarray
     test: np.ndarray
     nats: Callable[[Any, np.ndarray], float]
-    shares: Callable[[bf.TrainState], dict[str, float]]
-    weights: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
+    weights: Callable[[Any, np.ndarray, dict[str, np.ndarray]], np.ndarray]
     looked_at: list[np.ndarray]
     sizes: np.ndarray
     pool: np.ndarray
+    proposed: np.ndarray
     workdir: Path
     say: Callable[[str], None]
 
@@ -178,7 +195,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     done: dict[str, Any] = read_json(path) if path.exists() else {}
     trainer = Trainer(run)
     sampler = data.Sampler(run.inner.num_batches, 2 * config.seed)  # the run's own
-    per_step = config.batch_size
+    per_step, num_sources = config.batch_size, round(1 / run.proposed.min())
 
     def candidates(start, stop):
         return data.gather(run.inner, sampler.ids(start, stop))
@@ -186,7 +203,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     def chosen(choose):
         def windows(start, stop):
             if run.config.use == "weighting":  # more candidates than a step of it reads
-                steps = np.arange(start * len(names), stop * len(names)) % run.inner.num_batches
+                steps = np.arange(start * num_sources, stop * num_sources) % run.inner.num_batches
                 windows_of_step = data.gather(run.inner, steps)
                 windows_of_step = {
                     key: leaf.reshape(stop - start, -1, *leaf.shape[2:])
@@ -201,15 +218,23 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
 
     def by_weights(weights_of):
         def choose(steps, windows_of_step):
-            weights = zip(weights_of(windows_of_step), steps.tolist(), strict=True)
+            weights = zip(weights_of(steps, windows_of_step), steps.tolist(), strict=True)
             return np.stack([_comb(w, per_step, config.seed, step) for w, step in weights])
 
         return chosen(choose)
 
-    def uniform():
-        return by_weights(lambda windows_of_step: run.pool[windows_of_step["domain"]])
+    def by_shares(shares):
+        def windows(start, stop):
+            now = np.asarray(shares()) / run.proposed
+            return by_weights(lambda _, candidates: now[candidates["domain"]])(start, stop)
 
-    def direct(share=config.direct_share):
+        return windows
+
+    def uniform():
+        return by_shares(lambda: run.pool)
+
+    @functools.cache
+    def direct(share):
         few = round(share * per_step)
         rest = uniform()
 
@@ -224,8 +249,9 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
         return windows
 
     def by_classifier():
-        unselected = candidates(0, max(1, 4 * len(run.sample) // run.inner.batch_size))["tokens"]
-        weights = classifier.fit(run.sample, unselected.reshape(-1, unselected.shape[-1]))
+        unselected = candidates(0, max(1, 4 * len(run.sample) // run.inner.batch_size))
+        of_pool = run.pool[unselected["domain"]] > 0
+        weights = classifier.fit(run.sample, unselected["tokens"][of_pool])
 
         def choose(steps, windows_of_step):
             del steps
@@ -235,17 +261,17 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
 
         return chosen(choose)
 
+    trained: dict[Any, Plain] = {}  # `direct_mix` is one of those that are tuned
+
     def plain(windows, steps=config.steps):
+        if windows in trained:
+            return trained[windows]
         solver = config.solver.inner
         schedule = warmup_cosine(solver.learning_rate, steps)
-        return trainer(run.start().inner_params, windows, schedule, steps, config.eval_every)
-
-    def by_shares(shares):
-        def windows(start, stop):
-            now = np.asarray(shares())
-            return by_weights(lambda candidates: now[candidates["domain"]])(start, stop)
-
-        return windows
+        result = trainer(run.start().inner_params, windows, schedule, steps, config.eval_every)
+        if windows is direct(config.direct_share):
+            trained[windows] = result
+        return result
 
     kit = rivals.Kit(
         steps=config.steps,
@@ -272,27 +298,28 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
 
     def aligned():
         solver = gradient_alignment(
-            run.problem,
+            run.plain.problem,
             inner=resolve(config.solver.inner),
             outer=bf.outer.robust_sgd(decay_to_zero(0.01, config.steps)),
         )
         return _learned(run, solver)
 
-    def learned():
-        return by_weights(lambda windows_of_step: run.weights(state.outer_params, windows_of_step))
+    def learned(x):
+        return by_weights(functools.partial(run.weights, x))
 
     jobs = {
         "soba": lambda: Plain(state.inner_params, []),
         "uniform": lambda: plain(uniform()),
-        "direct_mix": lambda: plain(direct()),
+        "direct_mix": lambda: plain(direct(config.direct_share)),
         "classifier": lambda: plain(by_classifier()),
         "dds": aligned,
-        "retrained": lambda: plain(learned()),
+        "retrained": lambda: plain(learned(state.outer_params)),
+        "reference": lambda: plain(learned(run.start().outer_params)),
         **{name: functools.partial(rival, name) for name in rivals.NAMES},
     }
-    units = resolve(config.solver, problem=run.problem).units
+    units = run.units
     costs: dict[str, float] = {
-        **dict.fromkeys(("uniform", "direct_mix", "classifier"), config.steps),
+        **dict.fromkeys(("uniform", "direct_mix", "classifier", "reference"), config.steps),
         "soba": units * config.steps,
         "dds": (1 + FORWARD_UNITS) * config.steps,
         "retrained": (units + 1) * config.steps,
@@ -370,7 +397,7 @@ def _learned(run: Run, solver: bf.BilevelSolver) -> _Aligned:
     config = run.config
     start, run_rng = run.start(), jax.random.split(jax.random.PRNGKey(config.seed))[1]
     state = solver.init(
-        start.inner_params, start.outer_params, model_state=start.model_state, rng=run_rng
+        start.inner_params, run.plain.outer_params, model_state=start.model_state, rng=run_rng
     )
     loop = StepRunner(solver, run.inner, run.outer, seed=config.seed, on_device=config.on_device)
     curve = [(0, run.nats(state.inner_params, run.validation))]
@@ -382,7 +409,7 @@ def _learned(run: Run, solver: bf.BilevelSolver) -> _Aligned:
         if step == stop:
             curve.append((step, run.nats(state.inner_params, run.validation)))
     loop.close()
-    return _Aligned(state.inner_params, curve, run.shares(state))
+    return _Aligned(state.inner_params, curve, run.plain.shares(state))
 
 
 def _comb(weights: np.ndarray, count: int, seed: int, step: int) -> np.ndarray:

@@ -23,6 +23,7 @@ LABELS = {
     "classifier": "classifier",
     "dds": "gradient alignment",
     "retrained": "retrained on the learned mixture",
+    "reference": "curriculum alone, nothing learned",
     "proportional": "proportional to size",
     "direct_mix_tuned": "sample mixed in, share tuned",
     "doremi": "DoReMi",

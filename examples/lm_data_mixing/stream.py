@@ -6,7 +6,7 @@ two are held out, and the rest is training text like any other, or left out alto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -114,7 +114,11 @@ def split(
 
 
 def candidates(
-    domains: Mapping[str, Windows], count: int, seed: int, most: int | None = None
+    domains: Mapping[str, Windows],
+    count: int,
+    seed: int,
+    most: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> data.FiniteSum:
     """Minibatches of candidates, the domains in turn, each shuffled and repeated on its own.
 
@@ -123,18 +127,29 @@ def candidates(
         count: candidates in a minibatch.
         seed: of the orders.
         most: minibatches; None: as many as show every window of the largest domain once.
+        numbers: of the domains; parts of one domain have one number. None: 0, 1, ...
 
     Returns:
-        `tokens` [num_batches, count, length + 1] and `domain` int32 [num_batches, count], read on
-        demand.
+        `tokens` [num_batches, count, length + 1], `domain` int32 [num_batches, count] and `part`
+        int32 [num_batches, count], which of the parts with its number; read on demand.
     """
+    numbers = list(range(len(domains)) if numbers is None else numbers)
+    parts = [numbers[:place].count(number) for place, number in enumerate(numbers)]
     sources = [
         grain.MapDataset.source(source)
-        .seed(seed + number)
+        .seed(seed + place)
         .shuffle()
         .repeat()
-        .map(lambda tokens, number=number: {"tokens": tokens, "domain": np.int32(number)})
-        for number, source in enumerate(domains.values())
+        .map(
+            lambda tokens, number=number, part=part: {
+                "tokens": tokens,
+                "domain": np.int32(number),
+                "part": np.int32(part),
+            }
+        )
+        for place, (source, number, part) in enumerate(
+            zip(domains.values(), numbers, parts, strict=True)
+        )
     ]
     mixed = grain.MapDataset.mix(sources).batch(count)
     largest = max(len(source) for source in domains.values())

@@ -24,15 +24,16 @@ import numpy as np
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.checks import check_count
-from bilevel_flax.train.config import ConfigError, nearest
+from bilevel_flax.train.config import ConfigError, nearest, resolve
 from bilevel_flax.train.task import InitialValues, Task
 from examples.language_model import text
 from examples.language_model.model import RULES, Decoder, make_model
 from examples.language_model.task import nats_of
-from examples.lm_data_mixing import baselines, report, stream
+from examples.lm_data_mixing import baselines, curriculum, reference, report, stream
 
-SAMPLE = "sample"  # the name of the domain that is half of the target's sample
+SAMPLE = "sample"  # the name of the domain that is the target's sample
 _PART = 64  # windows at once where the loss is only measured
+_FITTED = 2000  # windows of a domain of which the reference reads the bytes
 _PROPOSED = 32  # windows of each domain on which a network's shares are measured
 
 
@@ -42,7 +43,6 @@ class Texts(NamedTuple):
     domains: dict[str, stream.Windows]
     target: stream.Target
     name: str  # of the target
-    sample: stream.Windows  # of the target: F's, and with `sample_in_mixture` that of G as well
 
 
 def load_texts(config: Any) -> Texts:
@@ -80,42 +80,106 @@ def load_texts(config: Any) -> Texts:
         domains[chosen] = target.rest
         if not config.target_in_mixture or not len(target.rest):
             del domains[chosen]
-    sample = target.outer
-    if config.sample_in_mixture:
-        # Cross-fitted: what G reads is not in F, or F would reward what z knows by heart.
-        parts = (np.arange(start, len(sample), 2) for start in (0, 1))
-        of_outer, of_inner = (sample.part(part) for part in parts)
-        if len(of_outer) < config.batch_size:
-            raise ConfigError(
-                f"--config.sample_in_mixture=true: the sample has {len(sample)} windows, of which "
-                f"F keeps {len(of_outer)}, fewer than one batch of {config.batch_size}: give it "
-                "more (--config.data.outer_share), or leave sample_in_mixture out"
-            )
-        domains[SAMPLE] = of_inner
-        target = target._replace(outer=of_outer)
     if len(domains) < 2:
         raise ConfigError(
             f"--config.domains: {len(domains)} domain to train on, and a mixture needs two: add "
             "one with --config.domains.NAME=path"
         )
-    return Texts(domains, target, name, sample)
+    return Texts(domains, target, name)
 
 
-def make_mixture(name: str, num_domains: int, temperature: float) -> bf.outer.DataMixture:
-    """The outer parameters by name: a logit for each domain, or a network on a window's bytes.
+class Sources(NamedTuple):
+    """What G and F read, and the weights of it.
+
+    Attributes:
+        names: of the domains.
+        inner: what the candidates come from, in turn: domains, or parts of one.
+        domain: int [sources], the number of each one's domain.
+        outer: F's windows.
+        mixture: the weights that are learned.
+        plain: weights of the same domains, equal shares to begin with, for others to learn.
+    """
+
+    names: list[str]
+    inner: list[stream.Windows]
+    domain: np.ndarray
+    outer: stream.Windows
+    mixture: bf.outer.DataMixture
+    plain: bf.outer.DataMixture
+
+
+def make_sources(config: Any, texts: Texts) -> Sources:
+    """The outer parameters by name, and the text as they need it.
+
+    * domains: a logit for each domain.
+    * network: a network on a window's bytes.
+    * curriculum: logits of the domains and of the target on top of the reference of
+      `reference.py`.
 
     Raises:
         ConfigError: another name, or a temperature that is not positive.
     """
-    if name == "domains":
-        if not temperature > 0:
-            raise ConfigError(f"--config.temperature={temperature}: must be above 0")
-        return bf.outer.domain_weights(num_domains, temperature=temperature)
-    if name == "network":
-        return bf.outer.network_weights(byte_features, 256, num_domains)
-    raise ConfigError(
-        f"--config.mixture={name}: choose domains or network{nearest(name, ['domains', 'network'])}"
+    names, inner = list(texts.domains), list(texts.domains.values())
+    count, sample = len(names), texts.target.outer
+    if config.mixture in ("domains", "curriculum") and not config.temperature > 0:
+        raise ConfigError(f"--config.temperature={config.temperature}: must be above 0")
+    if config.mixture == "network":
+        network = bf.outer.network_weights(byte_features, 256, count)
+        return Sources(names, inner, np.arange(count), sample, network, network)
+    if config.mixture == "domains":
+        weights = bf.outer.domain_weights(count, temperature=config.temperature)
+        return Sources(names, inner, np.arange(count), sample, weights, weights)
+    if config.mixture != "curriculum":
+        known = ["curriculum", "domains", "network"]
+        raise ConfigError(
+            f"--config.mixture={config.mixture}: choose curriculum, domains or network"
+            f"{nearest(config.mixture, known)}"
+        )
+    if len(sample) < 2:
+        raise ConfigError(
+            f"--config.mixture=curriculum: the target's sample has {len(sample)} window, and both "
+            "losses need a half of it: give it more (--config.data.outer_share)"
+        )
+    if SAMPLE in names:
+        raise ConfigError(
+            f"--config.domains.{SAMPLE}: this is the name of the target's own sample: choose "
+            "another"
+        )
+    # Cross-fitted: what G has read is not in F, or F would reward what z knows by heart.
+    halves = [sample.part(np.arange(start, len(sample), 2)) for start in (0, 1)]
+    pool = [spread(windows, _FITTED) for windows in inner]
+    known = reference.fit(pool, [spread(half, _FITTED) for half in halves])
+    share = config.curriculum.epochs * len(sample) / (config.steps * config.batch_size)
+    rises = reference.rise(known, share)
+    learned = curriculum.curriculum(
+        known.shares,
+        rises,
+        curriculum.scores(known.ratio, np.concatenate(pool)),
+        rate=1.0 if config.use == "weighting" else 1 / oversampling_of(config, count + 2),
+        released=1 - config.solver.get("cooldown", 0.0),
+        temperature=config.temperature,
     )
+    plain = bf.outer.domain_weights(count + 1, [1] * count + [2], reference=np.ones(count + 1))
+
+    def plain_weights(outer_params, batch):  # F's half stays F's: x is learned to the end
+        twice = jnp.where(batch["domain"] == count, 2.0 * (batch["part"] == 0), 1.0)
+        return twice * plain.weights(outer_params, batch)
+
+    return Sources(
+        [*names, SAMPLE],
+        [*inner, halves[0], sample],
+        np.array([*range(count), count, count]),
+        halves[1],
+        learned,
+        plain._replace(weights=plain_weights),
+    )
+
+
+def oversampling_of(config: Any, num_sources: int) -> int:
+    """Candidates for each window that is read."""
+    oversampling = num_sources if config.oversampling is None else config.oversampling
+    check_count("--config.oversampling", oversampling)
+    return oversampling
 
 
 def byte_features(batch: Any) -> jax.Array:
@@ -127,9 +191,9 @@ def byte_features(batch: Any) -> jax.Array:
 
 
 def make_problem(
-    model: Decoder, mixture: bf.outer.DataMixture, use: str, oversampling: int
+    model: Decoder, mixture: bf.outer.DataMixture, use: str, oversampling: int, steps: int
 ) -> bf.Problem:
-    """The two losses.
+    """The two losses; stateful, for the mixture may depend on how far the run is.
 
     Args:
         model: the decoder.
@@ -137,39 +201,42 @@ def make_problem(
         use: "sampling": of the candidates of a minibatch one in `oversampling` is read, drawn by
             the weights; "weighting": all are, and their losses are weighted.
         oversampling: candidates for each window that is read.
+        steps: of the run.
     """
 
     def nats(z, tokens):
         return nats_of(model, z, tokens)
 
-    def outer_loss(z, x, batch, model_state=None, rng=None):
+    def outer_loss(z, x, batch, model_state, rng):
         del x, model_state, rng
-        return bf.masked_mean(nats(z, batch["tokens"]), batch.get("mask"))
-
-    if use == "weighting":
-        return bf.Problem(
-            lambda z, x, batch: jnp.mean(mixture.weights(x, batch) * nats(z, batch["tokens"])),
-            outer_loss,
-        )
+        return bf.masked_mean(nats(z, batch["tokens"]), batch.get("mask")), bf.Aux()
 
     def inner_loss(z, x, batch, model_state, rng):
+        here = {**batch, "progress": progress_at(model_state["step"], steps)}
+        after = bf.Aux(model_state={"step": model_state["step"] + 1})
+        if use == "weighting":
+            losses = nats(z, batch["tokens"])
+            return bf.masked_mean(mixture.weights(x, here) * losses, batch.get("mask")), after
         key = jax.random.PRNGKey(0) if rng is None else rng
         count = len(batch["domain"]) // oversampling
-        chosen = bf.outer.select(key, mixture.weights(x, batch), count)
-        loss = jnp.mean(chosen.ratio * nats(z, batch["tokens"][chosen.index]))
-        return loss, bf.Aux(model_state=model_state)
+        chosen = bf.outer.select(key, mixture.weights(x, here), count)
+        return jnp.mean(chosen.ratio * nats(z, batch["tokens"][chosen.index])), after
 
-    return bf.Problem(inner_loss, lambda *args: (outer_loss(*args), bf.Aux()), stateful=True)
+    return bf.Problem(inner_loss, outer_loss, stateful=True)
+
+
+def progress_at(step: Any, steps: int) -> Any:
+    """How far a run is at a step, in [0, 1)."""
+    return step / steps
 
 
 def make_task(config: Any) -> Task:
     """The task that `configs/lm_data_mixing.py` describes.
 
     Args:
-        config: keys `domains`, `default_domains`, `target`, `target_in_mixture`,
-            `sample_in_mixture`, `size`, `dtype`,
-            `remat`, `length`, `batch_size`, `oversampling`, `mixture`, `temperature`, `use`,
-            `seed`, `data`, `baselines`, `rivals`, `finetune`.
+        config: keys `domains`, `default_domains`, `target`, `target_in_mixture`, `size`, `dtype`,
+            `remat`, `length`, `batch_size`, `steps`, `oversampling`, `mixture`, `curriculum`,
+            `temperature`, `use`, `seed`, `data`, `baselines`, `rivals`, `finetune`, `solver`.
 
     Raises:
         ConfigError: an unknown size, mixture or use, or text that is missing or too short.
@@ -180,37 +247,52 @@ def make_task(config: Any) -> Task:
     if config.use not in ("sampling", "weighting"):
         raise ConfigError(f"--config.use={config.use}: choose sampling or weighting")
     texts = load_texts(config)
-    names = list(texts.domains)
-    oversampling = len(names) if config.oversampling is None else config.oversampling
-    check_count("--config.oversampling", oversampling)
-    mixture = make_mixture(config.mixture, len(names), config.temperature)
+    sources = make_sources(config, texts)
+    names, mixture = sources.names, sources.mixture
+    oversampling = oversampling_of(config, len(sources.inner))
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
-    inner = stream.candidates(texts.domains, count, config.seed)
-    sample, of_outer = texts.sample.all(), texts.target.outer.all()
-    problem = make_problem(model, mixture, config.use, int(oversampling))
+    inner = stream.candidates(
+        dict(enumerate(sources.inner)), count, config.seed, numbers=sources.domain.tolist()
+    )
+    sample, of_outer = texts.target.outer.all(), sources.outer.all()
+    problem, plain = (
+        make_problem(model, weights, config.use, int(oversampling), config.steps)
+        for weights in (mixture, sources.plain)
+    )
     nats = measure(model)
     validation = thin(texts.target.validation.all(), config.data.windows_measured)
-    several = {
-        name: thin(windows.part(np.arange(0, len(windows), max(1, len(windows) // 999))).all(), 32)
-        for name, windows in texts.domains.items()
-    }
+    several = [spread(w, 32) for w, d in zip(sources.inner, sources.domain, strict=True)]
+    looked_at = [
+        np.concatenate([w for w, d in zip(several, sources.domain, strict=True) if d == number])
+        for number in range(len(names))
+    ]
     proposed = {
-        "tokens": np.concatenate([np.resize(w, (_PROPOSED, w.shape[1])) for w in several.values()]),
+        "tokens": np.concatenate([np.resize(w, (_PROPOSED, w.shape[1])) for w in looked_at]),
         "domain": np.repeat(np.arange(len(names)), _PROPOSED),
     }
-    shares_of = jax.jit(lambda x: mixture.shares(x, proposed))
 
-    several_weights = jax.jit(jax.vmap(mixture.weights, (None, 0)))
+    def shares_by(weights: bf.outer.DataMixture) -> Callable[[bf.TrainState], dict[str, float]]:
+        shares_of = jax.jit(lambda x, at: weights.shares(x, {**proposed, "progress": at}))
 
-    def weights_of(x: Any, candidates: dict[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(several_weights(x, candidates), np.float64)
+        def shares(state):
+            at = jnp.float32(progress_at(state.step, config.steps))
+            values = np.asarray(shares_of(state.outer_params, at))
+            return dict(zip(names, values.tolist(), strict=True))
+
+        return shares
+
+    learned = shares_by(mixture)
+    several_weights = jax.jit(
+        jax.vmap(lambda x, at, batch: mixture.weights(x, {**batch, "progress": at}), (None, 0, 0))
+    )
+
+    def weights_of(x: Any, steps: np.ndarray, candidates: dict[str, np.ndarray]) -> np.ndarray:
+        at = progress_at(steps.astype(np.float32), config.steps)
+        return np.asarray(several_weights(x, at, candidates), np.float64)
 
     def init(rng: jax.Array) -> InitialValues:
         z = model.init(rng, jnp.zeros((1, config.length + 1), jnp.int32))["params"]
-        return InitialValues(z, mixture.init(), {} if problem.stateful else None)
-
-    def learned(state: bf.TrainState) -> dict[str, float]:
-        return dict(zip(names, np.asarray(shares_of(state.outer_params)).tolist(), strict=True))
+        return InitialValues(z, mixture.init(), {"step": jnp.int32(0)})
 
     def evaluate(state: bf.TrainState) -> dict[str, float]:
         shares = {f"mixture/{name}": share for name, share in learned(state).items()}
@@ -222,7 +304,8 @@ def make_task(config: Any) -> Task:
         run = baselines.Run(
             config=config,
             init=init,
-            problem=problem,
+            plain=baselines.PlainMixture(plain, sources.plain.init(), shares_by(sources.plain)),
+            units=resolve(config.solver, problem=problem).units,
             model=model,
             inner=inner,
             outer=outer,
@@ -230,11 +313,11 @@ def make_task(config: Any) -> Task:
             validation=validation,
             test=texts.target.test.all(),
             nats=nats,
-            shares=learned,
             weights=weights_of,
-            looked_at=list(several.values()),
-            sizes=np.array([len(windows) for windows in texts.domains.values()]),
+            looked_at=looked_at,
+            sizes=np.bincount(sources.domain, [len(windows) for windows in sources.inner]),
             pool=np.array([float(name != SAMPLE) for name in names]),
+            proposed=np.bincount(sources.domain) / len(sources.domain),
             workdir=workdir,
             say=log,
         )
@@ -243,7 +326,9 @@ def make_task(config: Any) -> Task:
             results["conclusion"] = report.conclusion(results)
         return {"target": texts.name, "mixture": learned(state), **results}
 
-    outer = data.partition({"tokens": of_outer}, config.batch_size, seed=config.seed)
+    # Half of a small sample may be less than a minibatch.
+    outer_size = min(config.batch_size, len(of_outer))
+    outer = data.partition({"tokens": of_outer}, outer_size, seed=config.seed)
     return Task(
         problem=problem,
         init=init,
@@ -266,6 +351,11 @@ def make_task(config: Any) -> Task:
         },
         rules=RULES,
     )
+
+
+def spread(windows: stream.Windows, most: int) -> np.ndarray:
+    """At most `most` windows of all of them, evenly spaced; only these are read."""
+    return windows.part(np.arange(0, len(windows), -(-len(windows) // most))).all()
 
 
 def thin(windows: np.ndarray, most: int) -> np.ndarray:

@@ -24,7 +24,16 @@ from bilevel_flax.outer.data_mixture import comb
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.config import ConfigError
 from bilevel_flax.train.step_runner import StepRunner
-from examples.lm_data_mixing import baselines, classifier, report, rivals, stream, task
+from examples.lm_data_mixing import (
+    baselines,
+    classifier,
+    curriculum,
+    reference,
+    report,
+    rivals,
+    stream,
+    task,
+)
 from examples.lm_data_mixing.alignment import gradient_alignment
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +117,7 @@ def test_a_bad_input_is_a_line(files: Path, make, overrides, says):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("mixture=domain", "choose domains or network"),
+        ("mixture=domain", "choose curriculum, domains or network"),
         ("use=sample", "choose sampling or weighting"),
         ("oversampling=0", "must be an integer >= 1, got 0"),
         ("batch_size=0", "must be an integer >= 1, got 0"),
@@ -254,20 +263,114 @@ def test_a_whole_run(files: Path, more):
     assert len(report.sections(files / "run")) == 4
 
 
-def test_half_of_the_sample_is_a_domain_and_the_other_half_is_fs(files: Path):
-    plain = task.load_texts(config_of(files, "target=b"))
-    texts = task.load_texts(config_of(files, "target=b", "sample_in_mixture=true"))
-    assert list(texts.domains) == ["a", "b", task.SAMPLE]
-    halves = texts.domains[task.SAMPLE].all(), texts.target.outer.all()
-    rows = [{row.tobytes() for row in half} for half in halves]
-    assert not rows[0] & rows[1]
-    assert rows[0] | rows[1] == {row.tobytes() for row in plain.target.outer.all()}
-    np.testing.assert_array_equal(texts.sample.all(), plain.sample.all())
-    # A target that is no domain has a mixture with its sample, whatever else there is.
-    left_out = config_of(files, "target=b", "target_in_mixture=false", "sample_in_mixture=true")
-    assert list(task.load_texts(left_out).domains) == ["a", task.SAMPLE]
-    with pytest.raises(ConfigError, match="of which F keeps 10, fewer than one batch of 16"):
-        task.load_texts(config_of(files, "target=b", "sample_in_mixture=true", "batch_size=16"))
+def test_half_of_the_sample_is_fs_until_x_is_learned(files: Path):
+    config = config_of(files, "target=b", "solver.cooldown=0.5")
+    texts = task.load_texts(config)
+    sources = task.make_sources(config, texts)
+    assert sources.names == ["a", "b", task.SAMPLE]
+    assert sources.domain.tolist() == [0, 1, 2, 2]
+    of_inner, whole, of_outer, sample = (
+        {row.tobytes() for row in windows.all()}
+        for windows in (*sources.inner[2:], sources.outer, texts.target.outer)
+    )
+    assert not of_inner & of_outer
+    assert of_inner | of_outer == whole == sample
+    batch = {"domain": jnp.array([0, 1, 2, 2]), "part": jnp.array([0, 0, 0, 1])}
+    batch["tokens"] = jnp.asarray(np.stack([half.all()[0] for half in sources.inner]))
+    x = sources.mixture.init()
+    for at in (0.0, 0.3, 0.49, 0.5, 0.8, 1.0):
+        weights = np.asarray(sources.mixture.weights(x, {**batch, "progress": at})) / 4
+        assert weights[2 if at >= 0.5 else 3] == 0
+        shares = np.asarray(sources.mixture.shares(x, {**batch, "progress": at}))
+        np.testing.assert_allclose(np.bincount([0, 1, 2, 2], weights), shares, atol=1e-4)
+    weights = sources.plain.weights(sources.plain.init(), batch)
+    np.testing.assert_allclose(np.asarray(weights) / 4, [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"--config\.domains\.sample: this is the name of"):
+        named = config_of(files, "target=b", f"domains.sample={files / 'a.bin'}")
+        task.make_sources(named, task.load_texts(named))
+
+
+def noisy_text(letters: bytes, count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(list(letters), (count, 33)).astype(np.uint8)
+
+
+def test_the_reference_knows_where_the_targets_text_is():
+    target, near, far = b"abcdefgh      ", b"abcdefgh....  ", b"0123456789++--"
+    pool = [noisy_text(near, 200, 0), noisy_text(far, 200, 1)]
+    halves = [noisy_text(target, 20, 2), noisy_text(target, 20, 3)]
+    left_out = reference.fit(pool, halves)
+    assert left_out.shares[2] > 0.9
+    assert left_out.shares.sum() == pytest.approx(1)
+    inside = reference.fit([*pool, noisy_text(target, 200, 4)], halves)
+    assert inside.shares[2] > 0.9
+    assert inside.shares[3] < 0.05
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.5, 0.7, 3.0])
+def test_the_sample_is_read_as_often_as_it_may(share: float):
+    known = reference.Reference(np.array([0.1, 0.0, 0.9]), np.zeros(256**2))
+    rises = reference.rise(known, share)
+    assert (np.diff(rises) >= -1e-12).all()
+    assert rises[-1] == 1
+    assert 0.9 * rises.mean() == pytest.approx(min(share, 0.9), rel=0.15 if share < 0.1 else 0.02)
+
+
+def test_windows_that_look_like_the_target_are_read_whatever_their_domain():
+    """Near the best k of the candidates, none of them twice, and nearer with x."""
+    table = np.zeros(256**2)
+    table[ord("a") * 256 + ord("b")] = 1.0
+    texts = (b"ababab", b"xxxxab", b"xxxxxx", b"abxxab", b"xxxxxx", b"xabxxx")
+    pool = np.stack([np.frombuffer(text, np.uint8) for text in texts])
+    score = curriculum.scores(table, pool)
+    np.testing.assert_allclose(np.mean(score(pool)), 0, atol=1e-5)
+    np.testing.assert_allclose(np.std(score(pool)), 1, rtol=1e-5)
+    mixture = curriculum.curriculum(
+        np.array([0.0, 0.0, 1.0]),
+        np.zeros(2),
+        score,
+        rate=0.25,
+        released=1.0,
+        temperature=1.0,
+    )
+    batch = {
+        "tokens": jnp.asarray(np.concatenate([pool, pool[:2]])),
+        "domain": jnp.array([0, 0, 0, 1, 1, 1, 2, 2]),
+        "part": jnp.array([0, 0, 0, 0, 0, 0, 0, 1]),
+        "progress": jnp.float32(0.3),
+    }
+    x = mixture.init()
+    weights = jax.jit(mixture.weights)
+    flat, steep = (
+        np.asarray(weights(x | {"slope": jnp.float32(slope)}, batch)) / 8 for slope in (-3.0, 1.0)
+    )
+    for each in (flat, steep):
+        assert each.sum() == pytest.approx(1, rel=1e-5)
+        assert each.max() <= 0.5 + 1e-5
+        assert not each[6:].any()
+        assert each[0] > each[3] > each[1] > each[2]
+    np.testing.assert_allclose(steep[[0, 3]], 0.5, atol=0.01)
+    assert flat[0] < 0.4
+    shares = mixture.shares(x | {"slope": jnp.float32(1.0)}, batch)
+    np.testing.assert_allclose(shares, [0.5, 0.5, 0], atol=0.01)
+    slope = jax.jit(jax.grad(lambda x: mixture.weights(x, batch)[0]))(x)
+    assert slope["slope"] > 0
+    assert jnp.isfinite(slope["shares"]).all()
+
+
+def test_a_step_reads_the_mixture_of_its_time(files: Path):
+    left_out = ("target=b", "target_in_mixture=false", f"domains.c={files / 'a.bin'}")
+    small = ("steps=8", "batch_size=2", "length=8", "data.outer_share=0.001")
+    made = task.make_task(config_of(files, *left_out, *small))
+    values = made.init(jax.random.PRNGKey(0))
+    batch = {name: leaf[0] for name, leaf in made.inner.batches.items()}
+    loss = jax.jit(made.problem.inner_loss)
+    at = {}
+    for step in (0, 7):
+        state = {"step": jnp.int32(step)}
+        rng = jax.random.PRNGKey(1)
+        at[step], aux = loss(values.inner_params, values.outer_params, batch, state, rng)
+        assert int(aux.model_state["step"]) == step + 1
+    assert float(at[0]) != float(at[7])
 
 
 class _Plain(NamedTuple):

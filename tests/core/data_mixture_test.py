@@ -116,6 +116,20 @@ def test_domains_start_as_they_come_and_weigh_what_they_lack():
     np.testing.assert_allclose(moved[0] * 0.5, mixture.shares(LOGITS)[0], rtol=1e-6)
 
 
+def test_x_counts_from_a_reference():
+    mixture = bf.outer.domain_weights(3, proposal=(2, 1, 1), reference=(1, 3, 0))
+    np.testing.assert_allclose(mixture.shares(mixture.init()), [0.25, 0.75, 0], atol=1e-6)
+    tilted = np.array([1, 3, 0]) * np.exp(LOGITS)
+    np.testing.assert_allclose(mixture.shares(LOGITS), tilted / tilted.sum(), atol=1e-6)
+    weights = mixture.weights(LOGITS, {"domain": jnp.array([0, 0, 1, 2])})
+    assert float(weights.mean()) == pytest.approx(1.0, rel=1e-6)
+    # What is not read has no slope, and no NaN either.
+    slope = jax.jacobian(mixture.shares)(LOGITS)
+    assert jnp.isfinite(slope).all()
+    assert not slope[2].any()
+    assert slope[0].any()
+
+
 def test_a_network_starts_flat_and_finds_what_its_features_tell():
     """Candidates of centre 1 alone help; feature 1 marks them, whatever their domain."""
     features = lambda batch: jax.nn.one_hot(batch["kind"], 3)
@@ -190,6 +204,9 @@ def test_padding_has_no_weight_and_no_say(kind):
         (lambda: bf.outer.domain_weights(2, proposal=(1, 0)), "2 positive numbers"),
         (lambda: bf.outer.domain_weights(2, temperature=0.0), "temperature=0.0"),
         (lambda: bf.outer.domain_weights(2).weights(jnp.zeros(2), {"text": 1}), "domain"),
+        (lambda: bf.outer.domain_weights(2, reference=(1, -1)), "must be 2 shares >= 0"),
+        (lambda: bf.outer.domain_weights(2, reference=(0, 0)), "not all 0"),
+        (lambda: bf.outer.domain_weights(2, reference=(1, 1, 1)), "one for each domain"),
         (lambda: bf.outer.network_weights(len, 3, 2, hidden=0), "hidden must be an integer >= 1"),
         (lambda: bf.outer.network_weights(len, 3, 2).shares({}), "need a batch"),
         (

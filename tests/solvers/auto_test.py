@@ -380,6 +380,48 @@ def test_x_stands_still_in_warm_up():
     assert (state.outer_params != 0).any()
 
 
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_after_x_is_learned_z_trains_on_alone_at_the_cost_of_plain_training(update_every):
+    problem, inner, outer, _ = cleaning()
+    options = {"cooldown": 0.5, "update_every": update_every}
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=8, **options)
+    assert solver.units == 1 + 0.5 * 3 / update_every
+    state, update = solver.init(jnp.zeros(3), jnp.zeros(24)), jax.jit(solver.update)
+    states = [state]
+    for t in range(8):
+        batch = bf.Batch(minibatch(inner, t % 3), minibatch(outer, t % 3))
+        state, _ = update(state, batch)
+        states.append(state)
+    assert (states[4].outer_params != 0).any()
+    for later in states[5:]:
+        for name in ("outer_params", "outer_opt_state", "adjoint", "adjoint_opt_state"):
+            before, after = (getattr(s, name) for s in (states[4], later))
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+    # z makes plain steps on what was learned.
+    here = minibatch(inner, 1)
+    grad = jax.grad(problem.inner_loss)(
+        states[4].inner_params, states[4].outer_params[here["index"]], here
+    )
+    np.testing.assert_allclose(
+        states[5].inner_params, states[4].inner_params - 0.1 * grad, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_the_model_state_goes_on_in_steps_of_every_kind():
+    def inner_loss(z, x, batch, count, rng):
+        return 0.5 * ((z - x) ** 2).sum(), bf.Aux(model_state=count + 1)
+
+    def outer_loss(z, x, batch, count, rng):
+        return 0.5 * ((z - 2.0) ** 2).sum(), bf.Aux()
+
+    problem = bf.Problem(inner_loss, outer_loss, stateful=True)
+    solver = bf.auto(problem, inner=optax.sgd(0.1), steps=12, cooldown=0.5, update_every=3)
+    state = solver.init(jnp.zeros(2), jnp.zeros(2), model_state=jnp.int32(0))
+    step = lambda state, _: solver.update(state, bf.Batch(jnp.zeros(1), jnp.zeros(1)))
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, length=12))(state)
+    assert int(state.model_state) == 12
+
+
 def test_v_is_kept_within_its_bound():
     transform = bf.adjoint.bounded(optax.sgd(1.0), 10.0)
     v, z = jnp.array([3.0, 4.0]), jnp.zeros(2)
@@ -413,6 +455,9 @@ def test_no_direction_no_move():
     [
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"warmup": 1.0}, "warmup=1.0"),
+        ({"cooldown": 1.0}, "cooldown=1.0"),
+        ({"cooldown": -0.1}, "cooldown=-0.1"),
+        ({"cooldown": 0.6, "warmup": 0.5}, "warmup=0.5 and cooldown=0.6 leave no steps"),
         ({"subsample": 0.3}, "subsample=0.3"),
         ({"update_every": 0}, "update_every must be .* got 0"),
         ({"adjoint_update_every": 1.5}, "adjoint_update_every must be .* got 1.5"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import jax
 import lm
 import numpy as np
@@ -89,3 +92,11 @@ def test_accumulation_is_refused():
     config = peft.TrainingConfig(eval_every_n_steps=9, max_steps=1, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=2 would add up gradients"):
         PeftTrainer(model, solver_for(model), lm.MIXTURE.init(), config)
+
+
+def test_the_script_of_few_lines_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(__file__).parent / "scripts"
+    for when in ("before", "after"):
+        after = runpy.run_path(str(folder / f"tunix_{when}.py"))
+    assert lm.MIXTURE.shares(after["trainer"].outer_params)[0] > 0.5
