@@ -9,10 +9,8 @@ Domains: those given, and those of BILEVEL_FLAX_DATA/text (`--config.default_dom
 those given); without either the package's own source and docstrings. What is what:
 examples/lm_data_mixing/README.md.
 
-Hardware: any CPU. With all comparisons some two CPU minutes, a third of it compilation. Expected on
-the Shakespeare of shared/data, seed 0, nats per byte before and after fine-tuning: learned mixture
-2.23 and 2.19, uniform 2.36 and 2.23, sample mixed in 2.27 and 2.20, gradient alignment 2.31 and
-2.22, classifier 2.07 and 2.06; the share of Shakespeare rises from 0.25 to 0.66.
+Hardware: any CPU. With all comparisons some two CPU minutes on an idle core, a third of it
+compilation. What has been measured, and what has not: benchmarks/results/lm_data_mixing.md.
 """
 
 import ml_collections
