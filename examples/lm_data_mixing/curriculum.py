@@ -34,7 +34,7 @@ _HALVINGS = 30
 _LOWEST, _NEVER = -50.0, -1e4  # deviations from the mean: no window is there
 
 
-def scores(table: np.ndarray, pool: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+def scores(table: np.ndarray, pool: np.ndarray) -> Callable[[Any], jax.Array]:
     """`scores(tokens [..., length + 1]) -> [...]`, a mean over pairs of bytes.
 
     Args:
@@ -63,13 +63,14 @@ def top(found: jax.Array, slope: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.where(many, middle, low), jnp.where(many, high, middle)
 
     low, high = jnp.full_like(slope, _LOWEST), found.max() + 20.0 / slope
-    return sum(jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))) / 2
+    low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
+    return (low + high) / 2
 
 
 def curriculum(
     shares: np.ndarray,
     rises: np.ndarray,
-    score: Callable[[jax.Array], jax.Array],
+    score: Callable[[Any], jax.Array],
     *,
     rate: float,
     released: float,

@@ -252,7 +252,10 @@ def make_task(config: Any) -> Task:
     oversampling = oversampling_of(config, len(sources.inner))
     count = config.batch_size * (oversampling if config.use == "sampling" else 1)
     inner = stream.candidates(
-        dict(enumerate(sources.inner)), count, config.seed, numbers=sources.domain.tolist()
+        {str(i): windows for i, windows in enumerate(sources.inner)},
+        count,
+        config.seed,
+        numbers=sources.domain.tolist(),
     )
     sample, of_outer = texts.target.outer.all(), sources.outer.all()
     problem, plain = (
