@@ -15,12 +15,19 @@ import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, load
 from bilevel_flax.train.step_runner import StepRunner
-from examples.darts import augment, training
-from examples.darts.cells import CONVOLUTIONS, SEPARABLE, mixed, normalized, quarters
+from examples.darts import augment, genotype, training
+from examples.darts.cells import (
+    CONVOLUTIONS,
+    SEPARABLE,
+    edge_kernels,
+    mixed,
+    normalized,
+    quarters,
+)
 from examples.darts.depthwise import depthwise
 from examples.darts.derived import DerivedNetwork, dropped
 from examples.darts.genotype import OPERATIONS, Genotype
-from examples.darts.network import SearchNetwork, make_stack, search_parameters
+from examples.darts.network import SearchNetwork, Stem, make_stack, search_parameters
 from examples.darts.optimizers import make_optimizer
 from examples.darts.pooling import average_pool, max_pool
 from examples.darts.task import MIXTURE
@@ -34,14 +41,14 @@ def random(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-KERNELS = {
-    "first_depthwise_3": random(EDGES, 2, 3, 3, CHANNELS),
-    "first_depthwise_5": random(EDGES, 2, 5, 5, CHANNELS),
-    "first_pointwise": random(EDGES, 4, CHANNELS, CHANNELS),
-    "second_depthwise_3": random(EDGES, 1, 3, 3, CHANNELS),
-    "second_depthwise_5": random(EDGES, 1, 5, 5, CHANNELS),
-    "second_pointwise": random(EDGES, 2, CHANNELS, CHANNELS),
-    "skip": random(EDGES, 2, CHANNELS, CHANNELS // 2),
+KERNELS = {  # of 2 states with EDGES edges each
+    "first_depthwise_3": random(2 * EDGES, 2, 3, 3, CHANNELS),
+    "first_depthwise_5": random(2 * EDGES, 2, 5, 5, CHANNELS),
+    "first_pointwise": random(2 * EDGES, 4, CHANNELS, CHANNELS),
+    "second_depthwise_3": random(2 * EDGES, 1, 3, 3, CHANNELS),
+    "second_depthwise_5": random(2 * EDGES, 1, 5, 5, CHANNELS),
+    "second_pointwise": random(2 * EDGES, 2, CHANNELS, CHANNELS),
+    "skip": random(2 * EDGES, 2, CHANNELS, CHANNELS // 2),
 }
 
 
@@ -55,11 +62,11 @@ def convolved(images, kernel, stride, dilation):
         [(reach, reach)] * 2,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=CHANNELS,
+        feature_group_count=kernel.shape[-1],
     )
 
 
-def one_operation(name: str, edge: int, images, stride: int):
+def one_operation(kernels, name: str, edge: int, images, stride: int):
     """An operation as the paper writes it, on its own."""
     if name == "none":
         return jnp.zeros_like(images[:, ::stride, ::stride])
@@ -71,17 +78,17 @@ def one_operation(name: str, edge: int, images, stride: int):
         if stride == 1:
             return images
         parts = quarters(jax.nn.relu(images))
-        halves = [part @ KERNELS["skip"][edge, i] for i, part in enumerate(parts)]
+        halves = [part @ kernels["skip"][edge, i] for i, part in enumerate(parts)]
         return normalized(jnp.concatenate(halves, -1))
     size, dilation = CONVOLUTIONS[name]
     place = list(CONVOLUTIONS).index(name)
-    kernel = KERNELS[f"first_depthwise_{size}"][edge, int(dilation == 2)]
+    kernel = kernels[f"first_depthwise_{size}"][edge, int(dilation == 2)]
     found = convolved(jax.nn.relu(images), kernel, stride, dilation)
-    found = normalized(found @ KERNELS["first_pointwise"][edge, place])
+    found = normalized(found @ kernels["first_pointwise"][edge, place])
     if name in SEPARABLE:
-        kernel = KERNELS[f"second_depthwise_{size}"][edge, 0]
+        kernel = kernels[f"second_depthwise_{size}"][edge, 0]
         found = convolved(jax.nn.relu(found), kernel, 1, 1)
-        found = normalized(found @ KERNELS["second_pointwise"][edge, place])
+        found = normalized(found @ kernels["second_pointwise"][edge, place])
     return found
 
 
@@ -95,30 +102,71 @@ def one_operation(name: str, edge: int, images, stride: int):
     ],
 )
 def test_a_mixed_operation_is_the_weighted_sum_of_the_operations(stride, as_matrix):
-    weights = jax.nn.softmax(random(EDGES, len(OPERATIONS)))
-    found = jax.jit(lambda x, w, k: mixed(x, w, k, stride, as_matrix))(IMAGES, weights, KERNELS)
+    weights = jax.nn.softmax(random(2, EDGES, len(OPERATIONS)))
+    states = jnp.stack([IMAGES, random(*IMAGES.shape)])
 
     @jax.jit
-    def wanted(images):
-        return jnp.stack(
-            [
+    def found(states, kernels):
+        by_state = jax.tree.map(lambda k: k.reshape(2, EDGES, *k.shape[1:]), edge_kernels(kernels))
+        return mixed(states, weights, by_state, stride, as_matrix)
+
+    @jax.jit
+    def wanted(states, kernels):
+        edge = lambda state, number: sum(
+            weights[state, number, i]
+            * one_operation(kernels, name, EDGES * state + number, states[state], stride)
+            for i, name in enumerate(OPERATIONS)
+        )
+        return jnp.stack([jnp.stack([edge(s, e) for e in range(EDGES)]) for s in range(2)])
+
+    np.testing.assert_allclose(found(states, KERNELS), wanted(states, KERNELS), atol=3e-5)
+
+
+def test_a_search_network_is_its_cells_one_by_one():
+    """A run of two normal cells from the stem, a reduction, and a cell that sees larger images."""
+    stack = make_stack(5, width=2, cells=4, reductions=(2,))
+    network = SearchNetwork(stack, num_classes=3, as_matrix=False)
+    z = search_parameters(network, jax.random.key(0), (5, 5, 3))
+    shares = {name: jax.nn.softmax(random(14, 8)) for name in ("normal", "reduce")}
+    images = random(2, 5, 5, 3)
+    before = last = Stem(stack).apply({"params": z["stem"]}, images)
+    halved = False
+    for number, reduce in enumerate(stack.reductions):
+        kernels, stride = z[f"cell_{number}"], 2 if reduce else 1
+        parts = quarters(jax.nn.relu(before)) if halved else (jax.nn.relu(before),)
+        into = [part @ kernels["compress_0"][f"kernel_{i}"] for i, part in enumerate(parts)]
+        into = [jnp.concatenate(into, -1), jax.nn.relu(last) @ kernels["compress_1"]["kernel_0"]]
+        states, weights = (
+            [normalized(state) for state in into],
+            shares["reduce" if reduce else "normal"],
+        )
+        for node in range(2, 6):
+            states.append(
                 sum(
-                    weights[edge, i] * one_operation(name, edge, images, stride)
+                    weights[genotype.EDGES.index((start, node)), i]
+                    * one_operation(
+                        kernels,
+                        name,
+                        sorted(genotype.EDGES).index((start, node)),
+                        states[start],
+                        stride if start < 2 else 1,
+                    )
+                    for start in range(node)
                     for i, name in enumerate(OPERATIONS)
                 )
-                for edge in range(EDGES)
-            ]
-        )
-
-    np.testing.assert_allclose(found, wanted(IMAGES), atol=2e-5)
+            )
+        before, last, halved = last, jnp.concatenate(states[2:], -1), reduce
+    wanted = last.mean((1, 2)) @ z["classifier"]["kernel"] + z["classifier"]["bias"][None]
+    found = jax.jit(network.apply)({"params": z}, images, shares)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_both_depthwise_convolutions_agree_on_images_of_their_own():
-    images = random(EDGES, 2, 3, 5, 6, CHANNELS)
-    kernels = [random(EDGES, size, size, CHANNELS) for size in (3, 5)]
+    images = random(EDGES, 3, 5, 6, CHANNELS)
+    kernels = [random(EDGES, count, size, size, CHANNELS) for count, size in ((1, 3), (2, 5))]
     found = [depthwise(images, kernels, (2, 1), 2, as_matrix) for as_matrix in (True, False)]
-    assert found[0].shape == (EDGES, 2, 3, 3, 3, CHANNELS)
+    assert found[0].shape == (EDGES, 3, 3, 3, 3, CHANNELS)
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 

@@ -27,18 +27,17 @@ def depthwise(
     stride: int = 1,
     as_matrix: bool | None = None,
 ) -> jax.Array:
-    """Each channel with its own kernel, "SAME" zeros around the image; K kernels on E edges.
+    """Each channel with its own kernel, "SAME" zeros around the image; K kernels on each state.
 
     Args:
-        images: [batch, height, width, channels], seen by all kernels, or one for each of them:
-            [edges, K, batch, height, width, channels].
-        kernels: K of them, each [edges, size, size, channels], sizes odd.
-        dilations: for each kernel, pixels between its taps.
+        images: [states, batch, height, width, channels].
+        kernels: for each dilation, [states, some of K, size, size, channels], sizes odd.
+        dilations: pixels between the taps.
         stride: between outputs.
         as_matrix: as a product with a matrix of pixels by pixels; None: on a CPU, if it is small.
 
     Returns:
-        [edges, K, batch, ceil(height / stride), ceil(width / stride), channels].
+        [states, K, batch, ceil(height / stride), ceil(width / stride), channels].
     """
     height, width = images.shape[-3:-1]
     if as_matrix is None:
@@ -46,21 +45,21 @@ def depthwise(
     if as_matrix:
         return _by_matrix(images, _embedded(kernels, dilations), stride)
     outputs = [
-        _by_convolution(images if images.ndim == 4 else images[:, i], kernel, stride, dilation)
-        for i, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True))
+        _by_convolution(images, kernel, stride, dilation)
+        for kernel, dilation in zip(kernels, dilations, strict=True)
     ]
-    return jnp.stack(outputs, axis=1)
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _embedded(kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Array:
-    """All kernels at the size of the largest, undilated: [edges, K, size, size, channels]."""
-    reaches = [kernel.shape[1] // 2 * d for kernel, d in zip(kernels, dilations, strict=True)]
+    """All kernels at the size of the largest, undilated: [states, K, size, size, channels]."""
+    reaches = [kernel.shape[2] // 2 * d for kernel, d in zip(kernels, dilations, strict=True)]
     parts = []
     for kernel, dilation, reach in zip(kernels, dilations, reaches, strict=True):
         around = (max(reaches) - reach, max(reaches) - reach, dilation - 1)
         zero = jnp.zeros((), kernel.dtype)
-        parts.append(lax.pad(kernel, zero, [(0, 0, 0), around, around, (0, 0, 0)]))
-    return jnp.stack(parts, axis=1)
+        parts.append(lax.pad(kernel, zero, [(0, 0, 0)] * 2 + [around] * 2 + [(0, 0, 0)]))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _by_matrix(images: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
@@ -72,8 +71,7 @@ def _by_matrix(images: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
     matrices = jnp.einsum("cekphj,jqw->cekpqhw", matrices, columns)
     matrices = matrices.reshape(*matrices.shape[:3], out[0] * out[1], height * width)
     flat = images.reshape(*images.shape[:-3], height * width, channels)
-    form = "cekts,nsc->ekntc" if images.ndim == 4 else "cekts,eknsc->ekntc"
-    products = jnp.einsum(form, matrices, flat)
+    products = jnp.einsum("cekts,ensc->ekntc", matrices, flat)
     return products.reshape(*products.shape[:3], *out, channels)
 
 
@@ -84,22 +82,31 @@ def _taps(size: int, length: int, stride: int) -> np.ndarray:
 
 
 def _by_convolution(images: jax.Array, kernels: jax.Array, stride: int, dilation: int) -> jax.Array:
-    """Images shared or [edges, ...], kernels [edges, ...] -> [edges, ...]."""
-    count, size, _, channels = kernels.shape
-    if images.ndim == 4:  # XLA wants the outputs of a channel side by side
-        kernel, groups = jnp.moveaxis(kernels, 0, -1), channels
-    else:
-        images = jnp.moveaxis(images, 0, -1)
-        images = images.reshape(*images.shape[:-2], channels * count)
-        kernel, groups = jnp.moveaxis(kernels, 0, -1), channels * count
+    if jax.default_backend() == "cpu":
+        # A grouped kernel becomes a dense one there, all but a channel's own part of it zeros.
+        one = lambda state: _grouped(state[0][None], state[1][None], stride, dilation)[0]
+        return lax.map(one, (images, kernels))
+    return _grouped(images, kernels, stride, dilation)
+
+
+def _grouped(images: jax.Array, kernels: jax.Array, stride: int, dilation: int) -> jax.Array:
+    """All states and kernels as groups of one convolution."""
+    states, count, size, _, channels = kernels.shape
+    # A copy of the image for each kernel: without, the outputs of a channel would have to lie side
+    # by side, and be moved apart afterwards, which is as much memory and slower kernels.
+    images = jnp.broadcast_to(images[:, None], (states, count, *images.shape[1:]))
+    images = jnp.moveaxis(images.reshape(-1, *images.shape[2:]), 0, -2)
+    kernel = jnp.moveaxis(kernels.reshape(-1, *kernels.shape[2:]), 0, -2)
     reach = (size // 2) * dilation
     filtered = lax.conv_general_dilated(
-        images,
-        kernel.reshape(size, size, 1, channels * count),
+        images.reshape(*images.shape[:3], -1),
+        kernel.reshape(size, size, 1, -1),
         (stride, stride),
         [(reach, reach)] * 2,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+        feature_group_count=states * count * channels,
     )
-    return jnp.moveaxis(filtered.reshape(*filtered.shape[:-1], channels, count), -1, 0)
+    filtered = filtered.reshape(*filtered.shape[:3], states * count, channels)
+    filtered = jnp.moveaxis(filtered, -2, 0)
+    return filtered.reshape(states, count, *filtered.shape[1:])

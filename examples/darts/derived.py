@@ -79,10 +79,10 @@ class DepthwiseConvolution(nn.Module):
         channels = images.shape[-1]
         for stage in range(2 if self.name_of in SEPARABLE else 1):
             shape = (1, 1, size, size, channels)
-            kernel = self.param(f"depthwise_{stage}", scaled_normal, shape)[:, 0]
+            kernel = self.param(f"depthwise_{stage}", scaled_normal, shape)
             stride = self.stride if stage == 0 else 1
             active = jax.nn.relu(images)
-            filtered = depthwise(active, [kernel], [dilation], stride, self.as_matrix)[0, 0]
+            filtered = depthwise(active[None], [kernel], [dilation], stride, self.as_matrix)[0, 0]
             matrix = self.param(f"pointwise_{stage}", scaled_normal, (channels, channels))
             images = Norm()(filtered @ matrix, train)
         return images

@@ -6,6 +6,7 @@ genotype, trained from scratch. Both double their channels in the reduction cell
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.train.config import ConfigError
-from examples.darts.cells import SearchCell, fan_in, normalized
-from examples.darts.genotype import CELLS, EDGES, OPERATIONS
+from examples.darts.cells import (
+    BY_START,
+    CellKernels,
+    compressible,
+    fan_in,
+    normalized,
+    search_cell,
+)
+from examples.darts.genotype import CELLS, EDGES, NODES, OPERATIONS
 from examples.darts.operations import Convolution
 
 STEM = 3  # times the width: channels of the stem
@@ -134,15 +142,48 @@ class SearchNetwork(nn.Module):
             weights: "normal" and "reduce": [14, 8], shares of the operations.
         """
         last = before = Stem(self.stack, name="stem")(images)
-        halved = False
-        for number, (reduce, channels) in enumerate(
-            zip(self.stack.reductions, self.stack.channels, strict=True)
-        ):
-            cell = SearchCell(channels, reduce, halved, self.as_matrix, name=f"cell_{number}")
-            before, last = last, cell(before, last, weights["reduce" if reduce else "normal"])
-            halved = reduce
+        ordered = {name: rows[jnp.array(BY_START)] for name, rows in weights.items()}
+        for cells in _runs(self.stack.reductions):
+            before, last = self._run(cells, before, last, ordered)
         logits = nn.Dense(self.num_classes, name="classifier")(last.mean((1, 2)))
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def _run(
+        self, cells: range, before: jax.Array, last: jax.Array, weights: Mapping[str, Any]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Outputs of the last two after cells that are alike: one body in the program."""
+        reduce, channels = self.stack.reductions[cells[0]], self.stack.channels[cells[0]]
+        halved = cells[0] > 0 and self.stack.reductions[cells[0] - 1]
+        counts = [before.shape[-1], last.shape[-1]]
+        # A run's first cell may see other channels than its own kind gives.
+        padded = max(
+            counts[0] * (2 if halved else 1), counts[1], NODES * channels * (len(cells) > 1)
+        )
+        kernels = []
+        for number in cells:
+            first = halved and number == cells[0]
+            cell = CellKernels(channels, reduce, first, name=f"cell_{number}")
+            kernels.append(cell(counts[0], counts[1], padded))
+            counts = [counts[1], NODES * channels]
+        shares, stride = weights["reduce" if reduce else "normal"], 2 if reduce else 1
+
+        def step(states, kernels):
+            before, last = states
+            after = search_cell(before, last, shares, kernels, stride, self.as_matrix)
+            return (last, after), None
+
+        states = compressible(before, halved, padded), compressible(last, False, padded)
+        if len(cells) == 1:
+            return last, step(states, kernels[0])[0][1]
+        return jax.lax.scan(
+            step, states, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
+        )[0]
+
+
+def _runs(reductions: Sequence[bool]) -> list[range]:
+    """The cells, those that have the same shapes together: normal ones between two reductions."""
+    starts = [i for i, reduce in enumerate(reductions) if i == 0 or reduce or reductions[i - 1]]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(reductions)])]
 
 
 def search_parameters(

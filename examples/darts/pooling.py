@@ -12,16 +12,16 @@ def max_pool(images: jax.Array, stride: int = 1) -> jax.Array:
     """The largest of the 3x3 pixels around each.
 
     Args:
-        images: [batch, height, width, channels].
+        images: [..., height, width, channels].
         stride: between outputs.
 
     Returns:
-        [batch, ceil(height / stride), ceil(width / stride), channels].
+        [..., ceil(height / stride), ceil(width / stride), channels].
     """
-    around = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return lax.reduce_window(
-        images, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), around
-    )
+    lead = (1,) * (images.ndim - 3)
+    around = ((0, 0),) * len(lead) + ((1, 1), (1, 1), (0, 0))
+    window, strides = (*lead, 3, 3, 1), (*lead, stride, stride, 1)
+    return lax.reduce_window(images, -jnp.inf, lax.max, window, strides, around)
 
 
 def average_pool(images: jax.Array, stride: int = 1) -> jax.Array:
@@ -30,14 +30,14 @@ def average_pool(images: jax.Array, stride: int = 1) -> jax.Array:
     As two small matrices, which is cheap to differentiate twice on every backend.
 
     Args:
-        images: [batch, height, width, channels].
+        images: [..., height, width, channels].
         stride: between outputs.
 
     Returns:
-        [batch, ceil(height / stride), ceil(width / stride), channels].
+        [..., ceil(height / stride), ceil(width / stride), channels].
     """
-    rows, columns = (_means(size, stride).astype(images.dtype) for size in images.shape[1:3])
-    return jnp.einsum("ph,qw,nhwc->npqc", rows, columns, images)
+    rows, columns = (_means(size, stride).astype(images.dtype) for size in images.shape[-3:-1])
+    return jnp.einsum("ph,qw,...hwc->...pqc", rows, columns, images)
 
 
 def _means(length: int, stride: int) -> np.ndarray:
