@@ -78,7 +78,8 @@ def main() -> None:
         print(f"{layers} layers; fitted: {fit.message}")
         first: tuple = ()
         for name, one in compiled.items():
-            sizes = flops.of(traced[name].jaxpr), one.memory_analysis().temp_size_in_bytes
+            temporaries = getattr(one.memory_analysis(), "temp_size_in_bytes", 0)
+            sizes = flops.of(traced[name].jaxpr), temporaries
             row = (*times[name], *sizes)
             first = first or row
             wall, cpu, work, memory = (value / of for value, of in zip(row, first, strict=True))
