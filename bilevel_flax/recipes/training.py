@@ -22,9 +22,11 @@ from bilevel_flax.recipes.networks import Network
 from bilevel_flax.recipes.noise_model import mostly_right, normalized
 from bilevel_flax.solvers.inner_only import inner_only
 
-_CHUNK = 100  # steps of one dispatch
+_CHUNK = 50  # steps of one dispatch
+_LOOKS = 30  # at most, at the held-out labels in a training
 _PREDICT = 2000  # examples of one forward pass
 _MEMORY = 0.995  # of the confusion matrix's counts, a step
+_TINY = 1e-9  # of a likelihood
 _MIXUP = 0.2  # of Beta(α, α): H. Zhang et al. mixup. ICLR 2018
 _PRIOR = 20.0  # steps that the first confusion matrix counts for
 _LEARN_SHARE = (
@@ -96,27 +98,25 @@ class Trainer:
             rows: int [r], which.
             labels: int32 [n], of all rows.
             steps: of the training.
-            watch: is handed the state after every 100 steps.
+            watch: is handed the state after every 50 steps.
             start: where the network begins; None: at random.
             mixed: mixup: each example, where examples are floating point numbers, is drawn a little
                 towards another of its minibatch, and so is its label.
         """
         mixed = mixed and np.issubdtype(self.inputs.dtype, np.floating)
         solver, chunk = self._plain(steps, mixed)
-        return self._run(solver, chunk, rows, labels, steps, {}, watch, start)
-
-    @property
-    def cost_through_noise(self) -> float:
-        """What a step of `fit_through_noise` costs, in plain steps."""
-        return 1 + self._num_known / self.batch_size
+        alone = None if watch is None else lambda state: watch(network_alone(state))
+        return network_alone(self._run(solver, chunk, rows, labels, steps, {}, alone, start))
 
     def fit_through_noise(
         self,
         rows: np.ndarray,
         labels: np.ndarray,
         steps: int,
+        *,
         matrix: np.ndarray | None = None,
-    ) -> TrainState:
+        held: np.ndarray | None = None,
+    ) -> tuple[TrainState, float]:
         """A network trained on given labels through a confusion matrix that is learned with it.
 
         A quarter as many clean examples as noisy ones are a part of every minibatch.
@@ -126,13 +126,40 @@ class Trainer:
             labels: int32 [n], the clean ones' last.
             steps: of the training.
             matrix: float [K, K], which is not learned then; None: learned.
+            held: int [h], noisy ones that are not trained on: the network is the one under which
+                their given labels are likeliest, which is before it learns wrong ones by heart.
+
+        Returns:
+            (the network, the cost in plain steps).
         """
         solver, chunk = self._through_noise(steps)
         start = mostly_right(self.num_classes) if matrix is None else np.float32(matrix)
         counts = _PRIOR * self.batch_size / self.num_classes * start
         learned_in = _LEARN_SHARE * steps if matrix is None else 0
         extra = {"counts": jnp.asarray(counts), "learning": jnp.int32(learned_in)}
-        return self._run(solver, chunk, rows, labels, steps, extra)
+        cost = steps * (1 + self._num_known / self.batch_size)
+        if held is None:
+            state = self._run(solver, chunk, rows, labels, steps, extra)
+            return network_alone(state), cost
+
+        every = _CHUNK * max(1, round(steps / _LOOKS / _CHUNK))
+        given, looks, highest, best = labels[held], 0, -np.inf, None
+
+        def watch(state: TrainState) -> None:
+            nonlocal looks, highest, best
+            if state.step % every and state.step < steps:
+                return
+            looks += 1
+            probabilities = self.probabilities(network_alone(state), self.inputs[held])
+            matrix = np.asarray(normalized(state.model_state["counts"]))
+            likelihood = (probabilities * matrix[:, given].T).sum(1)
+            score = float(np.log(np.maximum(likelihood, _TINY)).mean())
+            if best is None or score > highest:
+                highest, best = score, network_alone(state)
+
+        last = self._run(solver, chunk, np.setdiff1d(rows, held), labels, steps, extra, watch)
+        cost += looks * len(held) / self.batch_size / 3  # a forward pass is a third of a step
+        return best or network_alone(last), cost
 
     def probabilities(self, state: TrainState, inputs: np.ndarray) -> np.ndarray:
         """The network's class probabilities, float32 [m, K]."""
@@ -174,8 +201,8 @@ class Trainer:
                     "smaller step"
                 )
             if watch is not None:
-                watch(network_alone(state))
-        return network_alone(state)
+                watch(state)
+        return state
 
     @functools.cached_property
     def _on_device(self) -> jax.Array:

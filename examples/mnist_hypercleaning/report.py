@@ -38,6 +38,7 @@ _ERRORS = (
     ("test_error_handover", "hand-over: recipes.clean"),
     ("test_error_no_weights", "no weights"),
     ("test_error_validation_only", "validation data only"),
+    ("test_error_rounds", "rounds by hand: filter, relabel, train"),
     ("test_error", "learned weights"),
     ("test_error_retrained", "retrained with the learned weights"),
     ("test_error_refit", "refit: that and the validation data"),
@@ -47,6 +48,7 @@ _ERRORS = (
 _PLAIN = (
     ("test_error_validation_only", "the clean validation data alone"),
     ("test_error_no_weights", "all labels as they are"),
+    ("test_error_rounds", "rounds of filtering and relabelling by hand"),
 )
 _LEARNED = ("test_error_handover", "test_error", "test_error_retrained", "test_error_refit")
 _REQUIRED = (

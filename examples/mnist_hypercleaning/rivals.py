@@ -212,8 +212,10 @@ def _gold_correction(bout: Bout) -> Outcome:
     state, _ = bout.start("noisy")
     on_clean = bout.trainer.probabilities(state, ex.validation_images)
     matrix = np.stack([on_clean[ex.validation_labels == k].mean(0) for k in range(ex.num_classes)])
-    state = bout.trainer.fit_through_noise(bout.noisy_rows, bout.labels, bout.steps, matrix)
-    return bout.outcome(state, bout.judge(state), 1.0 + bout.trainer.cost_through_noise)
+    state, cost = bout.trainer.fit_through_noise(
+        bout.noisy_rows, bout.labels, bout.steps, matrix=matrix
+    )
+    return bout.outcome(state, bout.judge(state), 1.0 + cost / bout.steps)
 
 
 def _clean(bout: Bout) -> Outcome:

@@ -60,6 +60,7 @@ HEADLINE = (
     "test_error",
     "test_error_no_weights",
     "test_error_validation_only",
+    "test_error_rounds",
     "test_error_clean",
     "wrong_label_auc",
     "corrected_label_accuracy",
