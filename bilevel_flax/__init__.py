@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel_flax import data, deprecated, oracles, outer
+from bilevel_flax import deprecated, oracles, outer
 from bilevel_flax.base import (
     Aux,
     Batch,
@@ -46,7 +46,7 @@ from bilevel_flax.solvers import (
 from bilevel_flax.solvers.directions import directions
 
 if TYPE_CHECKING:
-    from bilevel_flax import checkpoints, contrib, diagnostics, nnx, recipes, sharding
+    from bilevel_flax import checkpoints, contrib, data, diagnostics, nnx, recipes, sharding
 
 __version__ = "0.2.0"
 
@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for: flax.nnx alone takes a tenth of a second.
-_LATE = ("checkpoints", "contrib", "diagnostics", "nnx", "recipes", "sharding")
+_LATE = ("checkpoints", "contrib", "data", "diagnostics", "nnx", "recipes", "sharding")
 _old_name = deprecated.names(__name__)
 deprecated.find_old_modules()
 

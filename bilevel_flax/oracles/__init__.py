@@ -20,12 +20,11 @@ pays for a quantity that it does not use. `FORWARD_UNITS` is what `inner_grad_an
 x enters after the network.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from bilevel_flax.base import Oracles
-from bilevel_flax.oracles.attention import (
-    chunked_attention,
-    dot_product_attention,
-    pallas_attention,
-)
 from bilevel_flax.oracles.derivatives import (
     FORWARD_UNITS,
     cross_jvp,
@@ -61,6 +60,13 @@ from bilevel_flax.oracles.weighted_sums import weighted_sums
 from bilevel_flax.oracles.with_reference import WithReference, with_reference
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 from bilevel_flax.oracles.wrappers import configured, microbatched, remat
+
+if TYPE_CHECKING:
+    from bilevel_flax.oracles.attention import (
+        chunked_attention,
+        dot_product_attention,
+        pallas_attention,
+    )
 
 __all__ = [
     "FORWARD_UNITS",
@@ -108,3 +114,12 @@ __all__ = [
     "with_reference",
     "wrap_losses",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are first asked for: few losses need them.
+    if name not in ("chunked_attention", "dot_product_attention", "pallas_attention"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bilevel_flax.oracles import attention
+
+    return getattr(attention, name)

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.checks import check_count
-from bilevel_flax.data import check_labels
 
 
 class SoftLabels(NamedTuple):
@@ -79,6 +78,8 @@ def labels(given: np.ndarray, num_classes: int, noise: float = 0.2) -> SoftLabel
         raise ValueError(f"num_classes={num_classes} must be at least 2")
     if not 0 < noise < 1:
         raise ValueError(f"noise={noise} must lie in (0, 1): the share of wrong labels to expect")
+    from bilevel_flax.data import check_labels  # nothing else of `outer` needs the data's room
+
     rows = check_labels(given, num_classes, "given")
 
     def init() -> jax.Array:
