@@ -33,6 +33,7 @@ _SLOW, _FAST = 0.999, 0.9
 _FASTEST = 5.0  # steps of v
 # Squares of H times a probe stay in float32 for curvatures between 1e-7 and 1e7.
 _PROBE = 1e-12
+_SHARE = 1e-3
 
 
 def _needed(extra_args: dict, *names: str) -> list:
@@ -189,11 +190,13 @@ def in_own_units(
         moved, inner = step.update(scaled(updates), state.inner, scaled(params), **extra_args)
         own = norm(moved).astype(jnp.float32)  # as it was, where z is float64
         longest = jnp.maximum(state.longest, own)
+        # Of small D_v a larger share: the square of v itself must be a float32.
+        probe = jnp.maximum(_PROBE * now, jnp.minimum(_SHARE * now, _PROBE))
         # ‖D_v‖ / κ; at v = 0 nothing is known of κ, and a step too short to matter will tell.
         far = jnp.where(
             product > 0,
             now * length / jnp.where(product > 0, product * steps, 1.0),
-            jnp.maximum(_PROBE * now, length),
+            jnp.maximum(probe, length),
         )
         factor = far / jnp.where(longest > 0, longest, 1.0)
         state = OwnUnitsState(count, size, product, length, residual, longest, inner)

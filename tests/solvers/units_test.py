@@ -172,3 +172,13 @@ def test_rows_are_not_paced_and_what_is_missing_is_named():
 )
 def test_what_is_linear_in_the_gradient_is_found_out(make, linear):
     assert is_linear(make(), {"w": jnp.zeros((4, 5)), "b": jnp.zeros(5)}) is linear
+
+
+def test_a_small_f_sets_v_off():
+    """1e-12 of a small D_v squared is no float32: v stayed where it was for a whole run."""
+    adjoint, v = bf.adjoint.in_own_units(optax.adam(1e-3)), jnp.zeros(4096)
+    state, known = adjoint.init(v), {"adjoint_residual": jnp.float32(1.0)}
+    for d_v in (jnp.full(4096, 1e-8), jnp.full(4096, 1e-2)):
+        step, _ = adjoint.update(d_v, state, v, adjoint_product=jnp.float32(0.0), **known)
+        length = float(jnp.linalg.norm(step))
+        assert 5e-13 < length < 2e-3 * float(jnp.linalg.norm(d_v))
