@@ -129,7 +129,7 @@ def test_a_search_network_is_its_cells_one_by_one():
     z = search_parameters(network, jax.random.key(0), (5, 5, 3))
     shares = {name: jax.nn.softmax(random(14, 8)) for name in ("normal", "reduce")}
     images = random(2, 5, 5, 3)
-    before = last = Stem(stack).apply({"params": z["stem"]}, images)
+    before = last = jnp.asarray(Stem(stack).apply({"params": z["stem"]}, images))
     halved = False
     for number, reduce in enumerate(stack.reductions):
         kernels, stride = z[f"cell_{number}"], 2 if reduce else 1
@@ -141,20 +141,19 @@ def test_a_search_network_is_its_cells_one_by_one():
             shares["reduce" if reduce else "normal"],
         )
         for node in range(2, 6):
-            states.append(
-                sum(
-                    weights[genotype.EDGES.index((start, node)), i]
-                    * one_operation(
-                        kernels,
-                        name,
-                        sorted(genotype.EDGES).index((start, node)),
-                        states[start],
-                        stride if start < 2 else 1,
-                    )
-                    for start in range(node)
-                    for i, name in enumerate(OPERATIONS)
+            edges = [
+                weights[genotype.EDGES.index((start, node)), i]
+                * one_operation(
+                    kernels,
+                    name,
+                    sorted(genotype.EDGES).index((start, node)),
+                    states[start],
+                    stride if start < 2 else 1,
                 )
-            )
+                for start in range(node)
+                for i, name in enumerate(OPERATIONS)
+            ]
+            states.append(jnp.asarray(sum(edges)))
         before, last, halved = last, jnp.concatenate(states[2:], -1), reduce
     wanted = last.mean((1, 2)) @ z["classifier"]["kernel"] + z["classifier"]["bias"][None]
     found = jax.jit(network.apply)({"params": z}, images, shares)
