@@ -31,7 +31,7 @@ TRAINER_TESTS := $(addprefix test-trainer-,$(TRAINERS))
 .PHONY: help venv demo test test-core test-wheel test-trainers $(TRAINER_TESTS) docs docs-venv lint types clean
 
 help:
-	@echo "make demo         clean real MNIST digits by learning a weight for every example (runs/demo)"
+	@echo "make demo         find the wrong labels of real MNIST digits, and a network without them (runs/demo)"
 	@echo "make test         run the tests;  make test-core  those of the plug-in's ground floor"
 	@echo "make test-wheel   the README's commands, from the built wheel in a folder of their own"
 	@echo "make test-trainers  the adapters, each against the real package (Python 3.12; downloads them)"
@@ -59,7 +59,7 @@ $(DEV): $(INSTALLED)
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/demo
+	$(BIN)/bilevel-flax train --config configs/mnist_hypercleaning.py:structured --workdir runs/demo
 
 test: $(DEV)
 	$(PYTEST) -n 2 --dist worksteal $(PYTEST_ARGS)

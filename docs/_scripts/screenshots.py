@@ -1,6 +1,6 @@
 """Pictures of a run's real report as a reader sees it: at two widths, in light and in dark.
 
-    bilevel-flax train --config configs/mnist_hypercleaning.py:soba --workdir runs/clean
+    bilevel-flax train --config configs/mnist_hypercleaning.py:structured --workdir runs/clean
     python docs/_scripts/screenshots.py runs/clean [--out docs/_static]
 
 Needs Chromium or Chrome, which runs without a window and without a network.
