@@ -35,6 +35,7 @@ collect_ignore = [
     for name in ("datasets", "kauldron", "levanter", "tunix")
     if getattr(importlib.util.find_spec(name), "origin", None) is None
 ]
+collect_ignore += ["tests/trainers/scripts"]  # programs that a test runs
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -136,7 +136,7 @@ def domain_weights(
         >>> mixture.weights(mixture.init(), {"domain": jnp.array([0, 1, 1])}).round(3).tolist()
         [1.0, 1.0, 1.0]
         >>> near = domain_weights(2, reference=(3, 1))
-        >>> near.shares(near.init()).tolist()
+        >>> [round(float(share), 3) for share in near.shares(near.init())]
         [0.75, 0.25]
     """
     check_count("num_domains", num_domains, 2)

@@ -280,13 +280,16 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         best_metric="validation_error",  # as the baselines: stopped early on validation data
-        headline=(
-            HEADLINE
-            if config.baselines
-            else tuple(name for name in HEADLINE if name in ("test_error", *handover.KEYS))
-        ),
+        headline=_headline(config),
         units={name: "fraction" for name in (*_ERRORS, "corrected_label_accuracy")},
     )
+
+
+def _headline(config: Any) -> tuple[str, ...]:
+    if not config.baselines:
+        return tuple(name for name in HEADLINE if name in ("test_error", *handover.KEYS))
+    without = () if config.get("rounds") else ("test_error_rounds",)
+    return tuple(name for name in HEADLINE if name not in without)
 
 
 def hold_out(

@@ -531,11 +531,11 @@ def test_what_rests_is_not_copied():
         return [len(re.findall(rf"= f32\[{n}\]\S* copy\(", text)) for n in ("96,80", "64")]
 
     inner = optax.adamw(1e-3)
-    of_z, of_x = copies(bf.soba(problem, inner=inner, outer=bf.outer.lazy_sgd(0.1)))
+    _, of_x = copies(bf.soba(problem, inner=inner, outer=bf.outer.lazy_sgd(0.1)))
     cheap_z, cheap_x = copies(
         bf.auto(problem, inner=inner, steps=100, update_every=4, adjoint_update_every=2)
     )
-    assert cheap_z < of_z  # 3 against 4; 9 where a branch hands v and its moments through
+    assert cheap_z <= 3  # 9 where a branch hands v and its moments through
     assert cheap_x <= of_x
 
 
