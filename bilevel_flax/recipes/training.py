@@ -29,9 +29,8 @@ _MEMORY = 0.995  # of the confusion matrix's counts, a step
 _TINY = 1e-9  # of a likelihood
 _MIXUP = 0.2  # of Beta(α, α): H. Zhang et al. mixup. ICLR 2018
 _PRIOR = 20.0  # steps that the first confusion matrix counts for
-_LEARN_SHARE = (
-    0.8  # of the steps in which it is learned; later some wrong labels are known by heart
-)
+# Of the steps in which it is learned; later some wrong labels are known by heart.
+_LEARN_SHARE = 0.8
 # Of the mean loss of clean examples beside that of noisy ones: at 1 a network learns 40 of them by
 # heart where classes overlap, at .25 it does not tell classes that are taken for one another.
 _CLEAN_WEIGHT = 0.5
