@@ -7,8 +7,9 @@ probing that update with small arrays.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +125,13 @@ def check_value(
         checks.has_value(problem, "inner (a line search, Polyak's step)")
 
 
+@contextlib.contextmanager
+def _while_tracing() -> Iterator[None]:
+    """Numbers of a few bytes, though a trainer may forbid transfers within its step."""
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        yield
+
+
 def _shaped(tree: PyTree) -> PyTree:
     """Zeros in the shapes of a tree whose values do not matter."""
     return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), tree)
@@ -173,7 +181,7 @@ def _moves_now(
     transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree
 ) -> list[jax.Array]:
     """For each leaf whether a gradient would move it at the present rates; on small arrays."""
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         point = jax.tree.map(_small, params)
         nothing = _scaled(point, 0.0)
         fresh = transform.init(nothing)
@@ -280,10 +288,10 @@ def applies_to_adjoint(
     """
     floats = filter_inexact(params)
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         update = functools.partial(_update, transform, _shaped(shapes))
     used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         if used[-1]:
             _refuse_values_of_the_loss(transform, update, floats)
         if not any(used[-1 - len(jax.tree.leaves(floats)) : -1]):
@@ -305,12 +313,12 @@ def scales_by_parameters(
     """
     floats = filter_inexact(params)
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         update = functools.partial(_update, transform, _shaped(shapes))
     used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
     if not any(used[-1 - len(jax.tree.leaves(floats)) : -1]):
         return False
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         point = jax.tree.map(_small, floats)
         nothing, twice = _scaled(point, 0.0), _scaled(point, 2.0)
         states = [transform.init(start) for start in (point, twice)]
@@ -348,13 +356,13 @@ def coupled_decay(
     """
     floats = filter_inexact(params)
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         update = functools.partial(_update, transform, _shaped(shapes))
     used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
     looks = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
     if used[-1] or not looks or not is_linear(transform, params, outer_params):
         return None
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         point = jax.tree.map(_small, floats)
         nothing = _scaled(point, 0.0)
         for step in _STEPS:
@@ -390,13 +398,13 @@ def is_linear(
         >>> [is_linear(tx, jnp.ones(2)) for tx in (optax.sgd(0.1, momentum=0.9), optax.adam(0.1))]
         [True, False]
     """
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         small = jax.tree.map(_small, filter_inexact(params))
         fresh = transform.init(small)
     if scales_by_parameters(transform, fresh, small, outer_params):
         return False
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    with jax.ensure_compile_time_eval():
+    with _while_tracing():
         point = jax.tree.map(_small, filter_inexact(params))
         nothing = _scaled(point, 0.0)
         # The second of two steps: some divide by what the step before has left (ACProp).
