@@ -179,14 +179,12 @@ class Trainer:
         return jax.jit(predict)
 
     def _run(self, solver, chunk, rows, labels, steps, extra, watch=None, start=None) -> TrainState:
-        # Another stream for a second training of one network: not the same minibatches again.
+        # A network that goes on draws from another stream than it began with.
         key = jax.random.fold_in(jax.random.key(self.seed), start is not None)
         drawn, draws = jax.random.split(key)
         params, model_state = self.network.init(drawn, jnp.asarray(self.inputs[:1]))
         if start is not None:
-            # A copy: the loop may donate its state.
-            params = jax.tree.map(jnp.array, start.blended(params))
-            model_state = jax.tree.map(jnp.array, start.state.model_state)
+            params, model_state = start.blended(params), start.state.model_state
         extra = {"network": model_state, **extra}
         state = solver.init(params, jnp.zeros(()), model_state=extra, rng=draws)
         pool = np.zeros(len(self.inputs), np.int32)
