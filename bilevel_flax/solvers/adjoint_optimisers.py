@@ -16,12 +16,12 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import PyTree
-from bilevel_flax.solvers.inner_optimiser import (
+from bilevel_flax.solvers.inner_optimiser import share_step_count
+from bilevel_flax.solvers.optimiser_probes import (
     applies_to_adjoint,
     coupled_decay,
     is_linear,
     scales_by_parameters,
-    share_step_count,
 )
 from bilevel_flax.solvers.step import tolerant
 from bilevel_flax.tree import norm, ratio, wide
@@ -53,7 +53,7 @@ def like_inner_optimizer(
 
     Its schedules count z's steps, and hyperparameters that somebody writes into z's state
     (`optax.inject_hyperparams`) hold for v as well. What it does to parameters by their values is
-    left out where it has no meaning for v (`inner_optimiser.applies_to_adjoint`); where their size
+    left out where it has no meaning for v (`optimiser_probes.applies_to_adjoint`); where their size
     gives the step its length (LAMB), v's is that of z.
 
     Args:

@@ -29,7 +29,8 @@ from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
-from bilevel_flax.solvers.inner_optimiser import check_value, coupled_decay, trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, trainable
+from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
     init_state,

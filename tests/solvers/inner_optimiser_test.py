@@ -9,11 +9,8 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax.solvers.inner_optimiser import (
-    applies_to_adjoint,
-    scales_by_parameters,
-    trainable,
-)
+from bilevel_flax.solvers.inner_optimiser import trainable
+from bilevel_flax.solvers.optimiser_probes import applies_to_adjoint, scales_by_parameters
 
 # G = ½‖z - x a‖², F = ½‖z - t‖²: z* = x a, v* = t - x a, x* = a·t / a·a.
 A, T = jnp.array([[1.0, 2.0], [-1.0, 0.5]]), jnp.array([[2.0, 1.0], [0.0, -1.0]])

@@ -10,7 +10,7 @@ import pytest
 
 import bilevel_flax as bf
 from bilevel_flax.outer.optimisers.paced import paced
-from bilevel_flax.solvers.inner_optimiser import is_linear
+from bilevel_flax.solvers.optimiser_probes import is_linear
 
 N, STEPS = 8, 200
 FEATURES = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)

@@ -9,7 +9,7 @@ import optax
 import optax.contrib  # noqa: F401  a part of its own
 from inner_optimiser_test import LEFT_OUT, families
 
-from bilevel_flax.solvers.inner_optimiser import applies_to_adjoint, is_linear
+from bilevel_flax.solvers.optimiser_probes import applies_to_adjoint, is_linear
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimisers.md"
 PARAMS = {"w": jnp.ones((2, 2))}

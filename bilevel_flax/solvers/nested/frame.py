@@ -35,7 +35,7 @@ from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.inner_optimiser import check_value, coupled_decay, trainable
+from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
     Minibatch,
@@ -43,6 +43,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
     axpy,
     first,
 )
+from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
     init_state,

@@ -1,0 +1,350 @@
+"""What z's optimiser does with the values of parameters (decay, projection), by asking it.
+
+An Optax transformation is two opaque functions; these hand its update small arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevel_flax.base import PyTree
+from bilevel_flax.solvers.step import tolerant
+from bilevel_flax.tree import depends_on, filter_inexact, is_inexact
+
+# A schedule may start at 0, and then nothing is seen at the first step.
+_STEPS = (0, 1, 10, 1000)
+_LONGEST_SIDE = 3
+_ROUNDING = 1e-3
+_FAR = 1e6  # a bound that parameters of order 1 never meet
+_OFF_GRID = 0.0537  # whole numbers lie on the grid of what rounds
+_NOISE = 2e-5  # of what remembers parameters, and subtracts them
+_NO_STEP = 1e-5  # of the step from parameters that are not 0
+_CONSTRAINT = (
+    "inner changes parameters by their values (a projection, a clip, a constraint), and v, which "
+    "would go through the same, is no parameter: pass adjoint=, e.g. the same optimiser without "
+    "that part, which is right where no constraint is active"
+)
+
+
+@contextlib.contextmanager
+def while_tracing() -> Iterator[None]:
+    """Numbers of a few bytes, though a trainer may forbid transfers within its step."""
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        yield
+
+
+def zeros_in_shape(tree: PyTree) -> PyTree:
+    """Zeros in the shapes of a tree whose values do not matter."""
+    return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), tree)
+
+
+def last_update(
+    transform: Any,
+    outer_params: PyTree,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    value: Any = 0.0,
+    times: int = 1,
+) -> PyTree:
+    """The last of some updates, with stand-ins for what a loop hands over beside the gradient."""
+    value = jnp.asarray(value)
+    updates = None
+    for _ in range(times):
+        updates, state = tolerant(transform).update(
+            gradient,
+            state,
+            params,
+            value=value,
+            grad=gradient,
+            value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
+            grad_fn=lambda params, _: gradient,
+            outer_params=outer_params,
+        )
+    return updates
+
+
+class _Asked(NamedTuple):
+    update: Callable[..., PyTree]  # of gradient, state, parameters and the loss's value
+    floats: PyTree
+    reads_params: bool
+    reads_value: bool
+
+
+def _asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree) -> _Asked:
+    """An optimiser's update, and whether it looks at parameters and at the loss's value."""
+    floats = filter_inexact(params)
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with while_tracing():
+        update = functools.partial(last_update, transform, zeros_in_shape(shapes))
+    used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
+    reads_params = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
+    return _Asked(update, floats, reads_params, used[-1])
+
+
+def applies_to_adjoint(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> bool:
+    """Whether v, too, may be handed to z's transformation as its parameters.
+
+    Where it pulls at them at all: weight decay in front of a preconditioner, or under SGD, is part
+    of the gradient of a regularised G, and so of the system that v solves. Decay behind a
+    preconditioner (AdamW, Lion) is not: it would pull v to 0 whatever D_v is, so that v is not
+    handed over (its system is then that of G alone). A distance from the start (DoG, Prodigy) or a
+    norm that scales the step (LAMB) leaves alone what has no direction.
+
+    Args:
+        transform: z's optimiser.
+        opt_state: its state, or shapes.
+        params: z, or shapes.
+        outer_params: x, for transformations that are handed it.
+
+    Raises:
+        ValueError: it projects or clips parameters (`optax.keep_params_nonnegative` ...): what that
+            means for v depends on which constraints are active.
+    """
+    update, floats, reads_params, reads_value = _asked(transform, opt_state, params, outer_params)
+    with while_tracing():
+        if reads_value:
+            _refuse_values_of_the_loss(transform, update, floats)
+        return not reads_params or _probe(transform, update, floats)
+
+
+def scales_by_parameters(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> bool:
+    """Whether parameters give the step its length and nothing else (LAMB, LARS, adaptive clips).
+
+    V, which starts at 0, would hardly leave it by steps as long as itself; those of z serve.
+
+    Args: as `applies_to_adjoint`.
+    """
+    update, floats, reads_params, _ = _asked(transform, opt_state, params, outer_params)
+    if not reads_params:
+        return False
+    with while_tracing():
+        point = jax.tree.map(small, floats)
+        nothing, twice = scaled(point, 0.0), scaled(point, 2.0)
+        states = [transform.init(start) for start in (point, twice)]
+        if not _near(*map(_floats, states)):
+            return False  # it remembers where it was: a distance, an average
+        for step in _STEPS:
+            state = _at_step(states[0], step)
+            still, short, long = (
+                update(gradient, state, at)
+                for gradient, at in ((nothing, point), (point, point), (point, twice))
+            )
+            if _finite((still, short, long)) and not _near(short, long):
+                return _near(still, nothing)
+    return False
+
+
+def coupled_decay(
+    transform: optax.GradientTransformation,
+    opt_state: PyTree,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> PyTree:
+    """Weight decay λ in front of a linear step: z's gradient is ∇₁G + λz, and its Hessian H + λI.
+
+    Args: as `applies_to_adjoint`.
+
+    Returns:
+        A tree like `params` of numbers, one for each float leaf (else None); None: no such decay.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> transform = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+        >>> round(coupled_decay(transform, transform.init(jnp.ones(2)), jnp.ones(2)), 4)
+        0.5
+    """
+    update, floats, reads_params, reads_value = _asked(transform, opt_state, params, outer_params)
+    if reads_value or not reads_params or not is_linear(transform, params, outer_params):
+        return None
+    with while_tracing():
+        point = jax.tree.map(small, floats)
+        nothing = scaled(point, 0.0)
+        for step in _STEPS:
+            state = _at_step(transform.init(point), step)
+            pull, push = update(nothing, state, point), update(point, state, nothing)
+            doubled = update(nothing, state, scaled(point, 2.0))
+            if _largest(pull) > 0 and _near(doubled, scaled(pull, 2.0)):
+                return jax.tree.map(_rate, pull, push)
+    return None
+
+
+def _rate(pull: jax.Array, push: jax.Array) -> float:
+    size = _largest(push)
+    return _largest(pull) / size if size else 0.0
+
+
+def is_linear(
+    transform: optax.GradientTransformation,
+    params: PyTree,
+    outer_params: PyTree = None,
+) -> bool:
+    """Whether twice the gradients give twice the steps (SGD, momentum), found out by asking.
+
+    Steps whose length the parameters give (LARS) count as if they did not.
+
+    Args:
+        transform: z's optimiser.
+        params: z, or shapes.
+        outer_params: x, for transformations that are handed it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> [is_linear(tx, jnp.ones(2)) for tx in (optax.sgd(0.1, momentum=0.9), optax.adam(0.1))]
+        [True, False]
+    """
+    with while_tracing():
+        point = jax.tree.map(small, filter_inexact(params))
+        fresh = transform.init(point)
+    if scales_by_parameters(transform, fresh, point, outer_params):
+        return False
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
+    with while_tracing():
+        point = jax.tree.map(small, filter_inexact(params))
+        nothing = scaled(point, 0.0)
+        # The second of two steps: some divide by what the step before has left (ACProp).
+        update = functools.partial(last_update, transform, zeros_in_shape(shapes), times=2)
+        answers = []  # RAdam is linear in its first steps alone
+        for step in _STEPS:
+            state = _at_step(transform.init(nothing), step)
+            once, *others = (
+                update(scaled(point, scale), state, nothing) for scale in (1.0, 1e4, 1e-4)
+            )
+            if not (_finite(once) and _largest(once) > 0):
+                continue
+            answers += [
+                _near(other, scaled(once, scale))
+                for other, scale in zip(others, (1e4, 1e-4), strict=True)
+            ]
+    return bool(answers) and all(answers)
+
+
+# In NumPy from here on, where it may be: what JAX does on numbers is compiled for every shape.
+
+
+def _at_step(state: PyTree, step: int) -> PyTree:
+    """The state of an optimiser, fresh but for its counters."""
+
+    def counter(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.integer):
+            return leaf
+        return jnp.asarray(np.full(leaf.shape, step, leaf.dtype))
+
+    return jax.tree.map(counter, state)
+
+
+def scaled(tree: PyTree, factor: float) -> PyTree:
+    """A tree times a number, each leaf in its dtype."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf) * np.asarray(factor, leaf.dtype)), tree
+    )
+
+
+def _refuse_values_of_the_loss(
+    transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
+) -> None:
+    """Raises where the first step's length depends on G's value, which is not what v minimises."""
+    point = jax.tree.map(small, params)
+    state = transform.init(point)
+    steps = [update(point, state, point, jnp.float32(value)) for value in (1.0, 8.0)]
+    if not _near(*steps):
+        raise ValueError(
+            "inner takes steps by the value of the loss (Polyak, MoMo), and v, which would go "
+            "through the same, does not minimise it: pass adjoint=, e.g. optax.adam"
+        )
+
+
+def small(leaf: Any) -> jax.Array:
+    """An array of the same rank, of numbers of both signs that differ."""
+    shape = tuple(min(side, _LONGEST_SIDE) for side in leaf.shape)
+    values = 3.0 + np.arange(int(np.prod(shape)))
+    values[1::2] *= -1
+    return jnp.asarray(values.reshape(shape), leaf.dtype)
+
+
+def _probe(
+    transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
+) -> bool:
+    def at(step, gradient, params):
+        # A state of these very parameters: some remember them (SAM, schedule-free).
+        return update(gradient, _at_step(transform.init(params), step), params)
+
+    point = jax.tree.map(small, params)
+    nothing = scaled(point, 0.0)
+    decays, normalises = False, False
+    for step in _STEPS:
+        still = functools.partial(at, step, nothing)
+        pull, push = still(point), still(scaled(point, -1.0))
+        if not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
+            continue
+        if _near(pull, nothing) and _near(push, nothing):
+            off_grid = jax.tree.map(
+                lambda p: jnp.asarray(np.asarray(p) + np.asarray(_OFF_GRID, p.dtype)), point
+            )
+            rounded, bounded = still(off_grid), still(scaled(point, _FAR))
+            if _largest(rounded) > _NOISE or _largest(bounded) > 1.0:
+                raise ValueError(_CONSTRAINT)
+            continue
+        odd, twice = _near(push, scaled(pull, -1.0)), still(scaled(point, 2.0))
+        once, doubled = (at(step, scaled(point, scale), nothing) for scale in (1.0, 2.0))
+        if odd and _near(twice, scaled(pull, 2.0)):
+            decays = True
+            normalises |= not _near(doubled, scaled(once, 2.0))
+        # Decay in front of a normaliser pulls as a gradient does; a proximal step does not.
+        elif not (odd and _near(twice, pull) and _near(*map(_sizes, (once, pull)))):
+            raise ValueError(_CONSTRAINT)
+    from_zero, from_point = (
+        max(_largest(at(step, point, start)) for step in _STEPS) for start in (nothing, point)
+    )
+    if from_zero <= _NO_STEP * from_point:
+        raise ValueError(
+            "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where "
+            "it would stay: pass adjoint=, e.g. optax.adam"
+        )
+    return not (decays and normalises)
+
+
+def _floats(state: PyTree) -> list:
+    return [leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf)]
+
+
+def _sizes(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.abs, tree)
+
+
+def _largest(tree: PyTree) -> float:
+    return max(float(np.max(np.abs(leaf), initial=0.0)) for leaf in _arrays(tree))
+
+
+def _finite(tree: PyTree) -> bool:
+    return all(bool(np.isfinite(leaf).all()) for leaf in _arrays(tree))
+
+
+def _near(one: PyTree, other: PyTree) -> bool:
+    def close(a, b):
+        size = max(float(np.max(np.abs(a))), float(np.max(np.abs(b))))
+        return float(np.max(np.abs(a - b))) <= _ROUNDING * size
+
+    return all(close(a, b) for a, b in zip(_arrays(one), _arrays(other), strict=True) if a.size)
+
+
+def _arrays(tree: PyTree) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
