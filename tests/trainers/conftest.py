@@ -1,5 +1,11 @@
 """Each adapter against the real package, in an environment of its own: `make test-trainers`."""
 
+import os
+
+# Levanter spreads its program over all eight devices, and each waits in two reductions at once:
+# more threads than XLA's pool has on a machine of few cores, where the program would hang.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 import pytest
 
