@@ -75,7 +75,7 @@ test-trainers: $(TRAINER_TESTS)
 
 # uv, because pip's resolver takes more than ten minutes over kauldron's requirements.
 $(TRAINER_TESTS): test-trainer-%:
-	@command -v $(TRAINER_PYTHON) >/dev/null || { echo "$*: skipped, there is no $(TRAINER_PYTHON): pass TRAINER_PYTHON=..."; exit 0; }; \
+	@$(TRAINER_PYTHON) -c "" 2>/dev/null || { echo "$*: skipped, there is no $(TRAINER_PYTHON): pass TRAINER_PYTHON=..."; exit 0; }; \
 	set -e; folder=.trainers/$*; \
 	if [ ! -e $$folder/.installed ]; then \
 	  rm -rf $$folder; $(TRAINER_PYTHON) -m venv $$folder; $$folder/bin/python -m pip install --quiet uv; \

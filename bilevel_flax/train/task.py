@@ -80,6 +80,9 @@ class Task:
             family, what precedes a slash or a dot, stands for its members.
         paired: G and F come with minibatches of the same number in every update, where F is to see
             the examples (or tasks) whose part of z has just been solved for. False: independent.
+        domains: names of the domains that `batch["domain"]` of the inner minibatches counts. One
+            that none of them holds is named in a warning, again and again while the run goes on
+            (data that are read on demand are not looked through).
 
     Example:
         >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
@@ -108,6 +111,7 @@ class Task:
     rules: Any = None
     units: Mapping[str, str] = dataclasses.field(default_factory=dict)
     paired: bool = False
+    domains: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         wrong = {name: unit for name, unit in self.units.items() if not isinstance(unit, str)}

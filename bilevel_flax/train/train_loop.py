@@ -31,6 +31,7 @@ from bilevel_flax.train.errors import (
     raise_if_diverged,
     raise_if_lost,
 )
+from bilevel_flax.train.health import domains
 from bilevel_flax.train.health.monitor import Monitor
 from bilevel_flax.train.health.thresholds import Watch
 from bilevel_flax.train.heartbeat import Heartbeat
@@ -241,7 +242,7 @@ def _open_files(
     write_json(workdir / "config.json", run.record)
     write_json(workdir / "units.json", task.units)
     writer = writers.open_writers(workdir, step, metric_writers, messages.append)
-    watch = Watch(writers.read_metrics(workdir / "metrics.jsonl"))
+    watch = Watch(writers.read_metrics(workdir / "metrics.jsonl"), domains.warnings_of(task))
     best = BestCheckpoint(workdir / "best.npz", on_event=messages.append)
     return best, actions.MetricLog(writer, watch, progress, messages)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -18,12 +20,13 @@ from problems import finite_sums, quadratics
 import bilevel_flax as bf
 from bilevel_flax import data, diagnostics
 from bilevel_flax.train.experiment import train_and_evaluate
+from bilevel_flax.train.health import domains, thresholds
 from bilevel_flax.train.health import monitor as health
-from bilevel_flax.train.health import thresholds
 from bilevel_flax.train.report import health as report_health
 from bilevel_flax.train.report.page import write_report
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import InitialValues, Task
+from bilevel_flax.train.train_loop import train_loop
 
 
 @functools.cache
@@ -192,6 +195,36 @@ def test_a_resumed_run_gives_the_warnings_of_an_uninterrupted_one(cut: int):
     resumed = thresholds.Watch([line for line in lines if line["step"] <= until])
     again = [(row["step"], name) for row in rows[cut:] for name in resumed(row)]
     assert again == [(step, name) for step, name in warned(rows) if step > until]
+
+
+def test_a_domain_that_never_occurs_stands_still_and_the_log_says_so(tmp_path: Path):
+    def task_of(domain):
+        mixture = bf.outer.domain_weights(3, reference=(1, 1, 0))
+        losses = lambda z, batch: (z - batch["y"]) ** 2
+        problem = bf.Problem(
+            lambda z, x, batch: (mixture.weights(x, batch) * losses(z, batch)).mean(),
+            lambda z, x, batch: losses(z, batch).mean(),
+        )
+        rows = {"y": np.linspace(0, 1, 16, dtype=np.float32), "domain": domain}
+        parts = bf.data.partition(rows, 8)
+        init = lambda rng: InitialValues(jnp.zeros(()), mixture.init())
+        return Task(problem, init, parts, parts, domains=["a", "b", "c"])
+
+    assert domains.warnings_of(task_of(np.arange(16) % 3)) == {}
+    task = task_of(np.arange(16) % 2)
+    solver = bf.soba(task.problem, inner=optax.sgd(0.1), outer=optax.sgd(0.5))
+    config = ml_collections.ConfigDict(
+        {"name": "domains", "task": {}, "solver": {}, "steps": 8, "log_every": 2, "eval_every": 8}
+    )
+    config.health = {"every": 0, "summary": False}
+    trained = train_loop(config, tmp_path, task, solver)
+    x = np.asarray(trained.state.outer_params)
+    assert x[2] == 0 and x[0] != 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    name = "warning/absent_domains"
+    said = [(row["step"], row[name]) for row in rows if name in row]
+    assert [step for step, _ in said] == [2, 4, 8]
+    assert "no minibatch holds an example of c:" in said[0][1]
 
 
 def test_a_line_costs_the_same_however_long_the_run_has_been():

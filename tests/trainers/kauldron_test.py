@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import runpy
+from pathlib import Path
 
 import jax
 import lm
@@ -118,3 +120,11 @@ def test_a_batch_without_an_outer_side_is_refused(tmp_path):
     batch = next(iter(run.train_ds))
     with pytest.raises(ValueError, match=r"\['domain', 'tokens'\] and no \"outer\""):
         run.trainstep.step(state, {k: v for k, v in batch.items() if k != "outer"})
+
+
+def test_the_script_of_few_lines_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(__file__).parent / "scripts"
+    for when in ("before", "after"):
+        after = runpy.run_path(str(folder / f"kauldron_{when}.py"))
+    assert lm.MIXTURE.shares(after["state"].opt_state.outer_params)[0] > 0.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from datetime import timedelta
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +160,11 @@ def test_its_mixture_reads_what_was_learned(tmp_path):
     for i, (_, weights) in enumerate(stages):
         count = drawn[200 * i : 200 * (i + 1)].count("a")
         assert count / 200 == pytest.approx(weights["a"], abs=0.01)
+
+
+def test_the_script_of_few_lines_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(__file__).parent / "scripts"
+    for when in ("before", "after"):
+        after = runpy.run_path(str(folder / f"levanter_{when}.py"))
+    assert lm.MIXTURE.shares(after["state"].opt_state.outer_params)[0] > 0.5

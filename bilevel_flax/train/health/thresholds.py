@@ -107,6 +107,7 @@ class Watch:
 
     Args:
         rows: lines that are there already, values and warnings, the newest last.
+        known: what there is to say whatever the lines hold, by name.
 
     Example:
         >>> watch = Watch([{"step": 100, "adjoint_residual": 12.0}])
@@ -114,10 +115,13 @@ class Watch:
         ['adjoint_residual']
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]] = (), known: Mapping[str, str] | None = None
+    ) -> None:
         # Only the newest probes: a run has too many lines to walk over at each of them.
         self._probes = {one.name: collections.deque[Values](maxlen=one.probes) for one in RANGES}
         self._last_step: dict[str, int] = {}
+        self._known = dict(known or {})
         for row in rows:
             self._read(row)
 
@@ -126,12 +130,15 @@ class Watch:
         texts = {}
         for one in self._read(row):
             probes = self._probes[one.name]
-            last = self._last_step.get(one.name)
-            is_due = last is None or row["step"] >= 2 * last
-            if is_due and len(probes) == one.probes and one.ill(probes):
+            if len(probes) == one.probes and one.ill(probes):
                 texts[one.name] = one.words.format_map(probes[-1])
-                self._last_step[one.name] = row["step"]
-        return texts
+        due = {name: text for name, text in (texts | self._known).items() if self._due(name, row)}
+        self._last_step |= dict.fromkeys(due, row["step"])
+        return due
+
+    def _due(self, name: str, row: Mapping[str, Any]) -> bool:
+        last = self._last_step.get(name)
+        return last is None or row["step"] >= 2 * last
 
     def out_of_range(self) -> dict[str, str]:
         """What the newest probes say, each by itself: the words for those that are out of range."""
@@ -143,10 +150,10 @@ class Watch:
 
     def _read(self, row: Mapping[str, Any]) -> list[Range]:
         """Takes a line in; returns the ranges that it has the values for."""
+        said = [key.removeprefix(PREFIX) for key in row if key.startswith(PREFIX)]
+        self._last_step |= dict.fromkeys(said, row["step"])
         measured = []
         for one in RANGES:
-            if PREFIX + one.name in row:
-                self._last_step[one.name] = row["step"]
             if all(name in row for name in one.needs):
                 values = {name: float(row[name]) for name in one.needs}
                 if all(math.isfinite(value) for value in values.values()):
