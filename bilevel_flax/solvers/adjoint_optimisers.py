@@ -31,6 +31,7 @@ _LOG_LIMIT = 60.0
 # Running means: of what gives D_v its unit, as slow as Adam's; of what gives v's step its length.
 _SLOW, _FAST = 0.999, 0.9
 _FASTEST = 5.0  # steps of v
+_MEMORY = 10.0  # for the longest step, in time constants of v
 # Squares of H times a probe stay in float32 for curvatures between 1e-7 and 1e7.
 _PROBE = 1e-12
 _SHARE = 1e-3
@@ -47,7 +48,7 @@ def _needed(extra_args: dict, *names: str) -> list:
 
 
 def like_inner_optimizer(
-    inner: optax.GradientTransformation, *, decays: bool = True
+    inner: optax.GradientTransformation, *, decays: bool = True, sizes_of_z: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Z's transformation for v, with statistics of its own.
 
@@ -59,6 +60,8 @@ def like_inner_optimizer(
     Args:
         inner: z's optimiser.
         decays: weight decay in front of its step is added to D_v here; False: D_v has it already.
+        sizes_of_z: False: where the size of parameters gives the step its length, it is 1 for every
+            parameter (z that passes through 0 would stop v).
 
     Returns:
         A transformation whose `update` needs the extra arguments `inner_opt_state` and
@@ -89,7 +92,7 @@ def like_inner_optimizer(
         if not applies_to_adjoint(*about) or not (decays or coupled_decay(*about) is None):
             params = jax.tree.map(jnp.zeros_like, params)
         elif scales_by_parameters(*about):
-            params = z
+            params = z if sizes_of_z else jax.tree.map(jnp.ones_like, z)
         try:
             return step.update(updates, share_step_count(state, opt_state), params, **extra_args)
         except TypeError as error:
@@ -118,7 +121,7 @@ class OwnUnitsState(NamedTuple):
     product: jax.Array  # running mean of ‖Hv‖
     length: jax.Array  # the same of ‖v‖
     residual: jax.Array  # running mean of the adjoint's, at most 1
-    longest: jax.Array  # of the transformation's steps so far
+    longest: jax.Array  # of the transformation's last steps
     inner: PyTree  # the state of the transformation
 
 
@@ -129,13 +132,14 @@ def in_own_units(
 
     Adam and its like step by their learning rate, in units of z, whatever the gradient. V has other
     units: those of z times F / G. So here the transformation U gives the step's direction, and the
-    part of its longest step so far that this one has (its schedule, and how far gradients agree);
-    gradient descent gives the length (grafting):
+    part of its longest step that this one has (how far gradients agree); gradient descent gives
+    the length (grafting):
 
         v -= ‖D_v‖ / (κ τ r) · U / max ‖U‖        κ = ‖Hv‖ / ‖v‖
 
     with r the running adjoint residual, at most 1: where noise keeps it there, v is a slow average,
-    and where v can be solved for, it is fast.
+    and where v can be solved for, it is fast. The maximum forgets within some 10 τ r steps: z's
+    steps may fall to 0, but v must go on to follow z and x until they rest.
 
     A multiple of F is one of v, and of G one of 1/v, exactly. D_v is handed on in units of its
     running norm, so that the same holds for clips and ε.
@@ -189,7 +193,8 @@ def in_own_units(
         scaled = functools.partial(_times, 1 / jnp.where(unit > 0, unit, 1.0))
         moved, inner = step.update(scaled(updates), state.inner, scaled(params), **extra_args)
         own = norm(moved).astype(jnp.float32)  # as it was, where z is float64
-        longest = jnp.maximum(state.longest, own)
+        # What a schedule or an accumulator took from z's steps long ago is nothing to v.
+        longest = jnp.maximum((1 - 1 / (_MEMORY * steps)) * state.longest, own)
         # Of small D_v a larger share: the square of v itself must be a float32.
         probe = jnp.maximum(_PROBE * now, jnp.minimum(_SHARE * now, _PROBE))
         # ‖D_v‖ / κ; at v = 0 nothing is known of κ, and a step too short to matter will tell.
@@ -231,7 +236,8 @@ def scale_free_like(
         >>> solver = bf.soba(problem, inner=inner, adjoint=adjoint, outer=optax.sgd(0.1))
     """
     plain = like_inner_optimizer(inner)
-    grafted = in_own_units(plain, time_constant=time_constant)
+    directions = like_inner_optimizer(inner, sizes_of_z=False)
+    grafted = in_own_units(directions, time_constant=time_constant)
 
     def chosen(params):
         return plain if is_linear(inner, params) else grafted

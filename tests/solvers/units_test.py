@@ -115,6 +115,44 @@ def test_dense_x_waits_for_z_wherever_z_starts(inner, steps, near):
     assert float(path.max()) < 6
 
 
+# Steps as long as parameters, steps that shrink with what was summed up, nearly linear ones.
+NEARLY_LINEAR = {
+    "lamb": lambda steps: optax.lamb(optax.cosine_decay_schedule(0.05, steps)),
+    "adafactor": lambda steps: optax.adafactor(optax.cosine_decay_schedule(0.05, steps)),
+    "adaptive clip": lambda steps: optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "block clip": lambda steps: optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)),
+    "adagrad": lambda steps: optax.adagrad(optax.cosine_decay_schedule(0.5, steps)),
+    "adam": lambda steps: optax.adam(optax.exponential_decay(0.05, steps // 4, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY_LINEAR)
+def test_v_follows_to_the_end_of_the_run(name):
+    """Z* = x / 2: x = .4. Z's size was near 0 under LAMB, and v, which took its length, stopped."""
+    problem = bf.Problem(
+        lambda z, x, _: 0.5 * (z - x) ** 2 + 0.5 * z**2, lambda z, x, _: 0.5 * (z - 0.2) ** 2
+    )
+    solver = bf.auto(problem, inner=NEARLY_LINEAR[name](20_000), steps=20_000)
+    step = lambda s, _: (solver.update(s, bf.Batch(0.0, 0.0))[0], None)
+    run = jax.jit(lambda s: jax.lax.scan(step, s, None, length=20_000)[0])
+    state = run(solver.init(jnp.array(0.0), jnp.array(1.0)))
+    assert abs(float(state.outer_params) - 0.4) < 0.06
+
+
+def test_a_step_of_z_that_decays_does_not_slow_v_down():
+    """The residual is as it was, the transformation's steps are ten times shorter."""
+    schedule = optax.piecewise_constant_schedule(1e-2, {500: 0.1})
+    adjoint, v = bf.adjoint.in_own_units(optax.adam(schedule), time_constant=10), jnp.ones(3)
+    known = {"adjoint_product": jnp.float32(1.0), "adjoint_residual": jnp.float32(1.0)}
+
+    def body(state, _):
+        step, state = adjoint.update(v, state, v, **known)
+        return state, jnp.linalg.norm(step)
+
+    lengths = jax.lax.scan(body, adjoint.init(v), None, length=1000)[1]
+    np.testing.assert_allclose(lengths[999], lengths[499], rtol=0.05)
+
+
 def test_the_adjoint_is_solved_whatever_the_scale_of_f():
     a, t = jnp.array([1.0, 2.0, -1.0]), jnp.array([2.0, 1.0, 0.0])
     for scale in (1e-6, 1.0, 1e6):
