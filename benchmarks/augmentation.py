@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from bilevel_flax.outer.augmentation import Policy
 from bilevel_flax.solvers.inner_only import inner_only
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=list(PARTS))
     parser.add_argument("--seeds", type=int, help="fewer than the part's own")
     parser.add_argument("--set", nargs="*", default=[], help="further overrides, key=value")
+    add_argument(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
@@ -209,7 +211,8 @@ def main() -> None:
                 scan(seed, learned, SCANNED[name], save)
             else:
                 compare(seed, learned, number, save)
-    report(results)
+    with Rows(options.markdown) as rows:
+        report(results, rows)
 
 
 def minimum(magnitudes: np.ndarray, values: np.ndarray) -> float:
@@ -218,28 +221,30 @@ def minimum(magnitudes: np.ndarray, values: np.ndarray) -> float:
     return float(fine[np.polyval(np.polyfit(magnitudes, values, 3), fine).argmin()])
 
 
-def report(results: dict[str, Any]) -> None:
-    """Prints tables in Markdown."""
+def report(results: dict[str, Any], rows: Rows) -> None:
+    """The tables: what was learned, what a scan says of it, what other policies reach."""
     for key, own in results.items():
         name = key.split()[0]
         if not own.get("search"):
             continue
         learned = own["search"]["learned"]
-        print(f"\n## {key}")
         for operation, values in learned.items():
-            pairs = {k: np.round(v, 3).tolist() for k, v in values.items()}
-            print(f"| {operation} | {pairs['magnitude']} | {pairs['probability']} |")
+            pair = {k: np.round(values[k], 3).tolist() for k in ("magnitude", "probability")}
+            rows.add({"run": key, "operation": operation, **pair}, "Learned")
         scanned = {k.split()[1]: v for k, v in own.items() if k.startswith("scan ")}
         if scanned:
             factors = np.array([float(k) for k in scanned])
-            for metric in ("validation_loss", "validation_error", "test_loss"):
-                print(metric, [round(v[metric], 4) for v in scanned.values()])
             base = learned[SCANNED[name][0]]["magnitude"]
             best = minimum(factors, np.array([v["validation_loss"] for v in scanned.values()]))
-            print(f"learned {base:.4g}, best by scan {best * base:.4g}, ratio {1 / best:.3f}")
+            row = {"run": key, "learned": f"{base:.4g}", "best by scan": f"{best * base:.4g}"}
+            row["learned / best"] = f"{1 / best:.3f}"
+            losses = {f"h at {k}": f"{v['validation_loss']:.4f}" for k, v in scanned.items()}
+            rows.add({**row, **losses}, "Scan of the magnitude")
         else:
-            print({k: round(100 * v["test_error"], 2) for k, v in own.items()})
-            print({k: round(v["seconds"], 1) for k, v in own.items()})
+            errors = {k: f"{100 * v['test_error']:.2f}" for k, v in own.items()}
+            seconds = {k: f"{v['seconds']:.1f}" for k, v in own.items()}
+            rows.add({"run": key, **errors}, f"{name}: test error, %")
+            rows.add({"run": key, **seconds}, f"{name}: seconds")
 
 
 if __name__ == "__main__":

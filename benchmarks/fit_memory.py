@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from benchmarks.step_cost import ScannedTransformer
 from bilevel_flax.oracles import flops
 
@@ -55,39 +56,44 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    add_argument(parser)
     args = parser.parse_args()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    for layers in args.layers:
-        model = ScannedTransformer(layers=layers)
-        tokens = jax.random.randint(jax.random.key(0), (args.batch, args.length), 0, 256)
-        z = jax.jit(model.init)(jax.random.key(1), tokens)
-        point = bf.Variables(z, jax.tree.map(jnp.ones_like, z), jnp.zeros(()))
-        problem, batch = make_problem(model), bf.Batch(tokens, tokens)
-        fit = bf.oracles.fit_memory(problem, point, batch)
-        plain = lambda point, batch, problem=problem: jax.value_and_grad(problem.inner_loss)(
-            point.inner, point.outer, batch.inner
-        )
-        functions = {
-            "plain gradient": plain,
-            "as given": functools.partial(bf.oracles.evaluate, problem),
-            "fitted": functools.partial(bf.oracles.evaluate, fit.problem),
-        }
-        traced = {name: jax.jit(f).trace(point, batch) for name, f in functions.items()}
-        compiled = {name: one.lower().compile() for name, one in traced.items()}
-        times = best(compiled, (point, batch), args.rounds)
-        print(f"{layers} layers; fitted: {fit.message}")
-        first: tuple = ()
-        for name, one in compiled.items():
-            temporaries = getattr(one.memory_analysis(), "temp_size_in_bytes", 0)
-            sizes = flops.of(traced[name].jaxpr), temporaries
-            row = (*times[name], *sizes)
-            first = first or row
-            wall, cpu, work, memory = (value / of for value, of in zip(row, first, strict=True))
-            print(
-                f"  {name:15s} {row[3] / 2**20:7.1f} MiB {memory:5.2f}x  operations {work:5.2f}x  "
-                f"wall {row[0]:6.3f} s {wall:5.2f}x  CPU {row[1]:6.3f} s {cpu:5.2f}x",
-                flush=True,
-            )
+    with Rows(args.markdown) as rows:
+        for layers in args.layers:
+            measure(layers, args, rows)
+
+
+def measure(layers: int, args: argparse.Namespace, rows: Rows) -> None:
+    """The rows of one depth."""
+    model = ScannedTransformer(layers=layers)
+    tokens = jax.random.randint(jax.random.key(0), (args.batch, args.length), 0, 256)
+    z = jax.jit(model.init)(jax.random.key(1), tokens)
+    point = bf.Variables(z, jax.tree.map(jnp.ones_like, z), jnp.zeros(()))
+    problem, batch = make_problem(model), bf.Batch(tokens, tokens)
+    fit = bf.oracles.fit_memory(problem, point, batch)
+    plain = lambda point, batch, problem=problem: jax.value_and_grad(problem.inner_loss)(
+        point.inner, point.outer, batch.inner
+    )
+    functions = {
+        "plain gradient": plain,
+        "as given": functools.partial(bf.oracles.evaluate, problem),
+        "fitted": functools.partial(bf.oracles.evaluate, fit.problem),
+    }
+    traced = {name: jax.jit(f).trace(point, batch) for name, f in functions.items()}
+    compiled = {name: one.lower().compile() for name, one in traced.items()}
+    times = best(compiled, (point, batch), args.rounds)
+    title = f"{layers} layers; fitted: {fit.message}"
+    first: tuple = ()
+    for name, one in compiled.items():
+        temporaries = getattr(one.memory_analysis(), "temp_size_in_bytes", 0)
+        sizes = flops.of(traced[name].jaxpr), temporaries
+        row = (*times[name], *sizes)
+        first = first or row
+        wall, cpu, work, memory = (value / of for value, of in zip(row, first, strict=True))
+        found = {"": name, "MiB": f"{row[3] / 2**20:.1f}", "memory": f"{memory:.2f} x"}
+        found |= {"operations": f"{work:.2f} x", "wall s": f"{row[0]:.3f}"}
+        found |= {"wall": f"{wall:.2f} x", "CPU s": f"{row[1]:.3f}", "CPU": f"{cpu:.2f} x"}
+        rows.add(found, title)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import optax
 
 import bilevel_flax as bf
 from benchmarks import step_time
+from benchmarks.rows import Rows, add_argument
 from benchmarks.tasks import networks
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
@@ -252,8 +253,8 @@ def weights(size: dict[str, Any]) -> Iterator[dict]:
         yield {"variant": f"{count} weights", **measured(update, start, batch, size["seconds"])}
 
 
-def darts(size: dict[str, Any]) -> Iterator[dict]:
-    """The search step of `configs/darts_cifar10.py`: how long it compiles and how fast it runs."""
+def search(size: dict[str, Any]) -> tuple[bf.BilevelSolver, Callable[[], Any], dict[str, Any]]:
+    """DARTS's search as in `configs/darts_cifar10.py`: solver, `start() -> state`, a minibatch."""
     cells, width, side, count, reductions = size["darts"]
     network = SearchNetwork(make_stack(side, width, cells, reductions), 10, False)
     problem = bf.oracles.mixed_precision(darts_task.make_problem(network), "bfloat16")
@@ -269,7 +270,14 @@ def darts(size: dict[str, Any]) -> Iterator[dict]:
         z = darts_task.search_parameters(network, jax.random.key(0), (side, side, 3))
         return solver.init(z, darts_task.MIXTURE.init(jax.random.key(1)))
 
+    return solver, start, batch
+
+
+def darts(size: dict[str, Any]) -> Iterator[dict]:
+    """The search step: how long it compiles and how fast it runs."""
+    solver, start, batch = search(size)
     update = lambda state, batch: solver.update(state, bf.Batch(batch, batch))
+    cells = size["darts"][0]
     yield {"variant": f"{cells} cells", **measured(update, start, batch, size["seconds"])}
 
 
@@ -315,8 +323,8 @@ ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[dict]]] = {
 }
 
 
-def run(size: str, minutes: float, only: Any = None, log: Callable[[str], None] = print) -> dict:
-    """All entries; those that begin too late are listed as left out."""
+def run(size: str, minutes: float, only: Any, add: Callable[[str, dict], None]) -> dict:
+    """All entries; `add(entry, row)` is told each row, and what begins too late is left out."""
     device, ends = jax.devices()[0], time.monotonic() + 60 * minutes
     results: dict[str, Any] = {
         "device": device.device_kind,
@@ -332,16 +340,17 @@ def run(size: str, minutes: float, only: Any = None, log: Callable[[str], None] 
         rows = results["entries"][name] = []
         for row in ENTRIES[name](SIZES[size]):
             rows.append(row)
-            log(f"{name:16s} {_line(row)}")
+            add(name, row)
             if time.monotonic() > ends:
                 results["left_out"].append(f"the rest of {name}")
                 break
     return results
 
 
-def _line(row: dict) -> str:
-    numbers = (f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)))
-    return f"{row['variant']:24s} {row.get('error', '')}{'  '.join(numbers)}"
+def _shown(row: dict) -> dict[str, str]:
+    """A row's numbers and words for a reader."""
+    there = {name: value for name, value in row.items() if value is not None}
+    return {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in there.items()}
 
 
 def main() -> None:
@@ -351,8 +360,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--only", nargs="+", choices=ENTRIES, default=None)
+    add_argument(parser)
     args = parser.parse_args()
-    results = run(args.size, args.minutes, args.only, functools.partial(print, flush=True))
+    device = jax.devices()[0].device_kind
+    with Rows(args.markdown) as rows:
+        add = lambda name, row: rows.add(_shown(row), f"{name} ({device})")
+        results = run(args.size, args.minutes, args.only, add)
     args.out.write_text(json.dumps(results, indent=1))
     print(f"saved to {args.out}; left out: {results['left_out'] or 'nothing'}")
 

@@ -26,6 +26,7 @@ from auto import INNER, read_idx
 from sklearn.metrics import roc_auc_score
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from examples.mnist_hypercleaning import task
 from examples.mnist_hypercleaning.model import make_model
@@ -178,27 +179,34 @@ def main() -> None:
     parser.add_argument("--p", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, required=True)
+    add_argument(parser)
     options = parser.parse_args()
-    for p, seed in itertools.product(options.p, options.seeds):
-        rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-        case = (options.model, options.inner, str(options.size), str(p), str(seed))
-        mine = [row for row in rows if tuple(row[name] for name in CASE[:5]) == case]
-        if not mine:
-            fresh = not options.out.exists()
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            mine = run(options, p, seed)
-            with options.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, CASE + FOUND)
-                if fresh:
-                    writer.writeheader()
-                writer.writerows(mine)
+    with Rows(options.markdown) as table:
+        for p, seed in itertools.product(options.p, options.seeds):
+            for row in chosen(options, p, seed):
+                table.add({name: row[name] for name in CASE + FOUND})
 
-        peak = inner_peak(options.inner, options.model)
-        autos = [row for row in mine if row["method"] == "auto"]
-        usual = [row for row in autos if float(row["inner_rate"]) == peak]
-        grid = [row for row in mine if row["method"] == "soba"]
-        for row in (best(grid), *usual, best(autos)):
-            print(*(f"{name}={row[name]}" for name in CASE + FOUND), flush=True)
+
+def chosen(options: argparse.Namespace, p: float, seed: int) -> list[dict[str, Any]]:
+    """The grid's best row, and of `bf.auto` those with the usual inner rate and with the best."""
+    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    case = (options.model, options.inner, str(options.size), str(p), str(seed))
+    mine = [row for row in rows if tuple(row[name] for name in CASE[:5]) == case]
+    if not mine:
+        fresh = not options.out.exists()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        mine = run(options, p, seed)
+        with options.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, CASE + FOUND)
+            if fresh:
+                writer.writeheader()
+            writer.writerows(mine)
+
+    peak = inner_peak(options.inner, options.model)
+    autos = [row for row in mine if row["method"] == "auto"]
+    usual = [row for row in autos if float(row["inner_rate"]) == peak]
+    grid = [row for row in mine if row["method"] == "soba"]
+    return [best(grid), *usual, best(autos)]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.rows import Rows, add_argument
 from benchmarks.tasks import quadratics
 from bilevel_flax.bench import methods, steps
 from bilevel_flax.bench.options import grid
@@ -111,7 +112,7 @@ class Log:
         return results
 
 
-def tune(name: str, studies: list[Quadratics], options, log: Log) -> None:
+def tune(name: str, studies: list[Quadratics], options, log: Log, table: Rows) -> None:
     """Question 1 for one method, then question 2."""
     loop, results = None, {}
     for pair in grid(options.pairs):
@@ -129,18 +130,23 @@ def tune(name: str, studies: list[Quadratics], options, log: Log) -> None:
             medians[pair] = float(np.median(runs))
         if medians:
             pair = min(medians, key=lambda pair: medians[pair])
-            print(
-                f"{name:6} {key:5} below {LEVEL:g}: {medians[pair]:.3g} units, {pair}", flush=True
-            )
+            row = {"solver": name, "below": key, "units": _units(medians[pair])}
+            table.add({**row, "ρ, ρ/γ": _shown(pair)}, f"Oracle units until ‖∇h‖² < {LEVEL:g}")
     if options.long_units:
         pair = min(results, key=lambda pair: results[pair]["tail"])
         rows, _ = studies[0].run(name, pair, options.long_units, None)
         end = log("long", name, pair, rows)
-        print(
-            f"{name:6} long run, {pair}: lowest ‖∇h‖² {end['lowest']:.2g}, at the end "
-            f"{end['tail']:.2g}, below 1e-20 since {end['to 1e-20']:.3g} units",
-            flush=True,
-        )
+        row = {"solver": name, "ρ, ρ/γ": _shown(pair), "lowest ‖∇h‖²": f"{end['lowest']:.2g}"}
+        row |= {"at the end": f"{end['tail']:.2g}", "1e-20 since": _units(end["to 1e-20"])}
+        table.add(row, f"A long run: {options.long_units:g} units")
+
+
+def _units(spent: float) -> str:
+    return f"{spent:.3g}" if math.isfinite(spent) else "never"
+
+
+def _shown(pair: tuple[float, float]) -> str:
+    return ", ".join(f"{value:g}" for value in pair)
 
 
 def main() -> None:
@@ -152,13 +158,15 @@ def main() -> None:
     parser.add_argument("--confirm", type=int, default=4, help="pairs that get the second look")
     parser.add_argument("--long-units", type=float, default=2e6, help="of the long run; 0: none")
     parser.add_argument("--out", type=Path, required=True, help="a CSV file, appended to")
+    add_argument(parser)
     options = parser.parse_args()
     if not jax.config.read("jax_enable_x64"):
         raise SystemExit("float32 cannot show 1e-20: set JAX_ENABLE_X64=1")
     log = Log(options.out)
     studies = [Quadratics(options.out.parent, seed) for seed in range(options.seeds + 1)]
-    for name in options.solvers.split(","):
-        tune(name, studies, options, log)
+    with Rows(options.markdown) as table:
+        for name in options.solvers.split(","):
+            tune(name, studies, options, log, table)
 
 
 if __name__ == "__main__":

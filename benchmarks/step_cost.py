@@ -1,6 +1,6 @@
 """What a bilevel step costs: microseconds, multiples of a plain Optax step, FLOPs.
 
-    python benchmarks/step_cost.py [--repeats 5]
+    python benchmarks/step_cost.py [--repeats 5] [--markdown]
 
 Times are the best of `--repeats` rounds, in which all variants take turns, in wall and CPU time;
 ratios compare variants of one run. Data are random numbers of the published sizes: timings do not
@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
 
@@ -268,49 +269,48 @@ def remat_memory(batch_size: int = 32) -> dict[str, float]:
     return sizes
 
 
-def main() -> None:
-    """Prints the four tables."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, best of {repeats} rounds\n")
-
-    key = jax.random.key(0)
+def step_times(repeats: int, rows: Rows) -> None:
+    """The first two tables."""
     inner, outer = images(20_000, 64), images(5_000, 64)
     params = {"kernel": jnp.zeros((784, 10))}
     results = timed({"SOBA": Bilevel(linear, params, inner, outer, 0.2)}, repeats)
-    print("linear 784x10, 20,000 weights, batch 64 + 64")
-    print(f"  SOBA   {results['SOBA'][0]:7.0f} us wall  {results['SOBA'][1]:7.0f} us CPU a step")
+    wall, cpu = (f"{value:.0f}" for value in results["SOBA"])
+    title = "Linear 784 x 10, 20,000 weights, batch 64 + 64"
+    rows.add({"step": "SOBA", "wall µs": wall, "CPU µs": cpu}, title)
 
     inner, outer = images(20_000, 128), images(5_000, 128)
+    key = jax.random.key(0)
     params = {
         "first": jax.random.normal(key, (784, 256)) / 28,
         "bias": jnp.zeros(256),
         "second": jax.random.normal(key, (256, 10)) / 16,
     }
-    results = timed(
-        {
-            "SOBA": Bilevel(mlp, params, inner, outer, 1e-4),
-            "plain": Plain(mlp, params, inner, 1e-4),
-        },
-        repeats,
-    )
-    print("MLP 784-256-10, 20,000 weights, batch 128 + 128")
+    bilevel = Bilevel(mlp, params, inner, outer, 1e-4)
+    plain = Plain(mlp, params, inner, 1e-4)
+    results = timed({"SOBA": bilevel, "plain": plain}, repeats)
     for name, (wall, cpu) in results.items():
-        ratio, cpu_ratio = wall / results["plain"][0], cpu / results["plain"][1]
-        print(
-            f"  {name:6s} {wall:7.0f} us wall  {cpu:7.0f} us CPU a step"
-            f"  ({ratio:.2f} x plain, CPU {cpu_ratio:.2f} x)"
-        )
+        row = {"step": name, "wall µs": f"{wall:.0f}", "CPU µs": f"{cpu:.0f}"}
+        row["wall, x plain"] = f"{wall / results['plain'][0]:.2f}"
+        row["CPU, x plain"] = f"{cpu / results['plain'][1]:.2f}"
+        rows.add(row, "MLP 784-256-10, 20,000 weights, batch 128 + 128")
 
-    print("6-layer transformer, compiled FLOPs / one gradient of the inner loss")
-    for name, ratio in transformer_flops().items():
-        print(f"  {name:24s} {ratio:.3f}")
 
-    print("6-layer transformer, rematerialised blocks, batch 32, temporary MiB of a step")
-    results = remat_memory()
-    for name, size in results.items():
-        print(f"  {name:24s} {size:7.1f}  ({size / results['plain']:.2f} x plain)")
+def main() -> None:
+    """Prints the four tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    add_argument(parser)
+    options = parser.parse_args()
+    with Rows(options.markdown) as rows:
+        step_times(options.repeats, rows)
+        for name, ratio in transformer_flops().items():
+            row = {"": name, "FLOPs / a gradient of G": f"{ratio:.3f}"}
+            rows.add(row, "6-layer transformer, as compiled")
+        sizes = remat_memory()
+        for name, size in sizes.items():
+            row = {"step": name, "temporary MiB": f"{size:.1f}"}
+            row["x plain"] = f"{size / sizes['plain']:.2f}"
+            rows.add(row, "6-layer transformer, rematerialised blocks, batch 32")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.train import actions
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.health.monitor import Monitor
@@ -59,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--model", default="cnn")
+    add_argument(parser)
     args = parser.parse_args()
     config = configs.load("configs/mnist_hypercleaning.py")
     config.steps, config.model = args.steps, args.model
@@ -74,16 +73,16 @@ def main() -> None:
         wall = time.perf_counter() - began
     totals = trained.totals
     loop = wall - totals["compile_seconds"]
-    print(f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{args.model}, {run.steps} steps: {wall:.1f} s, of them {wall - loop:.1f} s compilation")
-    print(f"{'steps':12s} {totals['seconds']:8.2f} s  {totals['seconds'] / loop:6.1%}")
-    for part, calls in spent.items():
-        first = f"the first {calls[0]:.2f} s" if len(calls) > 1 else ""
-        print(
-            f"{part:12s} {sum(calls):8.2f} s  {sum(calls) / loop:6.1%}  {len(calls)} calls {first}"
-        )
-    rest = loop - totals["seconds"] - sum(map(sum, spent.values()))
-    print(f"{'rest':12s} {rest:8.2f} s  {rest / loop:6.1%}")
+    title = (
+        f"{args.model}, {run.steps} steps: {wall:.1f} s, {wall - loop:.1f} s of them compilation"
+    )
+    parts = {"steps": [totals["seconds"]], **spent}
+    parts["rest"] = [loop - sum(map(sum, parts.values()))]
+    with Rows(args.markdown) as rows:
+        for part, calls in parts.items():
+            row = {"part": part, "s": f"{sum(calls):.2f}", "share": f"{sum(calls) / loop:.1%}"}
+            first = f"{calls[0]:.2f}" if len(calls) > 1 else ""
+            rows.add({**row, "calls": len(calls), "the first, s": first}, title)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.outer import lazy_adam, lazy_sgd
 
 BATCH, CHUNK = 128, 50
@@ -158,32 +159,36 @@ def main() -> None:
     parser.add_argument("--optimiser", choices=list(OPTIMISERS), default="lazy_adam")
     parser.add_argument("--rounds", type=int, default=20, help=f"of {CHUNK} steps")
     parser.add_argument("--memory-of", type=int, help="print the memory of one size as JSON")
+    add_argument(parser)
     args = parser.parse_args()
     if args.memory_of:
         print(json.dumps(memory(args.memory_of, args.solver, args.optimiser)))
         return
-    print(f"jax {jax.__version__}, {args.solver}, {args.optimiser}, 784-256-10, batch {BATCH}")
     sizes = [int(float(text)) for text in args.sizes.split(",")]
+    with Rows(args.markdown) as rows:
+        compare(sizes, args, rows)
+
+
+def compare(sizes: list[int], args: argparse.Namespace, rows: Rows) -> None:
+    """A row of each table for each size."""
+    what = f"{args.solver}, {args.optimiser}, 784-256-10, batch {BATCH}"
     for size in sizes:
         command = [sys.executable, __file__, "--memory-of", str(size), "--solver", args.solver]
         command += ["--optimiser", args.optimiser]
         results = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         needed = results["needed"]
-        print(
-            f"n = {size:.0e}: table, moments, counts {needed / 1e6:.1f} MB; resident "
-            f"{results['resident'] / 1e6:.1f} MB = {results['resident'] / needed:.3f} x, peak "
-            f"{results['peak'] / 1e6:.1f} MB; temporary {results['temporary'] / 1e6:.2f} MB",
-            flush=True,
-        )
+        row: dict[str, Any] = {"n": f"{size:.0e}", "table, moments, counts MB": needed / 1e6}
+        row |= {f"{name} MB": results[name] / 1e6 for name in ("resident", "peak", "temporary")}
+        row = {name: v if name == "n" else f"{v:.2f}" for name, v in row.items()}
+        row["resident / needed"] = f"{results['resident'] / needed:.3f}"
+        rows.add(row, f"Memory: {what}")
     results = times(sizes, args.solver, args.optimiser, args.rounds)
     for size, values in results.items():
         ratio = np.median(values / results[sizes[0]], axis=0)
         (wall, cpu), least = 1e6 * np.median(values, axis=0), 1e6 * values[:, 0].min()
-        print(
-            f"n = {size:.0e}: {wall:.0f} us wall (least {least:.0f}), {cpu:.0f} us CPU a step; "
-            f"median ratio to n = {sizes[0]:.0e}: {ratio[0]:.3f} wall, {ratio[1]:.3f} CPU",
-            flush=True,
-        )
+        row = {"n": f"{size:.0e}", "wall µs": f"{wall:.0f}", "least": f"{least:.0f}"}
+        row |= {"CPU µs": f"{cpu:.0f}", f"wall / n = {sizes[0]:.0e}": f"{ratio[0]:.3f}"}
+        rows.add({**row, f"CPU / n = {sizes[0]:.0e}": f"{ratio[1]:.3f}"}, f"A step: {what}")
 
 
 if __name__ == "__main__":

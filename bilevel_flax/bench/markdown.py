@@ -27,6 +27,15 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([cells[0], "|---" * len(header) + "|", *cells[1:]])
 
 
+def _module(script: Path) -> str:
+    """How a script of the checkout is run: one of benchmarks/ by its path, any other by `-m`."""
+    folders = script.resolve().with_suffix("").parts
+    if script.parent.name == "benchmarks":
+        return f"python benchmarks/{script.name}"
+    tops = [i for i, name in enumerate(folders) if name in ("bilevel_flax", "examples")]
+    return f"python -m {'.'.join(folders[tops[-1] :])}" if tops else f"python {script.name}"
+
+
 def caption(arguments: Sequence[str] | None = None) -> str:
     """The command, the machine, the versions and the date.
 
@@ -35,7 +44,7 @@ def caption(arguments: Sequence[str] | None = None) -> str:
     """
     program, *rest = sys.argv if arguments is None else arguments
     script = Path(program)
-    name = f"python benchmarks/{script.name}" if script.suffix == ".py" else script.name
+    name = _module(script) if script.suffix == ".py" else script.name
     given = shlex.join(word for word in rest if word != "--markdown")
     stack = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
     load = f"load {os.getloadavg()[0]:.0f} at the end" if hasattr(os, "getloadavg") else ""

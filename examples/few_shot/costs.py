@@ -1,6 +1,6 @@
 """What an update of each method costs, one after the other in one process.
 
-    python -m examples.few_shot.costs --manual_dir DIR [--ways 20] [--repeats 0]
+    python -m examples.few_shot.costs --manual_dir DIR [--ways 20] [--repeats 0] [--markdown]
 
 Beside the library's `unrolled`, which keeps the start of each step alone, stands MAML as it is
 usually written: `jax.grad` through a scan of `jax.grad`s.
@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import optax
 
 import bilevel_flax as bf
+from bilevel_flax.bench.report import shown
 from bilevel_flax.train import config as configs
 from bilevel_flax.train.setup import make_solver
 from bilevel_flax.train.task import Task
 from examples.few_shot import model, omniglot
 from examples.few_shot import task as tasks
-from examples.step_cost import line, step_cost
+from examples.step_cost import step_cost
 
 CONFIG = "configs/few_shot.py"
+SIZES = ("temporary", "state", "total")
 
 
 def plain_maml(config: Any, pixels: jax.Array, tx: optax.GradientTransformation) -> Callable:
@@ -55,12 +57,14 @@ def plain_maml(config: Any, pixels: jax.Array, tx: optax.GradientTransformation)
 
 
 def main() -> None:
-    """Prints a line for each method."""
+    """Prints a table, a row for each method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manual_dir", required=True, help="holds Omniglot's archive")
     parser.add_argument("--ways", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="chunks of 5 steps; 0: memory alone")
+    parser.add_argument("--markdown", action="store_true", help="a table for the results' page")
     options = parser.parse_args()
+    rows = []
     settings = [f"data.manual_dir={options.manual_dir}", f"ways={options.ways}", "evaluated=1"]
     for method in tasks.METHODS:
         few = [] if method == "tracked" else ["tasks=400"]  # there, the tables' rows
@@ -78,7 +82,11 @@ def main() -> None:
             measured["plain maml"] = plain_maml(config, pixels, tx), (x, tx.init(x))
         for name, (step, carry) in measured.items():
             cost = step_cost(step, carry, batch, timed=5, repeats=options.repeats)
-            print(f"{name:12s} {line(cost)}", flush=True)
+            sizes = [f"{cost[f'{part}_bytes'] / 1e6:.2f}" for part in SIZES]
+            pace = f"{1e3 * cost['seconds_per_step']:.2f}" if options.repeats else ""
+            rows.append([name, pace, *sizes])
+    header = ["method", "ms a step", *(f"{part} MB" for part in SIZES)]
+    print(shown(header, rows, options.markdown))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ def assert_measured(results: dict, names) -> None:
 
 
 def test_an_entry_measures_and_what_begins_too_late_is_said_to_be_left_out():
-    lines = []
-    results = gpu.run("tiny", 5, ["weights"], lines.append)
+    added = []
+    add = lambda name, row: added.append((name, row))
+    results = gpu.run("tiny", 5, ["weights"], add)
     assert_measured(results, ["weights"])
-    assert len(lines) == 2 and "100 weights" in lines[0]
-    late = gpu.run("tiny", -1.0, ["weights", "cnn"], lines.append)
+    assert [name for name, _ in added] == ["weights"] * 2
+    assert added[0][1]["variant"] == "100 weights"
+    late = gpu.run("tiny", -1.0, ["weights", "cnn"], add)
     assert late["entries"] == {} and late["left_out"] == ["weights", "cnn"]
 
 

@@ -74,6 +74,22 @@ def test_the_commands_of_the_pages_name_scripts_and_options_that_there_are():
         assert importlib.util.find_spec(module), module
 
 
+def test_every_page_of_results_names_a_command():
+    for page in (ROOT / "benchmarks/results").glob("*.md"):
+        assert re.search(
+            r"(?:^ {4}|`)[A-Z_=0-9]*\s?(?:python|bilevel-flax) ", page.read_text(), re.M
+        ), page
+
+
+def test_every_script_prints_its_tables_by_the_one_option():
+    commands = [path for path in SCRIPTS if "ArgumentParser" in path.read_text()]
+    assert len(commands) > 15
+    for path in commands:
+        if path.stem not in ("rows", "lm_data_mixing"):  # the latter's tables are made of its runs
+            assert "add_argument(parser)" in path.read_text(), path.name
+            assert "Rows(" in path.read_text(), path.name
+
+
 def test_rows_are_lines_or_a_table_under_what_was_run_where(capsys, monkeypatch):
     from benchmarks.rows import Rows
 
@@ -88,3 +104,32 @@ def test_rows_are_lines_or_a_table_under_what_was_run_where(capsys, monkeypatch)
     assert "CPU cores" in lines[2] and "jax " in lines[2]
     assert lines[4:6] == ["| method | error |", "|---|---|"]
     assert lines[7] == "| a\\|b | 0.5 |"
+
+
+def test_rows_of_several_titles_are_several_tables(capsys, monkeypatch):
+    from benchmarks.rows import Rows
+
+    monkeypatch.setattr("sys.argv", [str(ROOT / "examples/few_shot/costs.py"), "--markdown"])
+    for as_table in (False, True):
+        with Rows(as_table) as rows:
+            rows.add({"n": 1, "µs": 2}, "Time")
+            rows.add({"n": 1, "MB": 3}, "Memory")
+            rows.add({"n": 2, "µs": 4, "note": "slow"}, "Time")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["Time", "n 1  µs 2", "Memory", "n 1  MB 3"]
+    caption, *tables = "\n".join(lines[5:]).split("\n\n")
+    assert caption.startswith("`python -m examples.few_shot.costs`: ")
+    assert tables[:2] == [
+        "Time",
+        "| n | µs | note |\n|---|---|---|\n| 1 | 2 |  |\n| 2 | 4 | slow |",
+    ]
+    assert tables[2:] == ["Memory", "| n | MB |\n|---|---|\n| 1 | 3 |"]
+
+
+def test_a_table_is_left_out_where_the_benchmark_failed(capsys):
+    from benchmarks.rows import Rows
+
+    with pytest.raises(KeyError), Rows(True) as rows:
+        rows.add({"n": 1})
+        raise KeyError
+    assert capsys.readouterr().out == ""
