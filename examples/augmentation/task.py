@@ -239,5 +239,6 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=tuple(f"test_error.{name}" for name in shown),
-        units={"validation_error": "fraction", "test_error": "fraction"},
+        units={"validation_error": "fraction", "test_error": "fraction"}
+        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
     )

@@ -149,5 +149,6 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         headline=("supernet_validation_error", "skip_fraction"),
         units=dict.fromkeys(
             ("validation_error", "supernet_validation_error", "skip_fraction"), "fraction"
-        ),
+        )
+        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
     )

@@ -281,7 +281,8 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         final_metrics=final_metrics,
         best_metric="validation_error",  # as the baselines: stopped early on validation data
         headline=_headline(config),
-        units={name: "fraction" for name in (*_ERRORS, "corrected_label_accuracy")},
+        units=dict.fromkeys((*_ERRORS, "corrected_label_accuracy"), "fraction")
+        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
     )
 
 

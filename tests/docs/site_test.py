@@ -95,6 +95,7 @@ def test_every_page_is_in_a_table_of_contents():
     for page in PAGES:
         for toctree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
             names = [line for line in toctree.split("\n") if line and not line.startswith(":")]
+            names = [re.sub(r".*<(.+)>$", r"\1", name) for name in names]
             listed |= {(page.parent / f"{name}.md").resolve() for name in names}
     assert {page for page in PAGES if page != DOCS / "index.md"} <= listed
 

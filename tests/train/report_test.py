@@ -314,6 +314,11 @@ def test_curves_group_what_belongs_together_and_leave_out_what_stands_still():
         title: [t.get_text() for g in f.legends for t in g.texts] for title, f in figures.items()
     }
     assert named["Norms of the directions"] == ["norm inner", "norm adjoint"]
+    assert figures["Losses"].axes[0].get_ylabel() == ""
+    both = [{**row, "outer_loss": 1.0} for row in rows]
+    losses = lambda units: dict(curve_figures(both, units))["Losses"].axes[0].get_ylabel()
+    assert losses(dict.fromkeys(("inner_loss", "outer_loss"), "nats")) == "nats"
+    assert losses({"outer_loss": "nats"}) == ""  # they have no unit in common
     assert named["Test error"] == []
 
 

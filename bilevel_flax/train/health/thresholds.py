@@ -44,11 +44,12 @@ RANGES = (
         "adjoint_residual",
         ("adjoint_residual",),
         _each(lambda v: v["adjoint_residual"] > 0.9),
-        "v solves its system no better than v = 0 would (adjoint residual {adjoint_residual:.2g}; "
-        "v = 0 has 1, healthy below 0.9), so next to nothing of the hypergradient reaches x. Well "
-        "above 1 the step of v, which is as z's unless set apart, is too long: lower the inner "
-        "learning rate, or damp v (damping=). Near 1 v is too slow: train it for longer with x "
-        "frozen, or lower the outer learning rate",
+        "v solves its system hardly better than v = 0 would (adjoint residual "
+        "{adjoint_residual:.2g}; v = 0 has 1, healthy below 0.9). Deep networks stay near 1 while "
+        "they train, in runs that work, too: look at the validation metric first. If that does "
+        "not improve: v is too slow, train it for longer with x frozen, or lower the outer "
+        "learning rate. Well above 1 the step of v, which is as z's unless set apart, is too long: "
+        "lower the inner learning rate, or damp v (damping=)",
     ),
     Range(
         "negative_curvature",

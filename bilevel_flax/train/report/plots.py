@@ -89,7 +89,8 @@ def curve_figures(
     for title, names in (("Losses", _LOSSES), ("Norms of the directions", _NORMS)):
         group = {name: series.pop(name) for name in names if name in series}
         if group:
-            figures.append((title, _draw(group, title)))
+            shared = {unit_of(name, units) for name in group}
+            figures.append((title, _draw(group, title, shared.pop() if len(shared) == 1 else "")))
     for name in _NOT_DRAWN:
         series.pop(name, None)
     for family, members in _families(series):
