@@ -24,7 +24,8 @@ TRAINER_PYTHON ?= python3.12
 TRAINERS := tunix kauldron levanter datasets
 PACKAGE_tunix := google-tunix
 PACKAGE_kauldron := kauldron
-PACKAGE_levanter := --pre levanter==1.2.dev1644 gitpython
+# Both it imports and does not ask for.
+PACKAGE_levanter := --pre levanter==1.2.dev1644 chex gitpython
 PACKAGE_datasets := datasets
 TRAINER_TESTS := $(addprefix test-trainer-,$(TRAINERS))
 

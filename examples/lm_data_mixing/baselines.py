@@ -307,16 +307,17 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
     def learned(x):
         return by_weights(functools.partial(run.weights, x))
 
-    jobs = {
+    jobs = {  # those that say most come first
         "soba": lambda: Plain(state.inner_params, []),
-        "uniform": lambda: plain(uniform()),
         "direct_mix": lambda: plain(direct(config.direct_share)),
+        "direct_mix_tuned": lambda: rival("direct_mix_tuned"),
         "classifier": lambda: plain(by_classifier()),
-        "dds": aligned,
-        "retrained": lambda: plain(learned(state.outer_params)),
         "reference": lambda: plain(learned(run.start().outer_params)),
-        **{name: functools.partial(rival, name) for name in rivals.NAMES},
+        "retrained": lambda: plain(learned(state.outer_params)),
+        "uniform": lambda: plain(uniform()),
+        "dds": aligned,
     }
+    jobs |= {name: functools.partial(rival, name) for name in rivals.NAMES if name not in jobs}
     units = run.units
     costs: dict[str, float] = {
         **dict.fromkeys(("uniform", "direct_mix", "classifier", "reference"), config.steps),

@@ -70,6 +70,7 @@ def top(found: jax.Array, slope: jax.Array, count: jax.Array) -> jax.Array:
 def curriculum(
     shares: np.ndarray,
     rises: np.ndarray,
+    searched: np.ndarray,
     score: Callable[[Any], jax.Array],
     *,
     rate: float,
@@ -82,6 +83,7 @@ def curriculum(
         shares: r, of the domains and last of the target, [domains + 1].
         rises: a at evenly spaced points of the run, the target's sample's part in its share,
             [stages].
+        searched: bool [domains], whose windows are read for their looks.
         score: of windows.
         rate: windows that are read for each candidate.
         released: the progress up to which the sample's part 0 is read, which F does not hold; then
@@ -96,6 +98,7 @@ def curriculum(
     proposal = np.array([1] * count + [2])  # the sample comes twice
     by_domain = bf.outer.domain_weights(count + 1, temperature=temperature, reference=shares)
     places = np.linspace(0, 1, len(rises))
+    looked_at = jnp.asarray([*searched, False])
 
     def parts(outer_params, batch):
         """Shares of the domains and of the sample, [domains + 1], and of what looks like it."""
@@ -105,7 +108,7 @@ def curriculum(
 
     def likeness(outer_params, batch, alike):
         """What each window has of the share of what looks like the sample, `alike`, in shares."""
-        found = jnp.where(batch["domain"] < count, score(batch["tokens"]), _NEVER)
+        found = jnp.where(looked_at[batch["domain"]], score(batch["tokens"]), _NEVER)
         slope = SLOPE * jnp.exp(outer_params["slope"])
         threshold = top(found, slope, jnp.maximum(alike * rate * len(found), 1.0))
         passed = jax.nn.sigmoid(slope * (found - threshold))

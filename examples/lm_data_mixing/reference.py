@@ -6,8 +6,9 @@ each domain holds. Text of the target among the domains takes all of the weight;
 none, it goes to the sample itself, of which there is little, and which is to be taken only where it
 is worth its being read again and again (a byte of it must be 1.1 times as likely). In the place of
 the sample the run first reads what looks like it in any domain (`curriculum.py`), and then the
-sample itself more and more: its part a rises along a line that ends at 1, and starts where the
-passes over the sample allow, the later the less there is of it.
+sample itself more and more: its part a rises along a line that ends at 1, from the run's start on,
+or from as late on as the passes over the sample ask for. A domain that would be read more often
+than that leaves what it cannot give to the target as well.
 
 References:
     A. P. Dempster, N. M. Laird, D. B. Rubin. Maximum likelihood from incomplete data via the EM
@@ -38,25 +39,34 @@ class Reference(NamedTuple):
     Attributes:
         shares: of the domains, and last of the sample; they sum to 1.
         ratio: log of how much likelier a pair of bytes is in the sample than in the pool, [65536].
+        spent: of the domains, whether the run reads as much of it as it may.
     """
 
     shares: np.ndarray
     ratio: np.ndarray
+    spent: np.ndarray
 
 
-def fit(domains: Sequence[np.ndarray], halves: Sequence[np.ndarray]) -> Reference:
+def fit(
+    domains: Sequence[np.ndarray], halves: Sequence[np.ndarray], most: np.ndarray | float = 1.0
+) -> Reference:
     """The shares with which the domains explain the sample.
 
     Args:
         domains: of each some windows, [n, length + 1].
         halves: the sample's windows in two parts that share nothing.
+        most: of all windows of the run, the most that may come from each domain.
     """
     models = [_bigrams(windows) for windows in domains]
     both = []
     for here, other in (halves, halves[::-1]):
         both.append(_shares([*models, np.exp(-_REPEATED) * _bigrams(other)], here))
     target, pool = (_bigrams(np.concatenate(windows)) for windows in (halves, domains))
-    return Reference(np.mean(both, axis=0), np.log(target / pool).ravel())
+    shares = np.mean(both, axis=0)
+    spent = shares[:-1] > most
+    shares[:-1] = np.minimum(shares[:-1], most)
+    shares[-1] = 1 - shares[:-1].sum()
+    return Reference(shares, np.log(target / pool).ravel(), spent)
 
 
 def rise(reference: Reference, share: float) -> np.ndarray:
@@ -66,9 +76,8 @@ def rise(reference: Reference, share: float) -> np.ndarray:
         reference: what the pairs of bytes say.
         share: of all windows of the run, the most that may be read in the sample, > 0.
     """
-    mean = min(1.0, share / max(reference.shares[-1], 1e-9))
-    steepness = 2 * (1 - mean) if mean > 0.5 else 0.5 / mean
-    return np.clip(1 - steepness * (1 - np.linspace(0, 1, _STAGES)), 0, 1)
+    mean = min(0.5, share / max(reference.shares[-1], 1e-9))
+    return np.clip(1 - 0.5 / mean * (1 - np.linspace(0, 1, _STAGES)), 0, 1)
 
 
 def _pairs(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -148,12 +148,13 @@ def make_sources(config: Any, texts: Texts) -> Sources:
     # Cross-fitted: what G has read is not in F, or F would reward what z knows by heart.
     halves = [sample.part(np.arange(start, len(sample), 2)) for start in (0, 1)]
     pool = [spread(windows, _FITTED) for windows in inner]
-    known = reference.fit(pool, [spread(half, _FITTED) for half in halves])
-    share = config.curriculum.epochs * len(sample) / (config.steps * config.batch_size)
-    rises = reference.rise(known, share)
+    passes = config.curriculum.epochs / (config.steps * config.batch_size)
+    most = passes * np.array([len(windows) for windows in inner])
+    known = reference.fit(pool, [spread(half, _FITTED) for half in halves], most)
     learned = curriculum.curriculum(
         known.shares,
-        rises,
+        reference.rise(known, passes * len(sample)),
+        ~known.spent if not known.spent.all() else known.spent,  # all: there is nothing better
         curriculum.scores(known.ratio, np.concatenate(pool)),
         rate=1.0 if config.use == "weighting" else 1 / oversampling_of(config, count + 2),
         released=1 - config.solver.get("cooldown", 0.0),

@@ -304,15 +304,20 @@ def test_the_reference_knows_where_the_targets_text_is():
     inside = reference.fit([*pool, noisy_text(target, 200, 4)], halves)
     assert inside.shares[2] > 0.9
     assert inside.shares[3] < 0.05
+    # Of a domain as small as that only so much is read; the rest is the target's.
+    small = reference.fit([*pool, noisy_text(target, 200, 4)], halves, np.array([1.0, 1.0, 0.2]))
+    assert small.shares[2] == pytest.approx(0.2)
+    assert small.shares[3] == pytest.approx(1 - small.shares[:3].sum())
+    assert small.spent.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.5, 0.7, 3.0])
 def test_the_sample_is_read_as_often_as_it_may(share: float):
-    known = reference.Reference(np.array([0.1, 0.0, 0.9]), np.zeros(256**2))
+    known = reference.Reference(np.array([0.1, 0.0, 0.9]), np.zeros(256**2), np.zeros(2, bool))
     rises = reference.rise(known, share)
     assert (np.diff(rises) >= -1e-12).all()
     assert rises[-1] == 1
-    assert 0.9 * rises.mean() == pytest.approx(min(share, 0.9), rel=0.15 if share < 0.1 else 0.02)
+    assert 0.9 * rises.mean() == pytest.approx(min(share, 0.45), rel=0.15 if share < 0.1 else 0.02)
 
 
 def test_windows_that_look_like_the_target_are_read_whatever_their_domain():
@@ -327,6 +332,7 @@ def test_windows_that_look_like_the_target_are_read_whatever_their_domain():
     mixture = curriculum.curriculum(
         np.array([0.0, 0.0, 1.0]),
         np.zeros(2),
+        np.array([True, True]),
         score,
         rate=0.25,
         released=1.0,

@@ -134,7 +134,7 @@ class Watch:
             if len(probes) == one.probes and one.ill(probes):
                 texts[one.name] = one.words.format_map(probes[-1])
         due = {name: text for name, text in (texts | self._known).items() if self._due(name, row)}
-        self._last_step |= dict.fromkeys(due, row["step"])
+        self._last_step.update(dict.fromkeys(due, int(row["step"])))
         return due
 
     def _due(self, name: str, row: Mapping[str, Any]) -> bool:
@@ -152,7 +152,7 @@ class Watch:
     def _read(self, row: Mapping[str, Any]) -> list[Range]:
         """Takes a line in; returns the ranges that it has the values for."""
         said = [key.removeprefix(PREFIX) for key in row if key.startswith(PREFIX)]
-        self._last_step |= dict.fromkeys(said, row["step"])
+        self._last_step.update(dict.fromkeys(said, int(row["step"])))
         measured = []
         for one in RANGES:
             if all(name in row for name in one.needs):

@@ -1,0 +1,177 @@
+"""What the trainers' adapters cost on top of the library's own loop.
+
+    python benchmarks/adapters.py [--steps 40] [--rounds 9]
+
+One language model and one solver in two loops that take turns in one process: `jax.jit` of
+`solver.update`, and the adapter as its guide page shows it. The ratio of CPU times is taken in each
+round, in which the order changes; printed are its median and its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import bilevel_flax as bf
+from bilevel_flax.trainers import flax as flax_adapter
+from bilevel_flax.trainers import nnx as nnx_adapter
+from bilevel_flax.trainers import solver_optimizer
+
+VOCABULARY, WIDTH, LAYERS, BATCH, LENGTH = 256, 128, 4, 16, 64
+MIXTURE = bf.outer.domain_weights(2)
+
+Run = Callable[[int], None]
+
+
+class Linen(nn.Module):
+    """Residual layers on bytes."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        """Logits, [batch, length, vocabulary]."""
+        hidden = nn.Embed(VOCABULARY, WIDTH)(tokens)
+        for _ in range(LAYERS):
+            hidden += nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(hidden))))
+        return nn.Dense(VOCABULARY)(hidden)
+
+
+class Modules(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.layers = nnx.List(
+            nnx.Sequential(
+                nnx.LayerNorm(WIDTH, rngs=rngs),
+                nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs),
+                nnx.gelu,
+                nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs),
+            )
+            for _ in range(LAYERS)
+        )
+        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens):
+        """Logits, [batch, length, vocabulary]."""
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden += layer(hidden)
+        return self.head(hidden)
+
+
+def nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of each window, [batch]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(-1)
+
+
+def solver_of(problem: bf.Problem) -> bf.BilevelSolver:
+    """Of both loops."""
+    return bf.auto(problem, inner=optax.adam(1e-3), steps=100_000)
+
+
+def own_loop(solver: bf.BilevelSolver, state: bf.TrainState, batch: bf.Batch) -> Run:
+    """`jax.jit` of `solver.update`."""
+    update = jax.jit(solver.update, donate_argnums=0)
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, _ = update(state, batch)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def of_flax(batch: bf.Batch) -> tuple[Run, Run]:
+    """Our loop, and that of a `TrainState`."""
+    model = Linen()
+    losses = lambda z, batch: nats(
+        jnp.asarray(model.apply({"params": z}, batch["tokens"][:, :-1])), batch["tokens"]
+    )
+    problem = bf.Problem(
+        lambda z, x, batch: (MIXTURE.weights(x, batch) * losses(z, batch)).mean(),
+        lambda z, x, batch: losses(z, batch).mean(),
+    )
+    solver = solver_of(problem)
+    make = lambda: model.init(jax.random.key(0), batch.inner["tokens"])["params"]
+    tx = solver_optimizer(solver, MIXTURE.init())
+    state = TrainState.create(apply_fn=model.apply, params=make(), tx=tx)
+    step = jax.jit(flax_adapter.apply_batch, donate_argnums=0)
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state.params)
+
+    return own_loop(solver, solver.init(make(), MIXTURE.init()), batch), run
+
+
+def of_nnx(batch: bf.Batch) -> tuple[Run, Run]:
+    """Our loop on the module's arrays, and that of an `nnx.Optimizer`."""
+    model = Modules(nnx.Rngs(0))
+    losses = lambda model, batch: nats(model(batch["tokens"][:, :-1]), batch["tokens"])
+    x = MIXTURE.init()
+    problem = bf.nnx.problem(
+        lambda model, x, batch: (MIXTURE.weights(x, batch) * losses(model, batch)).mean(),
+        lambda model, x, batch: losses(model, batch).mean(),
+        model,
+        x,
+    )
+    solver = solver_of(problem)
+    own = own_loop(solver, bf.nnx.init(solver, Modules(nnx.Rngs(0)), x), batch)
+    optimizer = nnx.Optimizer(model, solver_optimizer(solver, x), wrt=nnx.Param)
+    # As a loop of NNX that is to be fast does it: the references are looked up once.
+    step = nnx.cached_partial(nnx.jit(nnx_adapter.update), model, optimizer)
+
+    def run(steps):
+        for _ in range(steps):
+            info = step(batch)
+        jax.block_until_ready(info.inner_loss)
+
+    return own, run
+
+
+def ratios(own: Run, adapter: Run, steps: int, rounds: int) -> tuple[list[float], float]:
+    """CPU time of the adapter's loop over that of ours, round by round; ours in ms a step."""
+    results, ours = [], []
+    for number in range(rounds + 1):  # the first one compiles
+        seconds = {}
+        for run in (own, adapter)[:: 1 if number % 2 else -1]:
+            began = time.process_time()
+            run(steps)
+            seconds[run] = time.process_time() - began
+        if number:
+            results.append(seconds[adapter] / seconds[own])
+            ours.append(1e3 * seconds[own] / steps)
+    return results, float(np.median(ours))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40, help="of a loop in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    rng = np.random.default_rng(0)
+    side = lambda: {
+        "tokens": jnp.asarray(rng.integers(0, VOCABULARY, (BATCH, LENGTH + 1)), jnp.int32),
+        "domain": jnp.arange(BATCH) % 2,
+    }
+    batch = bf.Batch(side(), side())
+    for name, make in (("Flax TrainState", of_flax), ("nnx.Optimizer", of_nnx)):
+        values, ours = ratios(*make(batch), given.steps, given.rounds)
+        low, middle, high = np.percentile(values, (25, 50, 75))
+        print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}) of {ours:.2f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
