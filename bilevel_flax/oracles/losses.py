@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Aux, Problem
@@ -70,15 +71,20 @@ def _outline(tree) -> str:
     return "None" if tree is None else f"a {type(tree).__name__}"
 
 
+def _arrays(tree):
+    """The tree with JAX's arrays for NumPy's, which nothing that is traced could index."""
+    return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, tree)
+
+
 def inner(problem: Problem, z, x, batch, model_state, rng):
     """G as a function of the differentiable leaves of z and of x's rows -> (loss, aux).
 
     Returns:
         `(loss, split of z, split of x's rows, way from the rows' gradient to x's)`.
     """
-    z_split = split(z)
-    x_split = split(rows.gather(problem.per_sample, x, batch))
-    examples = repeat_real(batch)
+    z_split = split(_arrays(z))
+    x_split = split(_arrays(rows.gather(problem.per_sample, x, batch)))
+    examples, model_state, rng = _arrays((repeat_real(batch), model_state, rng))
 
     def loss(z_leaves, x_leaves):
         args = (z_split.merge(z_leaves), x_split.merge(x_leaves), examples)
@@ -98,9 +104,9 @@ def outer(problem: Problem, z, x, batch, model_state, rng):
     Raises:
         ValueError: F uses a per-sample leaf of x.
     """
-    z_split = split(z)
+    z_split = split(_arrays(z))
     x_split, restore = without_rows(problem, x)
-    examples = repeat_real(batch)
+    examples, model_state, rng = _arrays((repeat_real(batch), model_state, rng))
 
     def loss(z_leaves, x_leaves):
         args = (z_split.merge(z_leaves), restore(x_split.merge(x_leaves)), examples)

@@ -32,7 +32,7 @@ from examples.language_model.task import nats_of
 from examples.lm_data_mixing import baselines, curriculum, reference, report, stream
 
 SAMPLE = "sample"  # the name of the domain that is the target's sample
-_PART = 64  # windows at once where the loss is only measured
+_PART = 4096  # tokens at once where the loss is only measured
 _FITTED = 2000  # windows of a domain of which the reference reads the bytes
 _PROPOSED = 32  # windows of each domain on which a network's shares are measured
 
@@ -375,11 +375,12 @@ def measure(model: Decoder) -> Callable[[Any, np.ndarray], float]:
         return jnp.sum(jnp.where(real, nats_of(model, z, tokens), 0.0))
 
     def nats(z, windows):
-        total = 0.0
-        for start in range(0, len(windows), _PART):
-            part = windows[start : start + _PART]
-            real = np.arange(_PART) < len(part)
-            total += float(sums(z, np.resize(part, (_PART, windows.shape[1])), real))
+        total, length = 0.0, windows.shape[1]
+        count = max(1, _PART // (length - 1))
+        for start in range(0, len(windows), count):
+            part = windows[start : start + count]
+            real = np.arange(count) < len(part)
+            total += float(sums(z, np.resize(part, (count, length)), real))
         return total / len(windows)
 
     return nats

@@ -294,6 +294,20 @@ def noisy_text(letters: bytes, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(list(letters), (count, 33)).astype(np.uint8)
 
 
+def test_the_decoder_for_pods_learns_the_same_mixture(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("BILEVEL_FLAX_DATA", raising=False)
+    pod = str(Path(CONFIG).with_name("lm_pod.py"))
+    config = configs.load(f"{pod}:tiny,curriculum", ["target=docstrings", "target_in_mixture=true"])
+    made = task.make_task(config)
+    x = made.init(jax.random.PRNGKey(0)).outer_params
+    assert x["shares"].shape == (3,)  # source, docstrings, and the sample
+    assert made.inner.batches["tokens"].shape[1:] == (4 * config.batch_size, config.length + 1)
+    assert config.solver.cooldown == configs.load(CONFIG).solver.cooldown
+    assert "mixture" not in configs.load(f"{pod}:tiny")
+    with pytest.raises(ConfigError, match="1b does not fit there: choose tiny or small"):
+        configs.load(f"{pod}:1b,curriculum")
+
+
 def test_the_reference_knows_where_the_targets_text_is():
     target, near, far = b"abcdefgh      ", b"abcdefgh....  ", b"0123456789++--"
     pool = [noisy_text(near, 200, 0), noisy_text(far, 200, 1)]

@@ -207,6 +207,18 @@ def test_probe_names_what_stops_each_mode():
         oracles.probe(problem_of(never), point, batch)
 
 
+def test_probe_takes_numpy_arrays_that_the_loss_indexes_by_what_is_traced():
+    """As a run hands over its first minibatch; `select` does this to a minibatch of candidates."""
+
+    def loss(z, x, batch):
+        return ((z - x[jnp.argmax(z)] * batch["y"][jnp.argsort(z)]) ** 2).mean()
+
+    point = bf.Variables(np.ones(3, np.float32), np.zeros(3), np.ones(3, np.float32))
+    probe = oracles.probe(bf.Problem(loss, loss), point, {"y": np.arange(3.0)})
+    assert probe.mode == "forward_over_reverse"
+    assert bf.diagnostics.check_symmetry(bf.Problem(loss, loss), point, {"y": np.arange(3.0)}).ok
+
+
 def test_probe_sends_a_nested_custom_vjp_to_reverse_mode():
     @jax.custom_vjp
     def square(a):
