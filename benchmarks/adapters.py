@@ -1,6 +1,6 @@
 """What the trainers' adapters cost on top of the library's own loop.
 
-    python benchmarks/adapters.py [--steps 40] [--rounds 9]
+    python benchmarks/adapters.py [--steps 20] [--rounds 9]
 
 One language model and one solver in two loops that take turns in one process: `jax.jit` of
 `solver.update`, and the adapter as its guide page shows it. The ratio of CPU times is taken in each
@@ -26,7 +26,7 @@ from bilevel_flax.trainers import flax as flax_adapter
 from bilevel_flax.trainers import nnx as nnx_adapter
 from bilevel_flax.trainers import solver_optimizer
 
-VOCABULARY, WIDTH, LAYERS, BATCH, LENGTH = 256, 128, 4, 16, 64
+VOCABULARY, WIDTH, LAYERS, BATCH, LENGTH = 256, 128, 2, 8, 64
 MIXTURE = bf.outer.domain_weights(2)
 
 Run = Callable[[int], None]
@@ -158,7 +158,7 @@ def ratios(own: Run, adapter: Run, steps: int, rounds: int) -> tuple[list[float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="of a loop in a round")
+    parser.add_argument("--steps", type=int, default=20, help="of a loop in a round")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
     rng = np.random.default_rng(0)
