@@ -16,6 +16,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+# A profile of its own: nobody's startup files change a tutorial, and a warning of the build is one
+# of its own (kernels print one on their sockets).
+profile = ROOT / "docs" / "_build" / "ipython" / "profile_default"
+profile.mkdir(parents=True, exist_ok=True)
+(profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 'ERROR'\n")
+os.environ["IPYTHONDIR"] = str(profile.parent)
 
 project = "bilevel_flax"
 author = "The bilevel_flax authors"
@@ -65,6 +71,7 @@ nb_execution_mode = os.environ.get("BILEVEL_FLAX_TUTORIALS", "cache")
 nb_execution_cache_path = str(ROOT / "docs" / "_build" / "tutorials")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"

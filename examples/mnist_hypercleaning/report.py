@@ -197,7 +197,8 @@ def _errors(summary: Mapping[str, Any]) -> list[Section]:
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("test error")
-    caption = "Same training budget for all, each stopped early on the validation data"
+    caption = "Blue: what this run has learned or made. "
+    caption += "Same training budget for all, each stopped early on the validation data"
     caption += ", but for refit." if "test_error_refit" in keys else "."
     if "test_error_refit" in keys and "conclusion" not in summary:  # a run of version 0.1
         caption = f"{conclusion(summary)} {caption}"

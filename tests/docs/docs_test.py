@@ -63,6 +63,7 @@ def test_every_page_is_reached_from_the_readme():
         links = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text())
         for listed in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
             names = [line for line in listed.split("\n") if line and not line.startswith(":")]
+            names = [re.sub(r".*<(.+)>$", r"\1", name) for name in names]
             links += [f"{name}.md" for name in names if not name.startswith("api/")]
         new = {(page.parent / link).resolve() for link in links} - found
         found |= new

@@ -63,7 +63,7 @@ def write_report(
 
     Args:
         workdir: The run's folder.
-        sections: What the task adds, after the curves.
+        sections: What the task adds, before the curves.
         path: The file to write; None: `report.html` in `workdir`.
 
     Returns:
@@ -83,7 +83,8 @@ def write_report(
     body = [_header(workdir, summary, config, rows, units)]
     health = health_report.section(rows, summary)
     own = (_curves(rows, units), *([] if health is None else [health]))
-    body += [_section(section) for section in (*own, *sections)]
+    # What a run has found comes before how it ran.
+    body += [_section(section) for section in (*sections, *own)]
     numbers = {name: value for name, value in summary.items() if name not in _ELSEWHERE}
     body += [
         _pairs(
