@@ -20,12 +20,13 @@ from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.solvers.optimiser_probes import (
-    last_update,
+    one_update,
     scaled,
     small,
     while_tracing,
     zeros_in_shape,
 )
+from bilevel_flax.solvers.waiting import about_to_act
 from bilevel_flax.tree import depends_on, filter_inexact
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -69,8 +70,8 @@ def trainable(
         {'body': False, 'head': True}
     """
     floats = filter_inexact(params)
-    update = functools.partial(last_update, transform, zeros_in_shape(outer_params))
-    jaxpr = jax.make_jaxpr(update)(floats, opt_state, floats)
+    update = functools.partial(one_update, transform, zeros_in_shape(outer_params))
+    jaxpr = jax.make_jaxpr(lambda *args: update(*args)[0])(floats, opt_state, floats)
     count = len(jax.tree.leaves(floats))
     rest = len(jaxpr.jaxpr.invars) - count
     moves = _reached(jaxpr, [True] * count + [False] * rest)
@@ -110,7 +111,8 @@ def check_value(
     floats = filter_inexact(params)
 
     def update(gradient, state, params, value):
-        return last_update(transform, zeros_in_shape(outer_params), gradient, state, params, value)
+        x = zeros_in_shape(outer_params)
+        return one_update(transform, x, gradient, state, params, value)[0]
 
     if depends_on(update, floats, opt_state, floats, jnp.zeros(()))[-1]:
         checks.has_value(problem, "inner (a line search, Polyak's step)")
@@ -134,13 +136,13 @@ def _moves_now(
     transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree
 ) -> list[jax.Array]:
     """For each leaf whether a gradient would move it at the present rates; on small arrays."""
+    shapes = jax.eval_shape(lambda tree: tree, outer_params)
     with while_tracing():
         point = jax.tree.map(small, params)
         nothing = scaled(point, 0.0)
-        fresh = transform.init(nothing)
-    state = share_step_count(fresh, opt_state)
-    shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    updates = last_update(transform, zeros_in_shape(shapes), point, state, nothing)
+        update = functools.partial(one_update, transform, zeros_in_shape(shapes), point)
+        ready = about_to_act(lambda state: update(state, nothing)[1], transform.init(nothing))
+    updates, _ = update(share_step_count(ready, opt_state), nothing)
     return [jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates)]
 
 

@@ -17,10 +17,9 @@ import optax
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.solvers.step import tolerant
+from bilevel_flax.solvers.waiting import about_to_act, has_branches, telling_steps
 from bilevel_flax.tree import depends_on, filter_inexact, is_inexact
 
-# A schedule may start at 0, and then nothing is seen at the first step.
-_STEPS = (0, 1, 10, 1000)
 _LONGEST_SIDE = 3
 _ROUNDING = 1e-3
 _FAR = 1e6  # a bound that parameters of order 1 never meet
@@ -46,7 +45,29 @@ def zeros_in_shape(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), tree)
 
 
-def last_update(
+def one_update(
+    transform: Any,
+    outer_params: PyTree,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    value: Any = 0.0,
+) -> tuple[PyTree, PyTree]:
+    """An update, with stand-ins for what a loop hands over beside the gradient."""
+    value = jnp.asarray(value)
+    return tolerant(transform).update(
+        gradient,
+        state,
+        params,
+        value=value,
+        grad=gradient,
+        value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
+        grad_fn=lambda params, _: gradient,
+        outer_params=outer_params,
+    )
+
+
+def acting_update(
     transform: Any,
     outer_params: PyTree,
     gradient: PyTree,
@@ -55,21 +76,22 @@ def last_update(
     value: Any = 0.0,
     times: int = 1,
 ) -> PyTree:
-    """The last of some updates, with stand-ins for what a loop hands over beside the gradient."""
-    value = jnp.asarray(value)
+    """The last of some updates, each the one in which an optimiser that gathers gradients acts."""
+    # A branch that stands alone would be compiled anew at each call.
+    ask = _compiled(transform) if has_branches(state) else functools.partial(one_update, transform)
+
+    def advance(state):
+        return ask(outer_params, gradient, state, params, value)
+
     updates = None
     for _ in range(times):
-        updates, state = tolerant(transform).update(
-            gradient,
-            state,
-            params,
-            value=value,
-            grad=gradient,
-            value_fn=lambda params: value + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)),
-            grad_fn=lambda params, _: gradient,
-            outer_params=outer_params,
-        )
+        updates, state = advance(about_to_act(lambda old: advance(old)[1], state))
     return updates
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(transform: Any) -> Callable[..., tuple[PyTree, PyTree]]:
+    return jax.jit(functools.partial(one_update, transform))
 
 
 class _Asked(NamedTuple):
@@ -84,10 +106,11 @@ def _asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTr
     floats = filter_inexact(params)
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
     with while_tracing():
-        update = functools.partial(last_update, transform, zeros_in_shape(shapes))
-    used = depends_on(update, floats, opt_state, floats, jnp.zeros(()))
+        about = transform, zeros_in_shape(shapes)
+    traced = lambda *args: one_update(*about, *args)[0]
+    used = depends_on(traced, floats, opt_state, floats, jnp.zeros(()))
     reads_params = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
-    return _Asked(update, floats, reads_params, used[-1])
+    return _Asked(functools.partial(acting_update, *about), floats, reads_params, used[-1])
 
 
 def applies_to_adjoint(
@@ -142,7 +165,7 @@ def scales_by_parameters(
         states = [transform.init(start) for start in (point, twice)]
         if not _near(*map(_floats, states)):
             return False  # it remembers where it was: a distance, an average
-        for step in _STEPS:
+        for step in telling_steps(states[0]):
             state = _at_step(states[0], step)
             still, short, long = (
                 update(gradient, state, at)
@@ -178,11 +201,16 @@ def coupled_decay(
     with while_tracing():
         point = jax.tree.map(small, floats)
         nothing = scaled(point, 0.0)
-        for step in _STEPS:
-            state = _at_step(transform.init(point), step)
+        fresh = transform.init(point)
+        for step in telling_steps(fresh):
+            state = _at_step(fresh, step)
             pull, push = update(nothing, state, point), update(point, state, nothing)
-            doubled = update(nothing, state, scaled(point, 2.0))
-            if _largest(pull) > 0 and _near(doubled, scaled(pull, 2.0)):
+            others = (update(nothing, state, scaled(point, factor)) for factor in (2.0, -1.0))
+            doubled, turned = (
+                scaled(other, by) for other, by in zip(others, (0.5, -1.0), strict=True)
+            )
+            # A projection of parameters is no decay: it acts on one side.
+            if _largest(pull) > 0 and _near(doubled, pull) and _near(turned, pull):
                 return jax.tree.map(_rate, pull, push)
     return None
 
@@ -221,9 +249,9 @@ def is_linear(
         point = jax.tree.map(small, filter_inexact(params))
         nothing = scaled(point, 0.0)
         # The second of two steps: some divide by what the step before has left (ACProp).
-        update = functools.partial(last_update, transform, zeros_in_shape(shapes), times=2)
+        update = functools.partial(acting_update, transform, zeros_in_shape(shapes), times=2)
         answers = []  # RAdam is linear in its first steps alone
-        for step in _STEPS:
+        for step in telling_steps(fresh):
             state = _at_step(transform.init(nothing), step)
             once, *others = (
                 update(scaled(point, scale), state, nothing) for scale in (1.0, 1e4, 1e-4)
@@ -290,7 +318,8 @@ def _probe(
     point = jax.tree.map(small, params)
     nothing = scaled(point, 0.0)
     decays, normalises = False, False
-    for step in _STEPS:
+    steps = telling_steps(transform.init(point))
+    for step in steps:
         still = functools.partial(at, step, nothing)
         pull, push = still(point), still(scaled(point, -1.0))
         if not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
@@ -312,7 +341,7 @@ def _probe(
         elif not (odd and _near(twice, pull) and _near(*map(_sizes, (once, pull)))):
             raise ValueError(_CONSTRAINT)
     from_zero, from_point = (
-        max(_largest(at(step, point, start)) for step in _STEPS) for start in (nothing, point)
+        max(_largest(at(step, point, start)) for step in steps) for start in (nothing, point)
     )
     if from_zero <= _NO_STEP * from_point:
         raise ValueError(

@@ -10,7 +10,12 @@ import pytest
 
 import bilevel_flax as bf
 from bilevel_flax.solvers.inner_optimiser import trainable
-from bilevel_flax.solvers.optimiser_probes import applies_to_adjoint, scales_by_parameters
+from bilevel_flax.solvers.optimiser_probes import (
+    applies_to_adjoint,
+    coupled_decay,
+    is_linear,
+    scales_by_parameters,
+)
 
 # G = ½‖z - x a‖², F = ½‖z - t‖²: z* = x a, v* = t - x a, x* = a·t / a·a.
 A, T = jnp.array([[1.0, 2.0], [-1.0, 0.5]]), jnp.array([[2.0, 1.0], [0.0, -1.0]])
@@ -300,6 +305,54 @@ def test_decay_in_front_of_the_step_is_in_every_methods_system(method):
     assert float(jnp.atleast_1d(info.adjoint_residual)[-1]) < 1e-3
     right = float(jnp.vdot(A / 1.5, A / 1.5 - T))
     np.testing.assert_allclose(state.outer_opt_state, right, atol=1e-3)
+
+
+AT_TIMES = {  # optimisers that act in some of their calls alone
+    "mean of 5": lambda tx: optax.MultiSteps(tx, 5),
+    "mean of more and more": lambda tx: optax.MultiSteps(
+        tx, lambda t: jnp.where(jnp.asarray(t) < 3, 1, 6)
+    ),
+    "sum of 3": lambda tx: optax.MultiSteps(tx, 3, use_grad_mean=False),
+    "every 4th": lambda tx: optax.chain(tx, optax.apply_every(4)),
+    "unless a NaN": lambda tx: optax.apply_if_finite(tx, 3),
+    "at third steps": lambda tx: optax.transforms.conditionally_mask(
+        tx, lambda step, **_: jnp.asarray(step) % 3 == 2
+    ),
+}
+
+
+@pytest.mark.parametrize("when", AT_TIMES)
+def test_an_optimiser_that_gathers_gradients_is_asked_when_it_acts(when):
+    """Every k-th step acts: asked in others it decayed nothing, or k times what it decays."""
+    z, at_times = {"w": jnp.ones((2, 2))}, AT_TIMES[when]
+    decaying = at_times(optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)))
+    rate = coupled_decay(decaying, decaying.init(z), z)
+    # Of a sum of k gradients the decay, added once, is a k-th.
+    np.testing.assert_allclose(rate["w"], 0.5 / (3 if when == "sum of 3" else 1), rtol=1e-5)
+    assert is_linear(decaying, z)
+    behind, lamb = at_times(optax.adamw(0.1, weight_decay=0.1)), at_times(optax.lamb(0.1))
+    assert not applies_to_adjoint(behind, behind.init(z), z)
+    assert scales_by_parameters(lamb, lamb.init(z), z)
+    projected = at_times(optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()))
+    assert coupled_decay(projected, projected.init(z), z) is None
+    with pytest.raises(ValueError, match="changes parameters by their values"):
+        applies_to_adjoint(projected, projected.init(z), z)
+
+
+@pytest.mark.parametrize("when", ["mean of 5", "every 4th"])
+def test_a_group_at_rest_is_found_where_gradients_are_gathered(when):
+    inner = AT_TIMES[when](grouped(optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)))
+    assert trainable(inner, inner.init(AT_0), AT_0) == {"h": True, "b": False}
+
+
+@pytest.mark.parametrize("when", ["mean of 5", "sum of 3"])
+def test_the_decay_of_gathered_gradients_is_in_the_system(when):
+    inner = AT_TIMES[when](optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)))
+    decay = 0.5 / (3 if when == "sum of 3" else 1)
+    state, _ = solved(bf.soba(RIDGE, inner=inner, outer=optax.set_to_zero()), 1500, x=1.0)
+    z = A / (1 + decay)
+    np.testing.assert_allclose(state.inner_params["w"], z, atol=1e-4)
+    np.testing.assert_allclose(state.adjoint["w"], (T - z) / (1 + decay), atol=1e-4)
 
 
 SCALAR = bf.Problem(lambda z, x, b: 0.5 * (z - x) ** 2, lambda z, x, b: 0.5 * (z - 3.0) ** 2)
