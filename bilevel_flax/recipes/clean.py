@@ -1,15 +1,17 @@
-"""Which labels are wrong, what they should be, and the best network: three trainings, no knob.
+"""Which labels are wrong, what they should be, and the best network: four trainings, no knob.
 
 1. A network is trained on given labels through a confusion matrix, which is learned with it by
    expectation maximisation, and on the clean examples as they are. A tenth of the given labels is
-   held out, and says when it stops.
-2. Where it agrees with the given label, the label is kept: these and the clean ones train a second,
-   which begins half way between the first and a new one.
+   held out, and says when it stops and what a clean example is worth (`through_noise.py`).
+2. Where it agrees with the given label, the label is kept: these and the clean ones train a second
+   for half as long, which begins half way between the first and a new one. (With so many clean
+   examples that there is nothing to choose in 1, for as long.)
 3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
-   labels that it is sure of, given or not, and the clean ones train it on, with mixup: the network
-   to hand over.
+   labels that it is sure of, given or not, and the clean ones train it on, with mixup.
+4. That once more, half as long: the network to hand over. With the second, which has not seen what
+   the later ones are taught, it says which labels are wrong.
 
-What it costs is at most 3.3 plain trainings of the same length. Why no learned weights: started
+What it costs is at most four plain trainings of the same length. Why no learned weights: started
 from them, or with them on top of the matrix, instance noise ended with more errors
 (`benchmarks/results/cleaning.md`: what was tried, and where plain rounds win).
 
@@ -35,6 +37,7 @@ from bilevel_flax.checks import as_count
 from bilevel_flax.checks import optimizer as checked_optimizer
 from bilevel_flax.recipes import noise_model, sources
 from bilevel_flax.recipes.networks import as_network
+from bilevel_flax.recipes.through_noise import ThroughNoise
 from bilevel_flax.recipes.training import Start, Trainer
 
 # Passes over the data after which the first training only learns wrong labels by heart, and the
@@ -174,7 +177,9 @@ def clean(
     *,
     steps: int = 3000,
     batch_size: int = 64,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: optax.GradientTransformation
+    | Callable[[int], optax.GradientTransformation]
+    | None = None,
     penalty: Callable[[PyTree], Any] | None = None,
     inputs: str = "image",
     label: str = "label",
@@ -191,10 +196,10 @@ def clean(
             Hugging Face `Dataset`, a TFDS data source or a Grain `MapDataset`. Inputs are numbers
             [n, ...], scaled as the network wants them; labels are integers from 0.
         clean: a few examples with right labels, of every class.
-        steps: of each of the three trainings.
+        steps: of one training, of which the whole takes at most four.
         batch_size: examples a step.
-        optimizer: z's, of a training of `steps` steps; None: AdamW(1e-3, decay 1e-4), its step
-            falling linearly to 0.
+        optimizer: z's, or a function of a training's number of steps that returns it, for a step
+            that falls; None: AdamW(1e-3, decay 1e-4), its step falling linearly to 0.
         penalty: `penalty(params) -> scalar`, added to the mean loss; None: nothing.
         inputs: the key, or column, of the inputs.
         label: that of the labels.
@@ -242,23 +247,17 @@ def clean(
             "are judged by; they are not trained on twice"
         )
         warnings.warn(notes[-1], stacklevel=2)
-    if optimizer is not None:
-        checked_optimizer("optimizer", optimizer)
-
-    def default(steps: int) -> optax.GradientTransformation:
-        return optax.adamw(optax.linear_schedule(_STEP, 0.0, steps), weight_decay=_DECAY)
-
     trainer = Trainer(
         network,
         np.concatenate([noisy_inputs, clean_inputs.astype(noisy_inputs.dtype)]),
         len(known),
         num_classes,
         batch_size,
-        default if optimizer is None else lambda steps: optimizer,
+        _by_steps(optimizer),
         penalty or (lambda params: 0.0),
         seed,
     )
-    return _three_trainings(
+    return _four_trainings(
         trainer, steps, given, known, twins, tuple(notes), log or (lambda line: None)
     )
 
@@ -280,7 +279,18 @@ def _checked(noisy: np.ndarray, given: np.ndarray, clean: np.ndarray, known: np.
         raise ValueError("there is only one class: nothing to tell apart")
 
 
-def _three_trainings(
+def _by_steps(optimizer: Any) -> Callable[[int], optax.GradientTransformation]:
+    if optimizer is None:
+        return lambda steps: optax.adamw(
+            optax.linear_schedule(_STEP, 0.0, steps), weight_decay=_DECAY
+        )
+    if not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer):
+        return lambda steps: checked_optimizer("optimizer", optimizer(steps))
+    checked_optimizer("optimizer", optimizer)
+    return lambda steps: optimizer
+
+
+def _four_trainings(
     trainer: Trainer,
     steps: int,
     given: np.ndarray,
@@ -291,51 +301,68 @@ def _three_trainings(
 ) -> Cleaned:
     noisy, usable = trainer.inputs[: len(given)], twins < 0
     clean_rows = np.arange(len(given), len(given) + len(known))
-    spent = 0.0
+    half, spent = max(1, steps // 2), 0.0
 
-    def trained(state: TrainState, cost: float, what: str) -> np.ndarray:
+    def judged(state: TrainState, cost: float, what: str) -> np.ndarray:
         nonlocal spent
         spent += cost / steps
         probabilities = trainer.probabilities(state, noisy)
         log(f"{what}: it agrees with {(probabilities.argmax(1) == given).mean():.1%} of the labels")
         return probabilities
 
-    labels = np.concatenate([given, known])
     passes = -(-_PASSES * len(given) // trainer.batch_size)
     first = min(steps, max(passes, _LEAST_STEPS))
     rows = np.random.default_rng(trainer.seed).permutation(np.flatnonzero(usable))
     held = rows[: min(_MOST_HELD, int(_HELD_SHARE * len(rows)))]
-    state, cost = trainer.fit_through_noise(rows, labels, first, held=held if len(held) else None)
-    judged = trained(state, cost, "1/3 through a confusion matrix")
+    labels = np.concatenate([given, known])
+    found = ThroughNoise(trainer, first).fit(rows, labels, held=held, pilot=half)
+    said = judged(found.state, found.cost, "1/4 through a confusion matrix")
 
-    kept = usable & (judged.argmax(1) == given)
-    half_new = Start(state, _FRESH)
+    kept = usable & (said.argmax(1) == given)
     rows = np.append(np.flatnonzero(kept), clean_rows)
-    state = trainer.fit(rows, labels, steps, start=half_new)
-    judged = trained(state, steps, "2/3 on the labels that the first keeps")
+    # What the pilot would have cost goes to the second.
+    length = half if found.piloted else steps
+    state = trainer.fit(rows, labels, length, start=Start(found.state, _FRESH))
+    second = judged(state, length, "2/4 on the labels that the first keeps")
 
-    matrix = noise_model.confusion(judged, given)
-    held = judged.argmax(1)
-    wrong = ~kept & (held != given) & (judged.max(1) > _CLEARLY)
-    gamma = noise_model.resemblance(judged[wrong], given[wrong], matrix)
-    posterior = noise_model.posterior(judged, given, matrix, gamma)
-    sure = usable & (posterior.max(1) > _SURE)
-    labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
-    rows = np.append(np.flatnonzero(sure), clean_rows)
-    state = trainer.fit(rows, labels, steps, start=Start(state), mixed=True)
-    judged = trained(state, steps, "3/3 on the labels that are sure")
+    def on_sure_labels(said: np.ndarray, noise: tuple[np.ndarray, float], length: int):
+        posterior = noise_model.posterior(said, given, *noise)
+        rows = np.append(np.flatnonzero(usable & (posterior.max(1) > _SURE)), clean_rows)
+        labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
+        return trainer.fit(rows, labels, length, start=Start(state), mixed=True)
 
-    posterior = noise_model.posterior(judged, given, matrix, gamma)
-    posterior[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
-    doubt = 1 - posterior[np.arange(len(given)), given]
+    state = on_sure_labels(second, _noise(second, given, kept), steps)
+    third = judged(state, steps, "3/4 on the labels that are sure")
+    noise = _noise(third, given, kept)
+    state = on_sure_labels(third, noise, half)
+    fourth = judged(state, half, "4/4 on those that are now")
+
+    posterior = noise_model.posterior(fourth, given, *noise)
+    both = noise_model.posterior(_mean(second, fourth), given, *noise)
+    for probabilities in (posterior, both):
+        probabilities[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
+    doubt = 1 - both[np.arange(len(given)), given]
     return Cleaned(
         params=state.inner_params,
         model_state=state.model_state,
         wrong_probability=doubt.astype(np.float32),
         suggested_label=posterior.argmax(1).astype(np.int32),
         confusion=noise_model.confusion(posterior, given),
-        resemblance=gamma,
+        resemblance=noise[1],
         plain_step_equivalents=spent,
         notes=notes,
         _predict=lambda inputs: trainer.probabilities(state, inputs),
     )
+
+
+def _noise(said: np.ndarray, given: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
+    """The confusion matrix, and γ by the labels that are clearly wrong and not trained on."""
+    matrix, likeliest = noise_model.confusion(said, given), said.argmax(1)
+    wrong = ~kept & (likeliest != given) & (said.max(1) > _CLEARLY)
+    return matrix, noise_model.resemblance(said[wrong], given[wrong], matrix)
+
+
+def _mean(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The geometric mean of probabilities, which sums to 1 again."""
+    mean = np.sqrt((one + 1e-6) * (other + 1e-6))
+    return mean / mean.sum(1, keepdims=True)

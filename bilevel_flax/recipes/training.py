@@ -19,21 +19,11 @@ import optax
 
 from bilevel_flax.base import Aux, Batch, Problem, PyTree, TrainState
 from bilevel_flax.recipes.networks import Network
-from bilevel_flax.recipes.noise_model import mostly_right, normalized
 from bilevel_flax.solvers.inner_only import inner_only
 
-_CHUNK = 50  # steps of one dispatch
-_LOOKS = 30  # at most, at the held-out labels in a training
+CHUNK = 50  # steps of one dispatch
 _PREDICT = 2000  # examples of one forward pass
-_MEMORY = 0.995  # of the confusion matrix's counts, a step
-_TINY = 1e-9  # of a likelihood
 _MIXUP = 0.2  # of Beta(α, α): H. Zhang et al. mixup. ICLR 2018
-_PRIOR = 20.0  # steps that the first confusion matrix counts for
-# Of the steps in which it is learned; later some wrong labels are known by heart.
-_LEARN_SHARE = 0.8
-# Of the mean loss of clean examples beside that of noisy ones: at 1 a network learns 40 of them by
-# heart where classes overlap, at .25 it does not tell classes that are taken for one another.
-_CLEAN_WEIGHT = 0.5
 
 
 class Start(NamedTuple):
@@ -105,60 +95,8 @@ class Trainer:
         mixed = mixed and np.issubdtype(self.inputs.dtype, np.floating)
         solver, chunk = self._plain(steps, mixed)
         alone = None if watch is None else lambda state: watch(network_alone(state))
-        return network_alone(self._run(solver, chunk, rows, labels, steps, {}, alone, start))
-
-    def fit_through_noise(
-        self,
-        rows: np.ndarray,
-        labels: np.ndarray,
-        steps: int,
-        *,
-        matrix: np.ndarray | None = None,
-        held: np.ndarray | None = None,
-    ) -> tuple[TrainState, float]:
-        """A network trained on given labels through a confusion matrix that is learned with it.
-
-        A quarter as many clean examples as noisy ones are a part of every minibatch.
-
-        Args:
-            rows: int [r], which of the noisy ones.
-            labels: int32 [n], the clean ones' last.
-            steps: of the training.
-            matrix: float [K, K], which is not learned then; None: learned.
-            held: int [h], noisy ones that are not trained on: the network is the one under which
-                their given labels are likeliest, which is before it learns wrong ones by heart.
-
-        Returns:
-            (the network, the cost in plain steps).
-        """
-        solver, chunk = self._through_noise(steps)
-        start = mostly_right(self.num_classes) if matrix is None else np.float32(matrix)
-        counts = _PRIOR * self.batch_size / self.num_classes * start
-        learned_in = _LEARN_SHARE * steps if matrix is None else 0
-        extra = {"counts": jnp.asarray(counts), "learning": jnp.int32(learned_in)}
-        cost = steps * (1 + self._num_known / self.batch_size)
-        if held is None:
-            state = self._run(solver, chunk, rows, labels, steps, extra)
-            return network_alone(state), cost
-
-        every = _CHUNK * max(1, round(steps / _LOOKS / _CHUNK))
-        given, looks, highest, best = labels[held], 0, -np.inf, None
-
-        def watch(state: TrainState) -> None:
-            nonlocal looks, highest, best
-            if state.step % every and state.step < steps:
-                return
-            looks += 1
-            probabilities = self.probabilities(network_alone(state), self.inputs[held])
-            matrix = np.asarray(normalized(state.model_state["counts"]))
-            likelihood = (probabilities * matrix[:, given].T).sum(1)
-            score = float(np.log(np.maximum(likelihood, _TINY)).mean())
-            if best is None or score > highest:
-                highest, best = score, network_alone(state)
-
-        last = self._run(solver, chunk, np.setdiff1d(rows, held), labels, steps, extra, watch)
-        cost += looks * len(held) / self.batch_size / 3  # a forward pass is a third of a step
-        return best or network_alone(last), cost
+        state = self.begin(solver, {}, start)
+        return network_alone(self.advance(chunk, state, self.data(rows, labels), steps, alone))
 
     def probabilities(self, state: TrainState, inputs: np.ndarray) -> np.ndarray:
         """The network's class probabilities, float32 [m, K]."""
@@ -178,23 +116,38 @@ class Trainer:
 
         return jax.jit(predict)
 
-    def _run(self, solver, chunk, rows, labels, steps, extra, watch=None, start=None) -> TrainState:
+    def begin(self, solver: Any, extra: dict[str, Any], start: Start | None = None) -> TrainState:
+        """A state at step 0; `extra` is model state beside the network's own."""
         # A network that goes on draws from another stream than it began with.
-        key = jax.random.fold_in(jax.random.key(self.seed), start is not None)
+        begun = 0 if start is None else start.state.step
+        key = jax.random.fold_in(jax.random.key(self.seed), begun)
         drawn, draws = jax.random.split(key)
         params, model_state = self.network.init(drawn, jnp.asarray(self.inputs[:1]))
         if start is not None:
             params, model_state = start.blended(params), start.state.model_state
         extra = {"network": model_state, **extra}
-        state = solver.init(params, jnp.zeros(()), model_state=extra, rng=draws)
+        return solver.init(params, jnp.zeros(()), model_state=extra, rng=draws)
+
+    def data(self, rows: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
+        """What a compiled chunk of steps reads: all inputs and labels, and the pool of rows."""
         pool = np.zeros(len(self.inputs), np.int32)
         pool[: len(rows)] = rows
-        data = (self._on_device, jnp.asarray(labels, jnp.int32), pool, len(rows))
-        for done in range(0, steps, _CHUNK):
-            state, finite = chunk(state, *data, length=min(_CHUNK, steps - done))
+        return self._on_device, jnp.asarray(labels, jnp.int32), pool, len(rows)
+
+    def advance(
+        self,
+        chunk: Callable[..., Any],
+        state: TrainState,
+        data: tuple[Any, ...],
+        until: int,
+        watch: Callable[[TrainState], None] | None = None,
+    ) -> TrainState:
+        """The state at step `until`; `watch` is handed it after every 50 steps."""
+        for done in range(int(state.step), until, CHUNK):
+            state, finite = chunk(state, *data, length=min(CHUNK, until - done))
             if not finite:
                 raise FloatingPointError(
-                    f"a training diverged before step {done + _CHUNK}: pass optimizer= with a "
+                    f"a training diverged before step {done + CHUNK}: pass optimizer= with a "
                     "smaller step"
                 )
             if watch is not None:
@@ -205,14 +158,10 @@ class Trainer:
     def _on_device(self) -> jax.Array:
         return jnp.asarray(self.inputs)
 
-    @property
-    def _num_known(self) -> int:
-        return max(1, self.batch_size // 4)
-
     def _plain(self, steps: int, mixed: bool):
         if (steps, mixed) not in self._compiled_plain:
             loss = self._mixed_loss if mixed else self._plain_loss
-            self._compiled_plain[steps, mixed] = self._compiled(loss, steps, known=0)
+            self._compiled_plain[steps, mixed] = self.compiled(loss, steps)
         return self._compiled_plain[steps, mixed]
 
     @functools.cached_property
@@ -237,34 +186,8 @@ class Trainer:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return losses.mean() + self.penalty(params), Aux({"network": new})
 
-    def _through_noise(self, steps: int):
-        known = self._num_known
-
-        def loss(params, nothing, batch, model_state, rng):
-            logits, new = self.network.apply(
-                params, model_state["network"], batch["inputs"], True, rng
-            )
-            log_p, labels = jax.nn.log_softmax(logits), batch["label"]
-            given = labels[:-known]
-            joint = log_p[:-known] + jnp.log(normalized(model_state["counts"])[:, given]).T
-            noisy = -jax.nn.logsumexp(joint, axis=-1)
-            clean = -jnp.take_along_axis(log_p[-known:], labels[-known:, None], axis=1)
-            # The E step of this minibatch, and the M step of the counts.
-            expected = jax.nn.softmax(joint).T @ jax.nn.one_hot(given, self.num_classes)
-            counts, left = model_state["counts"], model_state["learning"]
-            new_counts = _MEMORY * counts + jax.lax.stop_gradient(expected)
-            model_state = {
-                "network": new,
-                "counts": jnp.where(left > 0, new_counts, counts),
-                "learning": left - 1,
-            }
-            return noisy.mean() + _CLEAN_WEIGHT * clean.mean() + self.penalty(params), Aux(
-                model_state
-            )
-
-        return self._compiled(loss, steps, known)
-
-    def _compiled(self, loss: Callable, steps: int, known: int):
+    def compiled(self, loss: Callable[..., Any], steps: int, known: int = 0) -> tuple[Any, Any]:
+        """(solver, chunk of steps) for a loss, with so many clean examples in each minibatch."""
         solver = inner_only(Problem(loss, loss, stateful=True), inner=self.optimizer(steps))
         count = len(self.inputs)
 

@@ -36,6 +36,7 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax.recipes.networks import as_network
+from bilevel_flax.recipes.through_noise import ThroughNoise
 from bilevel_flax.recipes.training import Trainer
 from examples.mnist_hypercleaning import handover
 from examples.mnist_hypercleaning.model import make_model
@@ -212,10 +213,8 @@ def _gold_correction(bout: Bout) -> Outcome:
     state, _ = bout.start("noisy")
     on_clean = bout.trainer.probabilities(state, ex.validation_images)
     matrix = np.stack([on_clean[ex.validation_labels == k].mean(0) for k in range(ex.num_classes)])
-    state, cost = bout.trainer.fit_through_noise(
-        bout.noisy_rows, bout.labels, bout.steps, matrix=matrix
-    )
-    return bout.outcome(state, bout.judge(state), 1.0 + cost / bout.steps)
+    found = ThroughNoise(bout.trainer, bout.steps).fit(bout.noisy_rows, bout.labels, matrix=matrix)
+    return bout.outcome(found.state, bout.judge(found.state), 1.0 + found.cost / bout.steps)
 
 
 def _clean(bout: Bout) -> Outcome:

@@ -84,8 +84,9 @@ def test_two_classes_that_are_mixed_up_are_told_apart(swapped):
 
 def test_what_it_costs_and_says(swapped):
     wrong, _, cleaned = swapped
-    # All of 300 steps, 1.25 of them in the first training, and looks at its held-out labels.
-    assert 3.25 < cleaned.plain_step_equivalents < 3.3
+    # Of 300 steps: 1.25 in the first training, half of it again for its pilot, .5 + 1 + .5, and
+    # looks at the held-out labels.
+    assert 3.875 < cleaned.plain_step_equivalents < 3.95
     report = cleaned.report()
     assert "600 labels" in report
     assert f"{cleaned.plain_step_equivalents:.2f} plain trainings" in report
