@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 import bilevel_flax as bf
 from bilevel_flax import data
 from bilevel_flax.train.config import ConfigError, load
+from bilevel_flax.train.experiment import train_and_evaluate
 from bilevel_flax.train.step_runner import StepRunner
 from examples.darts import augment, genotype, training
 from examples.darts.cells import (
@@ -377,3 +379,31 @@ def test_the_search_step_of_the_papers_setting_is_traced_and_lowered(cifar):
     assert inner.shape == (64, 32, 32, 3)
     assert lowered.flops / lowered.gradient_flops <= 4.05
     assert "convolution" in lowered.program.as_text()
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_images_of_cifar_in_a_reduced_width(data_dir, tmp_path):
+    """The subset's tar, one cell of each kind, two cells found."""
+    settings = [
+        f"data.manual_dir={data_dir}",
+        "data.splits=(160,200,40)",
+        "data.held_out=40",
+        "network.width=2",
+        "network.cells=2",
+        "network.reductions=(1,)",
+        "network.stem_stride=4",
+        "network.as_matrix=True",
+        "batch_size=8",
+        "steps=20",
+        "eval_every=20",
+        "checkpoint.every=100",
+        "health.every=0",
+        "health.summary=False",
+    ]
+    summary = train_and_evaluate(load("configs/darts_cifar10.py", settings), tmp_path)
+    assert summary["steps"] == summary["stopped_at"] == 20
+    assert 0 <= summary["supernet_validation_error"] <= 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["inner_loss"]) for row in rows if "inner_loss" in row)
+    found = genotype.load(tmp_path / "genotype.json")
+    assert len(found.normal) == len(found.reduce) == genotype.NODES

@@ -64,8 +64,8 @@ def _embedded(kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Arr
 
 def _by_matrix(images: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
     height, width, channels = images.shape[-3:]
-    rows = _taps(kernels.shape[2], height, stride).astype(kernels.dtype)
-    columns = _taps(kernels.shape[2], width, stride).astype(kernels.dtype)
+    rows = taps(kernels.shape[2], height, stride).astype(kernels.dtype)
+    columns = taps(kernels.shape[2], width, stride).astype(kernels.dtype)
     out = (rows.shape[1], columns.shape[1])
     matrices = jnp.einsum("ekijc,iph->cekphj", kernels, rows)
     matrices = jnp.einsum("cekphj,jqw->cekpqhw", matrices, columns)
@@ -75,7 +75,7 @@ def _by_matrix(images: jax.Array, kernels: jax.Array, stride: int) -> jax.Array:
     return products.reshape(*products.shape[:3], *out, channels)
 
 
-def _taps(size: int, length: int, stride: int) -> np.ndarray:
+def taps(size: int, length: int, stride: int) -> np.ndarray:
     """1 where tap i of output o lies on pixel p, [size, ceil(length / stride), length]."""
     at = np.arange(0, length, stride)[None] + (np.arange(size) - size // 2)[:, None]
     return (at[:, :, None] == np.arange(length)).astype(np.float32)

@@ -56,6 +56,7 @@ def select_by_perturbation(
     weights: Any,
     operations: Sequence[str],
     leave_out: Sequence[str] = (),
+    settle: Callable[[np.ndarray], None] = lambda weights: None,
 ) -> list[str]:
     """For each edge the operation whose removal lowers the supernet's score most.
 
@@ -68,6 +69,8 @@ def select_by_perturbation(
         weights: [edges, operations], the mixture that was learned.
         operations: names of the columns.
         leave_out: names that are never taken.
+        settle: `settle(weights)` after each edge but the last: the place to train the supernet on
+            with the mixture that is left, as the paper does.
 
     Raises:
         ValueError: nothing is left, or the columns are not these.
@@ -75,7 +78,7 @@ def select_by_perturbation(
     now = np.array(weights, np.float32)
     strongest(now, operations, leave_out)  # checks
     places = [place for place, name in enumerate(operations) if name not in leave_out]
-    for edge in np.argsort(-now.max(-1), kind="stable"):
+    for count, edge in enumerate(np.argsort(-now.max(-1), kind="stable"), 1):
         scores = []
         for place in places:
             without = now.copy()
@@ -84,6 +87,8 @@ def select_by_perturbation(
             scores.append(score(without))
         now[edge] = 0
         now[edge, places[int(np.argmin(scores))]] = 1
+        if count < len(now):
+            settle(now)
     return strongest(now, operations, leave_out)
 
 
