@@ -239,6 +239,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=tuple(f"test_error.{name}" for name in shown),
-        units={"validation_error": "fraction", "test_error": "fraction"}
-        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
+        units={
+            "validation_error": "fraction",
+            "test_error": "fraction",
+            "inner_loss": "nats",
+            "outer_loss": "nats",
+        },
     )

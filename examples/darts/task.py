@@ -147,8 +147,11 @@ def make_task(config: Any, images: Images | None = None) -> Task:
         evaluate=evaluate,
         final_metrics=final_metrics,
         headline=("supernet_validation_error", "skip_fraction"),
-        units=dict.fromkeys(
-            ("validation_error", "supernet_validation_error", "skip_fraction"), "fraction"
-        )
-        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
+        units={
+            "validation_error": "fraction",
+            "supernet_validation_error": "fraction",
+            "skip_fraction": "fraction",
+            "inner_loss": "nats",
+            "outer_loss": "nats",
+        },
     )

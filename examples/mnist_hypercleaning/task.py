@@ -281,8 +281,10 @@ def make_task(config: Any, examples: Examples | None = None) -> Task:
         final_metrics=final_metrics,
         best_metric="validation_error",  # as the baselines: stopped early on validation data
         headline=_headline(config),
-        units=dict.fromkeys((*_ERRORS, "corrected_label_accuracy"), "fraction")
-        | dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
+        units={
+            **dict.fromkeys((*_ERRORS, "corrected_label_accuracy"), "fraction"),
+            **dict.fromkeys(("inner_loss", "outer_loss"), "nats"),
+        },
     )
 
 
