@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,18 @@ def _write_pages(app: Sphinx) -> None:
     pages = public_names.pages()
     for namespace, names in pages.items():
         _write(folder / f"{namespace}.md", _page(namespace, names))
-    toctree = "\n".join(pages)
-    _write(
-        folder / "index.md",
-        f"# API reference\n\n```{{toctree}}\n:maxdepth: 1\n\n{toctree}\n```\n",
-    )
+    table = "\n".join(f"| [`{_title(name)}`]({name}.md) | {_first_line(name)} |" for name in pages)
+    toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```"
+    _write(folder / "index.md", f"# API reference\n\n| | |\n|---|---|\n{table}\n\n{toctree}\n")
+
+
+def _title(namespace: str) -> str:
+    return SHORT.get(namespace, namespace.replace("bilevel_flax.", "bf.", 1))
+
+
+def _first_line(namespace: str) -> str:
+    docstring = inspect.getdoc(importlib.import_module(namespace)) or ""
+    return docstring.partition("\n")[0].replace("|", "\\|").replace("*", "\\*")
 
 
 def _write(path: Path, text: str) -> None:
@@ -44,12 +52,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def _page(namespace: str, names: list[Public]) -> str:
-    title = SHORT.get(namespace, namespace.replace("bilevel_flax.", "bf.", 1))
     documented = sorted((name for name in names if not name.is_constant), key=_order)
     # Relative, as autosummary asks for where the page's module is a name's own.
     summary = "\n".join(f"   {public.path.removeprefix(f'{namespace}.')}" for public in documented)
     body = "\n".join(map(_entry, documented))
-    return f"""# `{title}`
+    return f"""# `{_title(namespace)}`
 
 ```{{eval-rst}}
 .. automodule:: {namespace}
