@@ -240,7 +240,13 @@ def scale_free_like(
     grafted = in_own_units(directions, time_constant=time_constant)
 
     def chosen(params):
-        return plain if is_linear(inner, params) else grafted
+        try:
+            return plain if is_linear(inner, params) else grafted
+        except jax.errors.TracerArrayConversionError:
+            raise ValueError(
+                "inner takes steps that are traced (a learning rate under vmap or jit), so what it "
+                "does cannot be asked: make the solver with numbers, or pass adjoint="
+            ) from None
 
     def update(updates, state, params=None, **extra_args):
         step = grafted if isinstance(state, OwnUnitsState) else plain

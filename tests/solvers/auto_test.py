@@ -550,3 +550,12 @@ def test_a_fixed_order_of_minibatches_starves_no_row():
     moved = np.array([bool(cheap_steps.moves_at(t, 2)) for t in range(400)])
     assert moved.reshape(-1, 2).sum(1).tolist() == [1] * 200
     assert 60 < moved[::2].sum() < 140
+
+
+def test_a_traced_learning_rate_is_refused_in_words():
+    def init(rate):
+        problem = bf.Problem(lambda z, x, b: (z - x) ** 2, lambda z, x, b: z**2)
+        return bf.auto(problem, inner=optax.adam(rate), steps=3).init(jnp.ones(()), jnp.ones(()))
+
+    with pytest.raises(ValueError, match="under vmap or jit.*pass adjoint="):
+        jax.vmap(init)(jnp.array([0.1, 0.2]))
