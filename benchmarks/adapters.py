@@ -1,6 +1,6 @@
 """What the trainers' adapters cost on top of the library's own loop.
 
-    python benchmarks/adapters.py [--steps 20] [--rounds 9]
+    python benchmarks/adapters.py [--steps 20] [--rounds 9] [--markdown]
 
 One language model and one solver in two loops that take turns in one process: `jax.jit` of
 `solver.update`, and the adapter as its guide page shows it. The ratio of CPU times is taken in each
@@ -22,6 +22,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import bilevel_flax as bf
+from benchmarks.rows import Rows, add_argument
 from bilevel_flax.trainers import flax as flax_adapter
 from bilevel_flax.trainers import nnx as nnx_adapter
 from bilevel_flax.trainers import solver_optimizer
@@ -160,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="of a loop in a round")
     parser.add_argument("--rounds", type=int, default=9)
+    add_argument(parser)
     given = parser.parse_args()
     rng = np.random.default_rng(0)
     side = lambda: {
@@ -167,10 +169,12 @@ def main() -> None:
         "domain": jnp.arange(BATCH) % 2,
     }
     batch = bf.Batch(side(), side())
-    for name, make in (("Flax TrainState", of_flax), ("nnx.Optimizer", of_nnx)):
-        values, ours = ratios(*make(batch), given.steps, given.rounds)
-        low, middle, high = np.percentile(values, (25, 50, 75))
-        print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}) of {ours:.2f} ms", flush=True)
+    with Rows(given.markdown) as rows:
+        for name, make in (("Flax TrainState", of_flax), ("nnx.Optimizer", of_nnx)):
+            values, ours = ratios(*make(batch), given.steps, given.rounds)
+            low, middle, high = (f"{value:.3f}" for value in np.percentile(values, (25, 50, 75)))
+            row = {"adapter": name, "x our loop": middle, "quartiles": f"{low} to {high}"}
+            rows.add({**row, "our loop, ms": f"{ours:.2f}"})
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def curves(bench_task: BenchTask, runs: Runs, axis: str) -> Figure:
     empty = True
     for number, (solver, group) in enumerate(by_solver(runs).items()):
         colour = COLOURS[number % len(COLOURS)]
-        style = ("-", "--", ":")[number // len(COLOURS) % 3]
+        style = ("-", "--", ":")[number // 4 % 3]
         where, middle, low, high = band(group, axis)
         finite = np.isfinite(middle)
         # A run that reached the best value there is has a gap of 0, which no logarithm shows.

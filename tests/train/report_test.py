@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -22,7 +23,7 @@ from bilevel_flax.train.report.page import (
     table_section,
     write_report,
 )
-from bilevel_flax.train.report.plots import PERCENT, curve_figures, smooth
+from bilevel_flax.train.report.plots import COLOURS, PERCENT, curve_figures, smooth
 from examples.mnist_hypercleaning.report import (
     conclusion,
     load_learned,
@@ -490,3 +491,39 @@ def test_a_folder_from_anywhere_is_shown_or_refused_in_one_line(name, tmp_path, 
         (2, False) if name in FOREIGN else (0, True)
     )
     assert code == 0 or len(error.strip().splitlines()) == 1
+
+
+# Linear RGB as those see it whose eyes lack one kind of cone (Machado et al. 2009, severity 1).
+EYES = {
+    "all": np.eye(3),
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def cielab(colour: str, eyes: str) -> np.ndarray:
+    srgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    xyz = TO_XYZ @ np.clip(np.asarray(EYES[eyes]) @ linear, 0, 1) / (TO_XYZ @ np.ones(3))
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_lines_of_one_style_are_told_apart_by_their_colours(eyes: str):
+    for four in (COLOURS[:4], COLOURS[4:]):
+        for one, other in itertools.combinations(four, 2):
+            distance = np.linalg.norm(cielab(one, eyes) - cielab(other, eyes))
+            assert distance > 20, (one, other)
+    rows = [{"step": t, **{f"share/{k}": k + t for k in range(8)}} for t in range(3)]
+    styles = [line.get_linestyle() for line in dict(curve_figures(rows))["Share"].axes[0].lines]
+    assert styles == ["-"] * 4 + ["--"] * 4
