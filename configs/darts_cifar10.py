@@ -8,7 +8,8 @@ As in the paper: half of the 50,000 training images for each loss (less 1,000 of
 sees), batches of 64, momentum with a cosine from .025, weight decay 3e-4, gradients clipped at 5;
 retraining with 20 cells of 36 channels, 600 epochs, batches of 96, drop-path .2, cutout 16 and an
 auxiliary head of weight .4. Unlike it: x moves by `bf.auto`, with a tracked adjoint; `:soba`,
-`:darts1` and `:darts2` take the paper's Adam (3e-4, b1 = .5, decay 1e-3) on x.
+`:darts1` and `:darts2` take the paper's Adam (3e-4, b1 = .5, decay 1e-3) on x. An edge keeps the
+operation whose removal hurts most; `--config.selection=strongest` is the paper's rule.
 
 Hardware: one GPU, or a TPU slice with `--config.mesh=data=8` (the minibatch's statistics are then
 taken over all devices; XLA places the reductions). bfloat16 beside float32 masters. Not run here:
@@ -46,7 +47,7 @@ def get_config(solver: str = "auto") -> ml_collections.ConfigDict:
         "stem_stride": 1,
         "as_matrix": False,  # convolutions, wherever it is compiled
     }
-    config.selection = "strongest"
+    config.selection = "perturbation"
     config.stop = "last"
     config.data = {
         "name": "cifar10",

@@ -5,8 +5,8 @@
 
 Four edges with NAS-Bench-201's five operations each, 14x14 digits of the bundled mnist5k, one half
 for z and one for the architecture. SOBA by default; `:auto`, `:saba`, `:srba`, `:darts1`, `:darts2`
-spend the same gradient units, twice those of plain training. `--config.selection=perturbation`
-chooses each edge's operation by what its removal costs.
+spend the same gradient units, twice those of plain training. Each edge's operation is chosen by
+what its removal costs; `--config.selection=strongest` is DARTS's rule.
 
 Hardware: any CPU, less than two minutes with compilation. Expected (`summary.json`): regret, in
 test accuracy against the best of the 625, below 0.01, and a rank_percentile below 0.05
@@ -29,7 +29,7 @@ def get_config(method: str = "soba") -> ml_collections.ConfigDict:
     config.batch_size = 64
     config.channels = 8
     config.space = {"name": "micro", "operations": OPERATIONS}
-    config.selection = "strongest"
+    config.selection = "perturbation"
     config.log_every = 10
     config.eval_every = 25
     config.checkpoint = {"every": 50, "keep": 2}

@@ -82,6 +82,10 @@ def test_selection_by_perturbation_asks_the_network_not_the_weights():
     assert len(calls) == 6
     # The edge with the most one-sided weights is decided first, and stays so.
     assert all((mixture[1] == [0, 1, 0]).all() for mixture in calls[3:])
+    left = []  # to be trained on with: after the first decision, not after the last
+    settle = lambda mixture: left.append(mixture.copy())
+    selection.select_by_perturbation(score, weights, NAMES, settle=settle)
+    np.testing.assert_allclose(left, [[weights[0], [0, 1, 0]]])
 
 
 def test_stopping_before_a_signal_rises():

@@ -30,7 +30,7 @@ def test_searches_that_were_done_are_not_done_again(tmp_path, monkeypatch, capsy
     asked = []
 
     class Searcher:
-        def __init__(self, method):
+        def __init__(self, method, decay):
             self.method = method
 
         def __call__(self, sides, seed):
@@ -38,9 +38,8 @@ def test_searches_that_were_done_are_not_done_again(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(search, "Searcher", Searcher)
     monkeypatch.setattr(search, "halves", lambda seed: None)
-    ways = ("strongest", "early stop", "perturbation")
-    found = [search.Found(way, (CONVOLUTION,) * 6, 4000.0) for way in ways]
-    monkeypatch.setattr(search, "select", lambda method, records, sides: iter(found))
+    found = [search.Found(way, (CONVOLUTION,) * 6, 4000.0) for way in search.SELECTIONS]
+    monkeypatch.setattr(search, "select", lambda *_: iter(found))
     monkeypatch.setattr(tables, "read", lambda: np.full((64, 2), 0.5))
     for seeds in ("1", "2"):
         words = ["--out", str(tmp_path), "--solvers", "soba,darts1", "--seeds", seeds]

@@ -103,7 +103,7 @@ def test_the_curvature_is_the_hessians_largest_eigenvalue(sides):
     assert float(search.curvature(z, logits, batch)) == pytest.approx(whole[whole != 0][-1], 1e-3)
 
 
-def test_a_search_is_selected_from_in_three_ways_at_what_each_costs(sides, monkeypatch):
+def test_a_search_is_selected_from_in_four_ways_at_what_each_costs(sides, monkeypatch):
     monkeypatch.setattr(search, "RECORDS", 2)
     records = search.Searcher("darts1", budget=8)(sides, 0)
     assert records.weights.shape == (2, 6, 2) and records.curvature.shape == (2,)
@@ -113,11 +113,16 @@ def test_a_search_is_selected_from_in_three_ways_at_what_each_costs(sides, monke
         curvature=np.array([1.0, 9.0]),
     )
     monkeypatch.setattr(search.selection, "stop_before_rise", lambda signal, window: 0)
-    strongest, early, perturbed = search.select("darts1", records, sides)
+    strongest, early, perturbed, alone = search.select("darts1", records, sides)
     assert strongest.genotype == (CONVOLUTION,) * 6 and early.genotype == (SKIP,) * 6
     assert strongest.units == search.BUDGET
     assert early.units == search.BUDGET / 2 + 2 * 6  # six products on F's two minibatches
-    assert perturbed.units == pytest.approx(search.BUDGET + 5 * search.SETTLE_STEPS + 12 * 2 / 3)
+    judged = 12 * 2 / 3  # without each operation, forward, on F's two minibatches
+    assert perturbed.units == pytest.approx(search.BUDGET + 5 * search.SETTLE_STEPS + judged)
+    assert alone.units == pytest.approx(search.BUDGET + judged)
+    assert [one.selection for one in (strongest, early, perturbed, alone)] == list(
+        search.SELECTIONS
+    )
 
 
 def test_the_digits_of_a_training_are_drawn_by_its_seed_alone(monkeypatch):

@@ -1,7 +1,8 @@
-"""Searches in the space at one budget, and three ways to take a network from each.
+"""Searches in the space at one budget, and four ways to take a network from each.
 
-The strongest operation of each edge when the search ends; the operation whose removal hurts most,
-with training in between; the strongest ones before the largest curvature of F in x rises.
+The strongest operation of each edge when the search ends; the strongest ones before the largest
+curvature of F in x rises; the operation whose removal hurts most, with training in between and
+without.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from examples.darts.collapse.space import EDGES, MIXTURE, OPERATIONS, Genotype
 
 UNITS = {"soba": 4, "auto": 4, "darts1": 2, "darts2": 4}  # gradient units of one step
 BUDGET = 4000
+SELECTIONS = ("strongest", "early stop", "perturbation", "perturbation alone")
 EXAMPLES, BATCH_SIZE = 128, 32  # of each loss
 INNER_RATE = 0.01
 OUTER_RATE = 0.005  # of Adam on x, for each unit that a step costs: equal travel for all
@@ -62,11 +64,11 @@ class Records(NamedTuple):
     curvature: np.ndarray
 
 
-def make_problem() -> bf.Problem:
-    """G and F, both with the statistics of the minibatch."""
+def make_problem(decay: float = space.WEIGHT_DECAY) -> bf.Problem:
+    """G, with this decay of z, and F, both with the statistics of the minibatch."""
     weights_of = lambda x: MIXTURE.weights(x)["cell"]
     return bf.Problem(
-        lambda z, x, batch: space.training_loss(z, weights_of(x), batch),
+        lambda z, x, batch: space.training_loss(z, weights_of(x), batch, decay),
         lambda z, x, batch: space.cross_entropy(z, weights_of(x), batch),
     )
 
@@ -99,14 +101,15 @@ class Searcher:
     Args:
         method: one of UNITS.
         budget: gradient units of a search.
+        decay: of z in the search; the networks of the table have `space.WEIGHT_DECAY`.
 
     Attributes:
         steps: of a search.
     """
 
-    def __init__(self, method: str, budget: int = BUDGET):
+    def __init__(self, method: str, budget: int = BUDGET, decay: float = space.WEIGHT_DECAY):
         self.method, self.steps = method, budget // UNITS[method]
-        self._solver = make_solver(make_problem(), method, self.steps)
+        self._solver = make_solver(make_problem(decay), method, self.steps)
         self._compiled: StepRunner | None = None
 
     def __call__(self, sides: tuple[FiniteSum, FiniteSum], seed: int) -> Records:
@@ -146,8 +149,13 @@ def curvature(z: Any, logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Arr
     return jnp.linalg.eigvalsh(jax.hessian(loss)(jnp.zeros(len(EDGES))))[-1]
 
 
-def select(method: str, records: Records, sides: tuple[FiniteSum, FiniteSum]) -> Iterator[Found]:
-    """Takes a network in each of the three ways."""
+def select(
+    method: str,
+    records: Records,
+    sides: tuple[FiniteSum, FiniteSum],
+    decay: float = space.WEIGHT_DECAY,
+) -> Iterator[Found]:
+    """Takes a network in each of the four ways, from a search with this decay."""
     steps = BUDGET // UNITS[method]
     yield Found("strongest", _strongest(records.weights[-1]), steps * UNITS[method])
     batches = sides[1].num_batches
@@ -155,11 +163,15 @@ def select(method: str, records: Records, sides: tuple[FiniteSum, FiniteSum]) ->
     spent = steps * UNITS[method] * (at + 1) / len(records.weights)
     judged = (at + 1) * batches * len(EDGES)
     yield Found("early stop", _strongest(records.weights[at]), spent + judged)
-    settled = _Supernet(records.inner_params, *sides)
-    chosen = selection.select_by_perturbation(
-        settled.score, records.weights[-1], OPERATIONS, settle=settled.train
-    )
-    yield Found("perturbation", tuple(chosen), steps * UNITS[method] + settled.units)
+    for name in SELECTIONS[2:]:
+        supernet = _Supernet(records.inner_params, *sides, decay)
+        chosen = selection.select_by_perturbation(
+            supernet.score,
+            records.weights[-1],
+            OPERATIONS,
+            settle=supernet.train if name == "perturbation" else lambda weights: None,
+        )
+        yield Found(name, tuple(chosen), steps * UNITS[method] + supernet.units)
 
 
 def _strongest(weights: np.ndarray) -> Genotype:
@@ -169,15 +181,16 @@ def _strongest(weights: np.ndarray) -> Genotype:
 class _Supernet:
     """z, judged on the digits of F and trained on on those of G."""
 
-    def __init__(self, z: Any, inner: FiniteSum, outer: FiniteSum):
-        self.z, self._inner, self._outer, self.units = z, inner, outer, 0.0
+    def __init__(self, z: Any, inner: FiniteSum, outer: FiniteSum, decay: float):
+        self.z, self._inner, self._outer, self._decay = z, inner, outer, decay
+        self.units = 0.0
 
     def score(self, weights: np.ndarray) -> float:
         self.units += self._outer.num_batches / 3  # a forward pass, a third of a gradient
         return -float(_mean_loss(self.z, weights, self._outer.batches))
 
     def train(self, weights: np.ndarray) -> None:
-        self.z = _trained_on(self.z, weights, self._inner.batches)
+        self.z = _trained_on(self.z, weights, self._inner.batches, self._decay)
         self.units += SETTLE_STEPS
 
 
@@ -187,7 +200,7 @@ def _mean_loss(z: Any, weights: jax.Array, batches: Any) -> jax.Array:
 
 
 @jax.jit
-def _trained_on(z: Any, weights: jax.Array, batches: Any) -> Any:
+def _trained_on(z: Any, weights: jax.Array, batches: Any, decay: float) -> Any:
     optimizer = optax.adam(SETTLE_RATE)
     count = len(batches["label"])
 
@@ -195,7 +208,7 @@ def _trained_on(z: Any, weights: jax.Array, batches: Any) -> Any:
         z, opt_state = carry
         batch = jax.tree.map(lambda leaf: leaf[number % count], batches)
         updates, opt_state = optimizer.update(
-            jax.grad(space.training_loss)(z, weights, batch), opt_state, z
+            jax.grad(space.training_loss)(z, weights, batch, decay), opt_state, z
         )
         return (optax.apply_updates(z, updates), opt_state), None
 

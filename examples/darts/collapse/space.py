@@ -128,10 +128,12 @@ def cross_entropy(z: Any, weights: jax.Array, batch: dict[str, jax.Array]) -> ja
     return each.mean()
 
 
-def training_loss(z: Any, weights: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-    """The cross-entropy and ½ c ‖z‖²."""
+def training_loss(
+    z: Any, weights: jax.Array, batch: dict[str, jax.Array], decay: float = WEIGHT_DECAY
+) -> jax.Array:
+    """The cross-entropy and ½ decay ‖z‖²."""
     squares = jax.tree.map(lambda leaf: jnp.sum(leaf**2), z)
-    return cross_entropy(z, weights, batch) + 0.5 * WEIGHT_DECAY * optax.tree.sum(squares)
+    return cross_entropy(z, weights, batch) + 0.5 * decay * optax.tree.sum(squares)
 
 
 def init(rng: jax.Array) -> Any:
