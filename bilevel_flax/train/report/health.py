@@ -34,7 +34,11 @@ _RESIDUALS = (
     (0.1, "v solves its system well"),
     (0.5, "v solves its system roughly"),
     (0.9, "v solves its system poorly: read the cosine before you trust x"),
-    (1.5, "v is no better than v = 0, so next to nothing of the hypergradient reached x"),
+    (
+        1.5,
+        "v is no better than v = 0, which is usual while a deep network trains: the validation "
+        "metric says whether x is learned",
+    ),
     (math.inf, "v is worse than v = 0, so x did not follow the hypergradient"),
 )
 _SOLVED = 0.1  # residual up to which the reference's own system counts as solved
