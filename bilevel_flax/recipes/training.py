@@ -22,7 +22,7 @@ from bilevel_flax.recipes.networks import Network
 from bilevel_flax.solvers.inner_only import inner_only
 
 CHUNK = 50  # steps of one dispatch
-_PREDICT = 2000  # examples of one forward pass
+_PREDICT = 250  # examples of one forward pass: larger ones leave the cache of a CPU
 _MIXUP = 0.2  # of Beta(α, α): H. Zhang et al. mixup. ICLR 2018
 
 

@@ -84,16 +84,11 @@ def load(
         ((3000, 28, 28, 1), (1000,), 10)
     """
     sizes = _sizes(splits)
+    parts, class_names = _read(name, manual_dir, data_dir)
     if name == _BUNDLED:
-        parts, class_names = _mnist5k()
         sizes = sizes or dict(zip(_PARTS, _MNIST5K_SIZES, strict=True))
-    elif own.is_own(name) and not catalog.known(name):
-        parts, class_names = own.read(name)
+    elif _is_own(name):
         sizes = sizes or _fifths(parts)
-    elif images := _images_in(name, manual_dir, data_dir):
-        parts, class_names = own.read(str(images))
-    else:
-        parts, class_names = prepared.read(_prepared_folder(name, manual_dir, data_dir))
     for part, (_, labels) in parts.items():
         noise.check_labels(labels, len(class_names), f"{name}'s {part} labels")
     sizes = sizes or _everything(parts)
@@ -108,6 +103,39 @@ def load(
     return ImageData(
         **fields, num_classes=len(class_names), class_names=tuple(class_names), name=name
     )
+
+
+def available(
+    name: str,
+    *,
+    manual_dir: str | pathlib.Path | None = None,
+    data_dir: str | pathlib.Path | None = None,
+) -> dict[str, int]:
+    """How many examples the parts of a data set have: "train", and "test" where there is one.
+
+    Args:
+        name: as `load` takes it.
+        manual_dir: likewise.
+        data_dir: likewise.
+    """
+    parts, _ = _read(name, manual_dir, data_dir)
+    return {part: len(labels) for part, (_, labels) in parts.items()}
+
+
+def _read(
+    name: str, manual_dir: str | pathlib.Path | None, data_dir: str | pathlib.Path | None
+) -> tuple[dict[str, prepared.Part], list[str]]:
+    if name == _BUNDLED:
+        return _mnist5k()
+    if _is_own(name):
+        return own.read(name)
+    if images := _images_in(name, manual_dir, data_dir):
+        return own.read(str(images))
+    return prepared.read(_prepared_folder(name, manual_dir, data_dir))
+
+
+def _is_own(name: str) -> bool:
+    return own.is_own(name) and not catalog.known(name)
 
 
 def _images_in(

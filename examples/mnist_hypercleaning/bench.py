@@ -25,6 +25,7 @@ from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
+from examples.datasets import sources
 from examples.mnist_hypercleaning import rivals
 from examples.mnist_hypercleaning.model import MODELS
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
@@ -41,7 +42,6 @@ _DEFAULTS = {
 }
 _BATCH = 64
 _TEST_SHARE, _MOST_TRAIN, _MOST_TEST = 0.2, 20_000, 10_000
-_MNIST5K = 5000
 
 
 class Row(NamedTuple):
@@ -151,11 +151,15 @@ def _run_missing(
 
 
 def _examples(options: Options, data: str, noise: str, clean: int, seed: int) -> Any:
-    if data == "mnist5k":
-        test = int(_TEST_SHARE * _MNIST5K)
-        splits = (_MNIST5K - test - clean, clean, test)
-    else:
-        splits = (_MOST_TRAIN, clean, _MOST_TEST)
+    there = sources.available(data, manual_dir=options.manual_dir)
+    test = min(_MOST_TEST, there.get("test", int(_TEST_SHARE * there["train"])))
+    left = there["train"] - clean - (0 if "test" in there else test)
+    if left < 1:
+        raise ConfigError(
+            f"--clean={clean}: {data} has {left + clean} training examples: leave some with given "
+            "labels"
+        )
+    splits = (min(_MOST_TRAIN, left), clean, test)
     config = ml_collections.ConfigDict(
         {
             "data": {

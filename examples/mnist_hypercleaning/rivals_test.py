@@ -9,7 +9,7 @@ from bilevel_flax import bench
 from bilevel_flax.bench import Options
 from bilevel_flax.train.config import ConfigError
 from examples.mnist_hypercleaning import rivals
-from examples.mnist_hypercleaning.bench import average_precision, read
+from examples.mnist_hypercleaning.bench import _examples, average_precision, read
 from examples.mnist_hypercleaning.task import Examples
 
 CLASSES, SIDE = 3, 2
@@ -85,6 +85,18 @@ def test_the_bench_writes_its_table_and_goes_on(tmp_path):
     said.clear()
     assert bench.run(options, said.append)[0].method == "weights"
     assert not any(line.startswith("[") for line in said)  # nothing is run again
+
+
+def test_a_file_of_ones_own_is_taken_whole_up_to_the_published_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (300, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(300) % 3)
+    options = Options("cleaning", ("clean",), tmp_path)
+    examples = _examples(options, str(tmp_path / "own.npz"), "class", 60, seed=0)
+    parts = (examples.given_labels, examples.validation_labels, examples.test_labels)
+    assert tuple(map(len, parts)) == (180, 60, 60)
+    with pytest.raises(ConfigError, match="--clean=240.*has 240 training examples"):
+        _examples(options, str(tmp_path / "own.npz"), "class", 240, seed=0)
 
 
 def _rounded(row):

@@ -1,6 +1,7 @@
 """`recipes.clean` on closed cases, from any source, for any kind of module."""
 
 import flax.linen as nn
+import grain
 import numpy as np
 import optax
 import pytest
@@ -101,9 +102,10 @@ def test_columns_come_back(swapped):
         cleaned.add_columns({"label": given[:5]})
 
 
-def test_the_same_from_an_nnx_module_and_a_mapping(swapped):
+def test_the_same_from_an_nnx_module_and_grain(swapped):
     wrong, given, _ = swapped
     rows = [{"image": x, "label": int(y)} for x, y in zip(X, given, strict=True)]
+    rows = grain.MapDataset.source(rows)
     cleaned = run(given, NnxMlp(nnx.Rngs(0)), train=rows)
     assert ((cleaned.wrong_probability > 0.5) == wrong).mean() > 0.97
 

@@ -1,6 +1,7 @@
 """The first training: when it stops, and what a clean example weighs."""
 
 import types
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -13,7 +14,7 @@ from bilevel_flax.recipes.networks import as_network
 from bilevel_flax.recipes.training import Trainer
 
 
-def course(likelihoods):
+def course(likelihoods) -> Any:
     return types.SimpleNamespace(likelihoods=np.asarray(likelihoods))
 
 
@@ -85,5 +86,8 @@ def test_a_step_that_falls_is_told_how_long_a_training_is():
     assert cleaned.plain_step_equivalents < 4.1
     with pytest.raises(TypeError, match="optimizer"):
         bf.recipes.clean(
-            Wide(), (x[:1000], labels[:1000]), (x[1000:], labels[1000:]), optimizer=lambda n: n
+            Wide(),
+            (x[:1000], labels[:1000]),
+            (x[1000:], labels[1000:]),
+            optimizer=lambda n: n,  # pyright: ignore[reportArgumentType]
         )
