@@ -123,7 +123,7 @@ def norm(tree: PyTree) -> jax.Array:
 
 
 def masked(tree: PyTree, flags: PyTree) -> PyTree:
-    """Zeros in the leaves whose flag, a bool or a scalar array of one, is False; None: all stay."""
+    """Zeros where the flag of a leaf, a bool or an array of them, is False; None: all stay."""
     if flags is None:
         return tree
 

@@ -22,6 +22,7 @@ from bilevel_flax.tree import depends_on, filter_inexact, is_inexact
 
 _LONGEST_SIDE = 3
 _ROUNDING = 1e-3
+_NEAR = 0.01
 _FAR = 1e6  # a bound that parameters of order 1 never meet
 _OFF_GRID = 0.0537  # whole numbers lie on the grid of what rounds
 _NOISE = 2e-5  # of what remembers parameters, and subtracts them
@@ -29,7 +30,7 @@ _NO_STEP = 1e-5  # of the step from parameters that are not 0
 _CONSTRAINT = (
     "inner changes parameters by their values (a projection, a clip, a constraint), and v, which "
     "would go through the same, is no parameter: pass adjoint=, e.g. the same optimiser without "
-    "that part, which is right where no constraint is active"
+    "that part"
 )
 
 
@@ -94,14 +95,16 @@ def _compiled(transform: Any) -> Callable[..., tuple[PyTree, PyTree]]:
     return jax.jit(functools.partial(one_update, transform))
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """An optimiser as it answers to questions, on small arrays."""
+
     update: Callable[..., PyTree]  # of gradient, state, parameters and the loss's value
     floats: PyTree
     reads_params: bool
     reads_value: bool
 
 
-def _asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree) -> _Asked:
+def asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree) -> Asked:
     """An optimiser's update, and whether it looks at parameters and at the loss's value."""
     floats = filter_inexact(params)
     shapes = jax.eval_shape(lambda tree: tree, outer_params)
@@ -110,7 +113,7 @@ def _asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTr
     traced = lambda *args: one_update(*about, *args)[0]
     used = depends_on(traced, floats, opt_state, floats, jnp.zeros(()))
     reads_params = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
-    return _Asked(functools.partial(acting_update, *about), floats, reads_params, used[-1])
+    return Asked(functools.partial(acting_update, *about), floats, reads_params, used[-1])
 
 
 def applies_to_adjoint(
@@ -137,11 +140,26 @@ def applies_to_adjoint(
         ValueError: it projects or clips parameters (`optax.keep_params_nonnegative` ...): what that
             means for v depends on which constraints are active.
     """
-    update, floats, reads_params, reads_value = _asked(transform, opt_state, params, outer_params)
+    update, floats, reads_params, reads_value = asked(transform, opt_state, params, outer_params)
     with while_tracing():
         if reads_value:
             _refuse_values_of_the_loss(transform, update, floats)
-        return not reads_params or _probe(transform, update, floats)
+        if not reads_params:
+            return True
+        answers = _probe(transform, update, floats)
+    if answers.projects:
+        raise ValueError(_CONSTRAINT)
+    if answers.in_proportion:
+        raise ValueError(
+            "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where "
+            "it would stay: pass adjoint=, e.g. optax.adam"
+        )
+    return not answers.decays_behind
+
+
+def changes_parameters(transform: optax.GradientTransformation, question: Asked) -> bool:
+    """Whether it projects or clips parameters."""
+    return _probe(transform, question.update, question.floats).projects
 
 
 def scales_by_parameters(
@@ -156,7 +174,7 @@ def scales_by_parameters(
 
     Args: as `applies_to_adjoint`.
     """
-    update, floats, reads_params, _ = _asked(transform, opt_state, params, outer_params)
+    update, floats, reads_params, _ = asked(transform, opt_state, params, outer_params)
     if not reads_params:
         return False
     with while_tracing():
@@ -195,29 +213,37 @@ def coupled_decay(
         >>> round(coupled_decay(transform, transform.init(jnp.ones(2)), jnp.ones(2)), 4)
         0.5
     """
-    update, floats, reads_params, reads_value = _asked(transform, opt_state, params, outer_params)
+    update, floats, reads_params, reads_value = asked(transform, opt_state, params, outer_params)
     if reads_value or not reads_params or not is_linear(transform, params, outer_params):
         return None
     with while_tracing():
         point = jax.tree.map(small, floats)
         nothing = scaled(point, 0.0)
         fresh = transform.init(point)
+        # Within wide bounds, and on both sides of 0: a projection acts on one of them.
+        near = jax.tree.map(lambda leaf: jnp.abs(leaf) * jnp.asarray(_NEAR, leaf.dtype), point)
         for step in telling_steps(fresh):
             state = _at_step(fresh, step)
-            pull, push = update(nothing, state, point), update(point, state, nothing)
-            others = (update(nothing, state, scaled(point, factor)) for factor in (2.0, -1.0))
-            doubled, turned = (
-                scaled(other, by) for other, by in zip(others, (0.5, -1.0), strict=True)
-            )
-            # A projection of parameters is no decay: it acts on one side.
-            if _largest(pull) > 0 and _near(doubled, pull) and _near(turned, pull):
-                return jax.tree.map(_rate, pull, push)
+            sides = [_rates(update, state, scaled(near, sign), nothing) for sign in (1.0, -1.0)]
+            rates = jax.tree.map(min, *sides)
+            if any(jax.tree.leaves(rates)) and np.isfinite(jax.tree.leaves(rates)).all():
+                return rates
     return None
 
 
-def _rate(pull: jax.Array, push: jax.Array) -> float:
-    size = _largest(push)
-    return _largest(pull) / size if size else 0.0
+def _rates(update: Callable[..., PyTree], state: PyTree, at: PyTree, nothing: PyTree) -> PyTree:
+    """For each leaf the pull on parameters over the push of an equal gradient; 0: no decay."""
+    pull, outwards = update(nothing, state, at), update(scaled(at, -1.0), state, at)
+    if not (
+        _parallel(pull, at) and _near(update(nothing, state, scaled(at, 2.0)), scaled(pull, 2.0))
+    ):
+        return jax.tree.map(lambda _: 0.0, pull)
+    return jax.tree.map(_rate, pull, outwards)
+
+
+def _rate(pull: jax.Array, outwards: jax.Array) -> float:
+    push = _largest(np.asarray(outwards) - np.asarray(pull))
+    return _largest(pull) / push if push else (np.inf if _largest(pull) else 0.0)
 
 
 def is_linear(
@@ -308,9 +334,15 @@ def small(leaf: Any) -> jax.Array:
     return jnp.asarray(values.reshape(shape), leaf.dtype)
 
 
+class _Answers(NamedTuple):
+    projects: bool = False
+    decays_behind: bool = False  # what normalises the gradient
+    in_proportion: bool = False  # to the parameters: no step from 0
+
+
 def _probe(
     transform: optax.GradientTransformation, update: Callable[..., PyTree], params: PyTree
-) -> bool:
+) -> _Answers:
     def at(step, gradient, params):
         # A state of these very parameters: some remember them (SAM, schedule-free).
         return update(gradient, _at_step(transform.init(params), step), params)
@@ -324,31 +356,43 @@ def _probe(
         pull, push = still(point), still(scaled(point, -1.0))
         if not _finite((pull, push)):  # 0 / 0: no gradient yet, no step
             continue
-        if _near(pull, nothing) and _near(push, nothing):
+        odd, twice = _near(push, scaled(pull, -1.0)), still(scaled(point, 2.0))
+        linear = odd and _near(twice, scaled(pull, 2.0))
+        if _largest((pull, push)) == 0 or linear and _is_rounding(pull, point):
             off_grid = jax.tree.map(
                 lambda p: jnp.asarray(np.asarray(p) + np.asarray(_OFF_GRID, p.dtype)), point
             )
             rounded, bounded = still(off_grid), still(scaled(point, _FAR))
             if _largest(rounded) > _NOISE or _largest(bounded) > 1.0:
-                raise ValueError(_CONSTRAINT)
+                return _Answers(projects=True)
             continue
-        odd, twice = _near(push, scaled(pull, -1.0)), still(scaled(point, 2.0))
         once, doubled = (at(step, scaled(point, scale), nothing) for scale in (1.0, 2.0))
-        if odd and _near(twice, scaled(pull, 2.0)):
+        if linear:
+            if not _parallel(pull, point):  # onto a subspace
+                return _Answers(projects=True)
             decays = True
             normalises |= not _near(doubled, scaled(once, 2.0))
         # Decay in front of a normaliser pulls as a gradient does; a proximal step does not.
         elif not (odd and _near(twice, pull) and _near(*map(_sizes, (once, pull)))):
-            raise ValueError(_CONSTRAINT)
+            return _Answers(projects=True)
     from_zero, from_point = (
         max(_largest(at(step, point, start)) for step in steps) for start in (nothing, point)
     )
-    if from_zero <= _NO_STEP * from_point:
-        raise ValueError(
-            "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where "
-            "it would stay: pass adjoint=, e.g. optax.adam"
-        )
-    return not (decays and normalises)
+    in_proportion = from_zero <= _NO_STEP * from_point
+    return _Answers(decays_behind=decays and normalises, in_proportion=in_proportion)
+
+
+def _is_rounding(pull: PyTree, params: PyTree) -> bool:
+    """Of what remembers parameters, and subtracts them: the least digits, in no direction."""
+    leaves = zip(*(jax.tree.leaves(tree) for tree in (pull, params)), strict=True)
+    digits = all(_largest(a) <= 4 * float(jnp.finfo(b.dtype).eps) * _largest(b) for a, b in leaves)
+    return digits and not _parallel(pull, params)
+
+
+def _parallel(one: PyTree, other: PyTree) -> bool:
+    """Leaf by leaf."""
+    pairs = zip(*(jax.tree.leaves(tree) for tree in (one, other)), strict=True)
+    return all(_near(a, b * (np.vdot(b, a) / np.vdot(b, b))) for a, b in pairs if b.size)
 
 
 def _floats(state: PyTree) -> list:

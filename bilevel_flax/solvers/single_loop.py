@@ -29,7 +29,8 @@ from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
-from bilevel_flax.solvers.inner_optimiser import check_value, trainable
+from bilevel_flax.solvers.constraints import moving
+from bilevel_flax.solvers.inner_optimiser import check_value
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
@@ -107,8 +108,8 @@ def single_loop(
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
 
-    def moving(state: TrainState) -> PyTree:
-        return trainable(tx.inner, state.inner_opt_state, *state.variables[::2])
+    def movable(state: TrainState) -> PyTree:
+        return moving(tx.inner, state.inner_opt_state, *state.variables[::2])
 
     def at_hosts_z(state: TrainState, inner_params: PyTree) -> TrainState:
         if inner_params is None:
@@ -122,8 +123,8 @@ def single_loop(
         """One shared evaluation, three parallel Optax steps, all from the old point."""
         state = at_hosts_z(state, inner_params)
         check_value(problem, tx.inner, state.inner_opt_state, *state.variables[::2])
-        flags = moving(state)
-        # Of a group that has come to rest v says nothing any more.
+        flags = movable(state)
+        # Of what has come to rest v says nothing any more.
         state = state.replace(adjoint=masked(state.adjoint, flags))
         decay = coupled_decay(tx.inner, state.inner_opt_state, *state.variables[::2])
         oracle = binder.step(state, batch, flags, decay)
@@ -169,7 +170,7 @@ def single_loop(
 
     def refresh(state: TrainState, batch: Batch, inner_params: PyTree = None) -> TrainState:
         state = at_hosts_z(state, inner_params)
-        oracle = binder.part(state, batch, moving(state))
+        oracle = binder.part(state, batch, movable(state))
         memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
         return state.replace(estimator_state=memory)
 

@@ -35,6 +35,7 @@ from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers.constraints import moving
 from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -135,7 +136,7 @@ def _minibatches(
 
 
 def sampled_oracles(
-    problem: Problem, transforms: Variables, state: TrainState, second_order: bool = True
+    problem: Problem, transforms: Variables, state: TrainState, solves: bool = True
 ) -> SampledOracles:
     """The oracles of an update or a refresh, with what z's optimiser does to the system of v.
 
@@ -143,11 +144,12 @@ def sampled_oracles(
         problem: the problem.
         transforms: the optimisers.
         state: before the update.
-        second_order: products with H are asked for.
+        solves: there is such a system.
     """
     of_inner = transforms.inner, state.inner_opt_state, *state.variables[::2]
-    decay = coupled_decay(*of_inner) if second_order else None
-    return SampledOracles(problem, transforms, state.model_state, trainable(*of_inner), decay)
+    decay = coupled_decay(*of_inner) if solves else None
+    flags = (moving if solves else trainable)(*of_inner)
+    return SampledOracles(problem, transforms, state.model_state, flags, decay)
 
 
 def nested(
@@ -168,6 +170,7 @@ def nested(
     fixed_keys: bool = False,
     sees_outer: Callable[..., PyTree] = lambda *args: (),
     second_order: bool = True,
+    solves: bool = True,
 ) -> BilevelSolver:
     """The frame around a method's step: Minibatches in, the move of x, Info and the freeze out.
 
@@ -190,6 +193,7 @@ def nested(
             (methods that compare visits).
         sees_outer: `sees_outer(sampled, state, inner, x) -> tree`, what D_x sees of x beside G.
         second_order: the step asks for products with second derivatives of G.
+        solves: and solves a system in its Hessian (`unrolled` differentiates z's steps instead).
 
     Raises:
         ValueError: weights that are no shares, a row-sparse outer optimiser where D_x is dense;
@@ -234,7 +238,9 @@ def nested(
             for side in ("inner", "outer")
         ]
         check_value(problem, transforms.inner, state.inner_opt_state, *state.variables[::2])
-        sampled = sampled_oracles(problem, transforms, state, second_order)
+        sampled = sampled_oracles(problem, transforms, state, second_order and solves)
+        # Of what has come to rest v says nothing any more.
+        state = state.replace(adjoint=sampled.constrain(state.adjoint))
         start = first(minibatches[0])
         checks.losses(
             problem,

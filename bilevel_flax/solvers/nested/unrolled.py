@@ -163,5 +163,6 @@ def unrolled(
         units=3 * inner_steps + 1,
         row_directions=False,
         sees_outer=sees_outer,
+        solves=False,
         **common,
     )
