@@ -49,9 +49,9 @@ def parameters(name: str, tree: PyTree) -> None:
                 "inner products are those of real vectors: give its real and imaginary part as two "
                 "leaves, and join them inside the loss"
             )
-    if not any(is_inexact(leaf) for leaf in jax.tree.leaves(tree)):
+    if not any(is_inexact(leaf) and jnp.size(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
-            f"{name} has no floating-point leaf, so there is nothing to learn: {tree!r:.80}"
+            f"{name} has no floating-point leaf with an entry, so there is nothing to learn: {tree!r:.80}"
         )
 
 

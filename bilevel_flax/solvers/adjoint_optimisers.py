@@ -197,6 +197,8 @@ def in_own_units(
         longest = jnp.maximum((1 - 1 / (_MEMORY * steps)) * state.longest, own)
         # Of small D_v a larger share: the square of v itself must be a float32.
         probe = jnp.maximum(_PROBE * now, jnp.minimum(_SHARE * now, _PROBE))
+        # And in float16 its entries must be numbers at all.
+        probe = jnp.maximum(probe, _least(updates))
         # ‖D_v‖ / κ; at v = 0 nothing is known of κ, and a step too short to matter will tell.
         far = jnp.where(
             product > 0,
@@ -208,6 +210,12 @@ def in_own_units(
         return _times(factor, moved), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _least(tree: PyTree) -> float:
+    """The norm of a tree of the least normal numbers of its dtypes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * float(jnp.finfo(leaf.dtype).tiny) ** 2 for leaf in leaves) ** 0.5
 
 
 def _times(factor: jax.Array, tree: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ exact where the entries that are held are the same around x (strict complementar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import optax
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.checks import UserError
-from bilevel_flax.solvers.inner_optimiser import share_step_count, trainable
+from bilevel_flax.solvers.inner_optimiser import share_step_count
 from bilevel_flax.solvers.optimiser_probes import (
     Asked,
     asked,
@@ -26,47 +27,47 @@ from bilevel_flax.solvers.optimiser_probes import (
     while_tracing,
     zeros_in_shape,
 )
-from bilevel_flax.solvers.waiting import about_to_act
+from bilevel_flax.solvers.waiting import about_to_act, calls_in_a_step
+from bilevel_flax.tree import filter_inexact
 
 # Of parameters of order 1: within a bound, and beyond it.
 _SCALES = (1.0, 10.0, 1e3, 1e6)
 _APART = 1e-2
 
 
-def moving(
+def without_held(
+    flags: PyTree,
     transform: optax.GradientTransformation,
     opt_state: PyTree,
     params: PyTree,
-    outer_params: PyTree = None,
+    outer_params: PyTree,
+    gradient: Callable[[], PyTree],
 ) -> PyTree:
-    """`trainable`, and entry by entry where a constraint may hold some.
-
-    Args: as `trainable`.
-
-    Raises:
-        UserError: as `free_entries`.
-    """
-    flags = trainable(transform, opt_state, params, outer_params)
-    free = free_entries(transform, opt_state, params, outer_params)
-    if free is None:
-        return flags
-    flags = jax.tree.map(lambda _: True, params) if flags is None else flags
-    by_entry = lambda entries, flag: flag if entries is None else entries & flag
-    return jax.tree.map(by_entry, free, flags, is_leaf=lambda node: node is None)
+    """`trainable`'s flags, entry by entry where there is a constraint; see `free_entries`."""
+    free = free_entries(transform, opt_state, params, outer_params, gradient)
+    if free is None or flags is None:
+        return free
+    return jax.tree.map(lambda entries, flag: entries & flag, free, flags)
 
 
 def free_entries(
     transform: optax.GradientTransformation,
     opt_state: PyTree,
     params: PyTree,
-    outer_params: PyTree = None,
+    outer_params: PyTree,
+    gradient: Callable[[], PyTree],
 ) -> PyTree:
-    """For each entry of z's float leaves whether no constraint holds it; None: there is none.
+    """For each entry of z's leaves whether no constraint holds it; None: there is no constraint.
 
-    An entry is held where steps move it one way only (it is at its bound), or where it is at rest
-    and what is not is pulled to there (0 under a soft threshold).
+    An entry is held where its gradient does not move it: it is at its bound and is pushed beyond
+    it, or at rest where all others are pulled to (0 under a soft threshold).
 
-    Args: as `trainable`.
+    Args:
+        transform: z's optimiser, and the three after it as in `trainable`.
+        opt_state: its state.
+        params: z.
+        outer_params: x.
+        gradient: makes ∇₁G at z; called where there is a constraint.
 
     Raises:
         UserError: the bound of one entry depends on others (a ball, a sphere, a simplex).
@@ -83,11 +84,10 @@ def free_entries(
         update = functools.partial(one_update, transform, zeros_in_shape(shapes))
         ready = about_to_act(lambda s: update(point, s, point)[1], transform.init(point))
     z = question.floats
-    counters = _counters_of(ready, transform.init(z))
-    state = share_step_count(counters, opt_state)
+    state = share_step_count(_counters_of(ready, transform.init(z)), opt_state)
 
-    def moved(gradient, params=z):
-        return update(gradient, state, params)[0]
+    def moved(d_z, params=z):
+        return update(d_z, state, params)[0]
 
     # Long steps: a short one may be lost in rounding.
     far = jax.tree.map(lambda leaf: 1 + jnp.abs(leaf), z)
@@ -97,11 +97,17 @@ def free_entries(
     # What a projection has brought within its bound stays there; a threshold goes on.
     again = moved(nothing, jax.tree.map(jnp.add, z, still))
     shrinks = functools.reduce(jnp.logical_or, [jnp.any(u != 0) for u in jax.tree.leaves(again)])
+    d_z = filter_inexact(gradient())
+    gathered = calls_in_a_step(ready)
+    now = moved(jax.tree.map(lambda leaf: leaf * gathered, d_z))
 
-    def free(up, down, still):
-        return ((up != 0) == (down != 0)) & ~(shrinks & (still == 0))
+    def free(up, down, still, now, d_z):
+        at_bound = ((up != 0) != (down != 0)) & (d_z != 0)
+        return ~((at_bound | (shrinks & (still == 0))) & (now == 0))
 
-    return jax.tree.map(free, up, down, still)
+    entries = jax.tree.map(free, up, down, still, now, d_z)
+    fill = lambda entry, _: True if entry is None else entry
+    return jax.tree.map(fill, entries, params, is_leaf=lambda node: node is None)
 
 
 def _counters_of(ready: PyTree, fresh: PyTree) -> PyTree:

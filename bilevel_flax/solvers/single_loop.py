@@ -6,6 +6,7 @@ directions are taken at the same, old point.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ from bilevel_flax.oracles.oracle import Oracle
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
-from bilevel_flax.solvers.constraints import moving
-from bilevel_flax.solvers.inner_optimiser import check_value
+from bilevel_flax.solvers.constraints import without_held
+from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
@@ -108,8 +109,14 @@ def single_loop(
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, estimator.init, tx, inner_params, outer_params, model_state, rng)
 
-    def movable(state: TrainState) -> PyTree:
-        return moving(tx.inner, state.inner_opt_state, *state.variables[::2])
+    def moving(state: TrainState) -> PyTree:
+        return trainable(tx.inner, state.inner_opt_state, *state.variables[::2])
+
+    def free(oracle: Oracle, state: TrainState) -> Oracle:
+        z, _, x = state.variables
+        gradient = lambda: oracle.inner_value_and_grad(z, x)[1]
+        flags = without_held(oracle.trainable, tx.inner, state.inner_opt_state, z, x, gradient)
+        return dataclasses.replace(oracle, trainable=flags)
 
     def at_hosts_z(state: TrainState, inner_params: PyTree) -> TrainState:
         if inner_params is None:
@@ -123,11 +130,11 @@ def single_loop(
         """One shared evaluation, three parallel Optax steps, all from the old point."""
         state = at_hosts_z(state, inner_params)
         check_value(problem, tx.inner, state.inner_opt_state, *state.variables[::2])
-        flags = movable(state)
-        # Of what has come to rest v says nothing any more.
-        state = state.replace(adjoint=masked(state.adjoint, flags))
+        flags = moving(state)
         decay = coupled_decay(tx.inner, state.inner_opt_state, *state.variables[::2])
-        oracle = binder.step(state, batch, flags, decay)
+        oracle = free(binder.step(state, batch, flags, decay), state)
+        # Of what has come to rest v says nothing any more.
+        state = state.replace(adjoint=masked(state.adjoint, oracle.trainable))
         estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
         evaluation, active = estimate.evaluation, estimate.active
         norms, finite = norms_and_finite(estimate)
@@ -170,7 +177,7 @@ def single_loop(
 
     def refresh(state: TrainState, batch: Batch, inner_params: PyTree = None) -> TrainState:
         state = at_hosts_z(state, inner_params)
-        oracle = binder.part(state, batch, movable(state))
+        oracle = binder.part(state, batch, moving(state))
         memory = full_pass.update(oracle, state.variables, batch, state.estimator_state)
         return state.replace(estimator_state=memory)
 

@@ -32,6 +32,11 @@ def has_branches(state: PyTree) -> bool:
     return bool(_nodes(state, (*_COUNTERS, *_BY_STEP, optax.ApplyIfFiniteState)))
 
 
+def calls_in_a_step(ready: PyTree) -> int:
+    """K, the gradients that `optax.MultiSteps` gathers, of a state that is about to act."""
+    return max([1, *(int(node.mini_step) + 1 for node in _nodes(ready, optax.MultiStepsState))])
+
+
 def about_to_act(advance: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
     """The state just before the call in which it acts, as if all calls before were like this one.
 

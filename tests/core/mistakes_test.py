@@ -413,6 +413,11 @@ ROWS_OF_MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
         r"inner_params has no floating-point leaf",
     ),
     "nothing as x": (step(x={}), ValueError, r"outer_params has no floating-point leaf"),
+    "no entry in z": (
+        step(z=jnp.zeros((0, 3))),
+        ValueError,
+        r"inner_params has no .* with an entry",
+    ),
     # --- the minibatches
     "a tuple": (step(batch=(DATA, DATA)), TypeError, r"batch is a tuple.*bf.Batch\("),
     "a dict": (step(batch=DATA), TypeError, r"batch is a dict.*bf.Batch\("),

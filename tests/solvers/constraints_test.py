@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bilevel_flax as bf
-from bilevel_flax.solvers.constraints import free_entries
+from bilevel_flax.solvers import constraints
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 
 # G = ½ zᵀKz - z·(x a + c), F = ½‖z - t‖²: z₁ is pushed below 0 whatever x.
@@ -18,6 +18,11 @@ PROBLEM = bf.Problem(
     lambda z, x, _: 0.5 * z @ K @ z - z @ (x * A + C), lambda z, x, _: 0.5 * jnp.sum((z - T) ** 2)
 )
 THRESHOLD = 0.25
+
+
+def free_entries(inner, z, d_z=None):
+    d_z = jax.tree.map(jnp.ones_like, z) if d_z is None else d_z
+    return constraints.free_entries(inner, inner.init(z), z, None, lambda: d_z)
 
 
 def right(decay=0.0):
@@ -96,6 +101,23 @@ def test_a_soft_threshold_holds_what_is_at_0():
     assert coupled_decay(inner, inner.init(T), T) is None
 
 
+def test_at_a_bound_what_is_not_pushed_beyond_it_is_free():
+    z, d_z = jnp.zeros(4), jnp.array([1.0, -1.0, 0.0, 1e-30])
+    inner = optax.chain(optax.sgd(0.2), NONNEGATIVE)
+    assert free_entries(inner, z, d_z).tolist() == [False, True, True, False]
+    above = free_entries(optax.chain(optax.adam(0.1), CLIP), 5.0 * jnp.ones(3), d_z[:3])
+    assert above.tolist() == [True, False, True]
+    # Z = x = 0 is the least of both losses' start: it must leave the bound.
+    follow = bf.Problem(
+        lambda z, x, _: 0.5 * jnp.sum((z - x) ** 2), lambda z, x, _: 0.5 * jnp.sum((z - 3.0) ** 2)
+    )
+    solver = bf.soba(follow, inner=inner, adjoint=optax.sgd(0.2), outer=optax.sgd(0.02))
+    step = lambda s, _: solver.update(s, bf.Batch(0.0, 0.0))
+    run = jax.jit(lambda s: jax.lax.scan(step, s, None, 1000)[0])
+    state = run(solver.init(jnp.zeros(2), jnp.float32(0.0)))
+    np.testing.assert_allclose(state.outer_params, 3.0, atol=1e-3)
+
+
 def ball(w):
     return w * jnp.minimum(1.0, 2.0 / jnp.linalg.norm(w))
 
@@ -118,10 +140,10 @@ def test_a_bound_that_depends_on_other_entries_is_refused(name):
     inner = optax.chain(optax.sgd(0.1), optax.stateless(project))
     z = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match="a ball, a sphere or a simplex.*from_condition"):
-        free_entries(inner, inner.init(z), z)
+        free_entries(inner, z)
 
 
 def test_optimisers_without_a_constraint_are_not_asked_for_one():
     z = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     for inner in (optax.sgd(0.1), optax.adamw(0.1), optax.lamb(0.1), optax.contrib.muon(0.1)):
-        assert free_entries(inner, inner.init(z), z) is None
+        assert free_entries(inner, z) is None

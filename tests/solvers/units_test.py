@@ -139,6 +139,17 @@ def test_v_follows_to_the_end_of_the_run(name):
     assert abs(float(state.outer_params) - 0.4) < 0.06
 
 
+def test_float16_has_a_first_step_of_v():
+    """1e-12 of D_v is no float16: v stayed 0 for a whole run, and x where it was."""
+    inner = optax.adam(0.01, eps=1e-3)
+    solver = bf.auto(FOLLOW, inner=inner, steps=2000)
+    step = lambda s, _: (solver.update(s, bf.Batch(0.0, 0.0))[0], None)
+    state = solver.init(jnp.ones(2, jnp.float16), jnp.ones((), jnp.float16))
+    state = jax.jit(lambda s: jax.lax.scan(step, s, None, length=2000)[0])(state)
+    assert state.outer_params.dtype == jnp.float16
+    assert abs(float(state.outer_params) - 3.0) < 0.1
+
+
 def test_a_step_of_z_that_decays_does_not_slow_v_down():
     """The residual is as it was, the transformation's steps are ten times shorter."""
     schedule = optax.piecewise_constant_schedule(1e-2, {500: 0.1})

@@ -7,6 +7,7 @@ evaluation of G.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
-from bilevel_flax.solvers.constraints import moving
+from bilevel_flax.solvers.constraints import without_held
 from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -148,8 +149,7 @@ def sampled_oracles(
     """
     of_inner = transforms.inner, state.inner_opt_state, *state.variables[::2]
     decay = coupled_decay(*of_inner) if solves else None
-    flags = (moving if solves else trainable)(*of_inner)
-    return SampledOracles(problem, transforms, state.model_state, flags, decay)
+    return SampledOracles(problem, transforms, state.model_state, trainable(*of_inner), decay)
 
 
 def nested(
@@ -239,6 +239,12 @@ def nested(
         ]
         check_value(problem, transforms.inner, state.inner_opt_state, *state.variables[::2])
         sampled = sampled_oracles(problem, transforms, state, second_order and solves)
+        if second_order and solves:
+            z, _, x = state.variables
+            gradient = lambda: sampled.inner_grad(z, x, first(minibatches[0]))[1]
+            of_inner = transforms.inner, state.inner_opt_state, z, x, gradient
+            flags = without_held(sampled.trainable, *of_inner)
+            sampled = dataclasses.replace(sampled, trainable=flags)
         # Of what has come to rest v says nothing any more.
         state = state.replace(adjoint=sampled.constrain(state.adjoint))
         start = first(minibatches[0])
