@@ -51,7 +51,8 @@ def parameters(name: str, tree: PyTree) -> None:
             )
     if not any(is_inexact(leaf) and jnp.size(leaf) for leaf in jax.tree.leaves(tree)):
         raise ValueError(
-            f"{name} has no floating-point leaf with an entry, so there is nothing to learn: {tree!r:.80}"
+            f"{name} has no floating-point leaf with an entry, so there is nothing to learn: "
+            f"{tree!r:.80}"
         )
 
 
