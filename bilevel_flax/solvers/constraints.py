@@ -46,7 +46,7 @@ def without_held(
     """`trainable`'s flags, entry by entry where there is a constraint; see `free_entries`."""
     free = free_entries(transform, opt_state, params, outer_params, gradient)
     if free is None or flags is None:
-        return free
+        return flags if free is None else free
     return jax.tree.map(lambda entries, flag: entries & flag, free, flags)
 
 

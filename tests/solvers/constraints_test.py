@@ -143,6 +143,19 @@ def test_a_bound_that_depends_on_other_entries_is_refused(name):
         free_entries(inner, z)
 
 
+def test_groups_at_rest_and_entries_at_a_bound_are_both_left_out():
+    z = {"a": jnp.zeros(2), "b": jnp.ones(2)}
+    d_z = {"a": jnp.array([1.0, -1.0]), "b": jnp.ones(2)}
+    flags = {"a": True, "b": False}
+    for inner, found in (
+        (optax.chain(optax.sgd(0.1), NONNEGATIVE), {"a": [False, True], "b": [False, False]}),
+        (optax.sgd(0.1), flags),
+    ):
+        args = inner, inner.init(z), z, None, lambda: d_z
+        left = constraints.without_held(flags, *args)
+        assert jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), left) == found
+
+
 def test_optimisers_without_a_constraint_are_not_asked_for_one():
     z = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     for inner in (optax.sgd(0.1), optax.adamw(0.1), optax.lamb(0.1), optax.contrib.muon(0.1)):
