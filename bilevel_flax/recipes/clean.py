@@ -8,8 +8,9 @@
    examples that there is nothing to choose in 1, for as long.)
 3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
    labels that it is sure of, given or not, and the clean ones train it on, with mixup.
-4. That once more, half as long: the network to hand over. With the second, which has not seen what
-   the later ones are taught, it says which labels are wrong.
+4. That once more, half as long and without mixup, from which a network that would not have learned
+   labels by heart, a linear one, gains nothing: the network to hand over. With the second, which
+   was not taught the corrected labels, it says which labels are wrong.
 
 What it costs is at most four plain trainings of the same length. Why no learned weights: started
 from them, or with them on top of the matrix, instance noise ended with more errors
@@ -325,16 +326,16 @@ def _four_trainings(
     state = trainer.fit(rows, labels, length, start=Start(found.state, _FRESH))
     second = judged(state, length, "2/4 on the labels that the first keeps")
 
-    def on_sure_labels(said: np.ndarray, noise: tuple[np.ndarray, float], length: int):
+    def on_sure_labels(said: np.ndarray, noise: tuple[np.ndarray, float], length: int, mixed: bool):
         posterior = noise_model.posterior(said, given, *noise)
         rows = np.append(np.flatnonzero(usable & (posterior.max(1) > _SURE)), clean_rows)
         labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
-        return trainer.fit(rows, labels, length, start=Start(state), mixed=True)
+        return trainer.fit(rows, labels, length, start=Start(state), mixed=mixed)
 
-    state = on_sure_labels(second, _noise(second, given, kept), steps)
+    state = on_sure_labels(second, _noise(second, given, kept), steps, mixed=True)
     third = judged(state, steps, "3/4 on the labels that are sure")
     noise = _noise(third, given, kept)
-    state = on_sure_labels(third, noise, half)
+    state = on_sure_labels(third, noise, half, mixed=False)
     fourth = judged(state, half, "4/4 on those that are now")
 
     posterior = noise_model.posterior(fourth, given, *noise)
