@@ -1,5 +1,7 @@
 """Pictures of a run's real report as a reader sees it: at two widths, in light and in dark.
 
+And the README's: the two sections that say what a cleaning run is for.
+
     bilevel-flax train --config configs/mnist_hypercleaning.py:structured --workdir runs/clean
     python docs/_scripts/screenshots.py runs/clean [--out docs/_static]
 
@@ -17,10 +19,12 @@ from pathlib import Path
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = {"phone": 390, "desktop": 1200}
 SCHEMES = {"dark": 0, "light": 1}  # Blink's numbers
+README = ("Test error against the baselines", "Most suspicious examples")
+README_SIZE = (1040, 1300)
 
 
 def main() -> None:
-    """Writes `report-WIDTH-SCHEME.png`, four of them."""
+    """Writes `report-WIDTH-SCHEME.png`, four of them, and `hypercleaning.png`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "_static")
@@ -38,6 +42,21 @@ def main() -> None:
             path = options.out / f"report-{device}-{scheme}.png"
             take(browser, report, path, (width, options.height), number)
             print(path)
+    with tempfile.TemporaryDirectory() as folder:
+        page, path = Path(folder) / "report.html", options.out / "hypercleaning.png"
+        page.write_text(only(report.read_text(), README))
+        take(browser, page, path, README_SIZE, SCHEMES["light"])
+        print(path)
+
+
+def only(report: str, titles: tuple[str, ...]) -> str:
+    """The report with these sections and nothing else."""
+    head, *sections = report.split("<section>")
+    kept = [part for part in sections if part.startswith(tuple(f"<h2>{t}" for t in titles))]
+    if len(kept) != len(titles):
+        raise SystemExit(f"the report has not all of the sections {', '.join(titles)}")
+    begin = head.partition("<main>")[0] + "<main>"
+    return begin + "".join(f"<section>{part.partition('</section>')[0]}</section>" for part in kept)
 
 
 def take(browser: str, report: Path, path: Path, size: tuple[int, int], scheme: int) -> None:
@@ -63,7 +82,7 @@ def crop(path: Path, width: int) -> None:
     from PIL import Image
 
     with Image.open(path) as image:
-        cut = image.convert("RGB").crop((0, 0, width, image.height))
+        cut = image.convert("RGB").crop((0, 0, width, image.height)).quantize(128)
     cut.save(path, optimize=True)
 
 
