@@ -69,19 +69,19 @@ class _Course:
             "learning": jnp.int32(_LEARN_SHARE * steps if matrix is None else 0),
             "clean_weight": jnp.float32(clean_weight),
         }
-        self._state = trainer.begin(through_noise.solver, extra)
+        self._state, self._until = trainer.begin(through_noise.solver, extra), 0
         self._data = trainer.data(np.setdiff1d(rows, held), labels)
         self.best, self.likelihoods, self.looks = None, np.full(len(held), -np.inf), 0
 
     def advance(self, until: int) -> None:
-        of = self._of
+        of, self._until = self._of, until
         self._state = of.trainer.advance(of.chunk, self._state, self._data, until, self._look)
         if not len(self._held):
             self.best = network_alone(self._state)
 
     def _look(self, state: TrainState) -> None:
         every, held = CHUNK * max(1, round(self._of.steps / _LOOKS / CHUNK)), self._held
-        if not len(held) or (state.step % every and state.step < self._of.steps):
+        if not len(held) or (state.step % every and state.step < self._until):
             return
         self.looks += 1
         trainer, network = self._of.trainer, network_alone(state)
@@ -122,20 +122,22 @@ class ThroughNoise:
             labels: int32 [n], the clean ones' last.
             matrix: float [K, K], which is not learned then; None: learned.
             held: int [h], noisy ones that are not trained on.
-            pilot: steps in which both worths of a clean example are tried, if any are held out.
+            pilot: steps, rounded up to 50, in which both worths of a clean example are tried, if any
+                are held out.
         """
         held = np.zeros(0, int) if held is None else held
+        pilot = min(self.steps, -(-pilot // CHUNK) * CHUNK)  # where the compiled steps end
         course = functools.partial(_Course, self, rows, labels, held, matrix)
         courses = [course(weight) for weight in self._weights]
         if len(held) and pilot:
             for one in courses:
-                one.advance(min(pilot, self.steps))
+                one.advance(pilot)
         else:
             courses = courses[:1]
         chosen = _likelier(courses)
         chosen.advance(self.steps)
         assert chosen.best is not None
-        spent = self.steps + (len(courses) - 1) * min(pilot, self.steps)
+        spent = self.steps + (len(courses) - 1) * pilot
         # A forward pass is a third of a step.
         looks = sum(one.looks for one in courses) * len(held) / self.trainer.batch_size / 3
         cost = spent * (1 + self.known / self.trainer.batch_size) + looks
