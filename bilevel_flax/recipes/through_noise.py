@@ -122,8 +122,8 @@ class ThroughNoise:
             labels: int32 [n], the clean ones' last.
             matrix: float [K, K], which is not learned then; None: learned.
             held: int [h], noisy ones that are not trained on.
-            pilot: steps, rounded up to 50, in which both worths of a clean example are tried, if any
-                are held out.
+            pilot: steps, rounded up to 50, in which both worths of a clean example are tried, where
+                any labels are held out.
         """
         held = np.zeros(0, int) if held is None else held
         pilot = min(self.steps, -(-pilot // CHUNK) * CHUNK)  # where the compiled steps end
