@@ -72,28 +72,24 @@ def test_what_the_pilot_costs(found):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_pilot_shorter_than_the_time_between_looks_ends_with_one():
+@pytest.mark.parametrize(
+    ("steps", "pilot", "spent", "looks"),
+    [
+        (60, 30, 60 + 50, 3),  # after 50, twice, and after 60
+        (190, 95, 190 + 100, 6),  # after 50 and 100, twice, and after 150 and 190
+    ],
+)
+def test_a_pilot_ends_where_compiled_steps_do_with_a_look_and_looks_go_on(
+    steps, pilot, spent, looks
+):
     x, labels = data(3.0, 0.2, n=200)
     trainer = Trainer(
         as_network(Wide()), x, 20, 2, 32, lambda steps: optax.adam(3e-3), lambda z: 0.0, 0
     )
-    found = through_noise.ThroughNoise(trainer, 60).fit(
-        np.arange(200), labels, held=np.arange(50), pilot=30
+    found = through_noise.ThroughNoise(trainer, steps).fit(
+        np.arange(200), labels, held=np.arange(50), pilot=pilot
     )
-    # Of 50 steps, which are compiled as one; looks after them, twice, and after 60.
-    assert found.cost == pytest.approx((60 + 50) * 1.25 + 3 * 50 / 32 / 3)
-
-
-def test_a_training_goes_on_being_looked_at_after_its_pilot():
-    x, labels = data(3.0, 0.2, n=200)
-    trainer = Trainer(
-        as_network(Wide()), x, 20, 2, 32, lambda steps: optax.adam(3e-3), lambda z: 0.0, 0
-    )
-    found = through_noise.ThroughNoise(trainer, 190).fit(
-        np.arange(200), labels, held=np.arange(50), pilot=95
-    )
-    # Two of 100 steps; after 50 and 100, twice, and after 150 and 190.
-    assert found.cost == pytest.approx((190 + 100) * 1.25 + 6 * 50 / 32 / 3)
+    assert found.cost == pytest.approx(spent * 1.25 + looks * 50 / 32 / 3)
 
 
 def test_a_step_that_falls_is_told_how_long_a_training_is():
