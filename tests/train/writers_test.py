@@ -201,6 +201,13 @@ class Recorder:
         self._call("close")
 
 
+class Hanging(Recorder):
+    """Does not answer before it is let go."""
+
+    def __init__(self):
+        super().__init__(waits=threading.Event())
+
+
 def names(writer):
     return [call[0] for call in writer.calls]
 
@@ -234,18 +241,19 @@ def test_a_writer_that_fails_says_so_once_and_is_left_out(method):
 
 
 def test_a_writer_that_hangs_hinders_neither_the_run_nor_its_end(monkeypatch):
-    monkeypatch.setattr(writers, "_SECONDS", 0.2)
-    hangs, good, lines = Recorder(waits=threading.Event()), Recorder(), []
+    monkeypatch.setattr(writers, "_SECONDS", 0.5)
+    hangs, good, lines = Hanging(), Recorder(), []
     multi = MultiWriter([hangs, good], lines.append)
     began = time.monotonic()
     for step in range(writers._PENDING + 100):
         multi.write_scalars(step, {"a": 1.0})
     multi.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # waiting at every call it would be nine minutes
     assert len(good.calls) == writers._PENDING + 101
-    assert len(lines) == 2
-    assert "has not answered for 0.2 s" in lines[0]
-    assert "1000 calls behind" in lines[1]
+    # On a busy machine the good one may be late as well, once, and loses nothing by it.
+    late, out = [line for line in lines if "Hanging" in line]
+    assert "has not answered for 0.5 s" in late
+    assert "1000 calls behind" in out
     hangs.waits.set()
 
 
