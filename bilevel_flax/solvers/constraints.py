@@ -17,16 +17,16 @@ import optax
 from bilevel_flax.base import PyTree
 from bilevel_flax.checks import UserError
 from bilevel_flax.solvers.inner_optimiser import share_step_count
-from bilevel_flax.solvers.optimiser_probes import (
+from bilevel_flax.solvers.optimiser_calls import (
     Asked,
     asked,
-    changes_parameters,
     one_update,
     scaled,
     small,
     while_tracing,
     zeros_in_shape,
 )
+from bilevel_flax.solvers.optimiser_probes import changes_parameters
 from bilevel_flax.solvers.waiting import about_to_act, calls_in_a_step
 from bilevel_flax.tree import filter_inexact
 

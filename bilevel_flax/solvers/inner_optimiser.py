@@ -19,7 +19,7 @@ from jax.core import Tracer
 from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import is_condition
-from bilevel_flax.solvers.optimiser_probes import (
+from bilevel_flax.solvers.optimiser_calls import (
     one_update,
     scaled,
     small,
