@@ -94,7 +94,7 @@ def like_inner_optimizer(
 
     def update(updates, state, params=None, **extra_args):
         opt_state, z = needed(extra_args, "inner_opt_state", "inner_params")
-        about = inner, opt_state, z, extra_args.get("outer_params")
+        about = step, opt_state, z, extra_args.get("outer_params")
         if not applies_to_adjoint(*about) or not (decays or coupled_decay(*about) is None):
             params = jax.tree.map(jnp.zeros_like, params)
         elif scales_by_parameters(*about):
@@ -252,10 +252,11 @@ def scale_free_like(
     plain = like_inner_optimizer(inner)
     directions = like_inner_optimizer(inner, sizes_of_z=False)
     grafted = in_own_units(directions, time_constant=time_constant)
+    of_inner = tolerant(inner)
 
     def chosen(params):
         try:
-            return plain if is_linear(inner, params) else grafted
+            return plain if is_linear(of_inner, params) else grafted
         except jax.errors.TracerArrayConversionError:
             raise ValueError(
                 "inner takes steps that are traced (a learning rate under vmap or jit), so what it "

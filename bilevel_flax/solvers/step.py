@@ -24,6 +24,7 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.per_sample import RowTransformation
+from bilevel_flax.solvers import lookahead
 from bilevel_flax.tree import copied, filter_inexact, norm, nowhere, zeros_like
 
 # Each variable and its optimiser's state in a TrainState.
@@ -46,14 +47,16 @@ def init_state(
     rng: jax.Array | None,
 ) -> TrainState:
     """A fresh TrainState: v = 0, every leaf a buffer of its own (donation needs that)."""
-    point, model_state, rng = init_variables(problem, inner_params, outer_params, model_state, rng)
+    variables = map(lookahead.fast_of, (inner_params, outer_params))
+    point, model_state, rng = init_variables(problem, *variables, model_state, rng)
     z, v, x = point
     by_rows = isinstance(transforms.outer, RowTransformation)
     x_floats = filter_inexact(x)
     x_floats = rows.marked(problem.per_sample, x_floats) if by_rows else x_floats
     points = (filter_inexact(z), filter_inexact(z), x_floats)
     states = [t.init(point) for t, point in zip(transforms, points, strict=True)]
-    _refuse_lookahead(states[0])
+    states[0] = lookahead.started("inner", states[0], inner_params)
+    states[2] = lookahead.started("outer", states[2], outer_params)
     return TrainState(
         step=jnp.int32(0),
         inner_params=z,
@@ -66,15 +69,6 @@ def init_state(
         model_state=model_state,
         rng=rng,
     )
-
-
-def _refuse_lookahead(inner_opt_state: PyTree) -> None:
-    is_lookahead = lambda node: isinstance(node, optax.LookaheadState)
-    if any(map(is_lookahead, jax.tree.leaves(inner_opt_state, is_leaf=is_lookahead))):
-        raise checks.UserError(
-            "inner=optax.lookahead(...) keeps two copies of the parameters and takes a gradient of "
-            "one, but a loss sees all of inner_params: pass its fast optimiser alone"
-        )
 
 
 def init_variables(
@@ -96,20 +90,23 @@ def init_variables(
 def tolerant(
     transform: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser, handed those extra arguments only that it takes (SAM refuses all others)."""
+    """The optimiser, handed those extra arguments only that it takes (SAM refuses all others).
+
+    `optax.lookahead` is one of parameters that are no pair: see `lookahead.py`.
+    """
     transform = optax.with_extra_args_support(transform)
 
     def update(updates, state, params=None, **extra_args):
         while True:
             try:
-                return transform.update(updates, state, params, **extra_args)
+                return lookahead.update(transform, updates, state, params, **extra_args)
             except TypeError as error:
                 refused = set(_QUOTED.findall(str(error))) & extra_args.keys()
                 if not refused or not _REFUSAL.search(str(error)):
                     raise
                 extra_args = {k: v for k, v in extra_args.items() if k not in refused}
 
-    return type(transform)(transform.init, update)
+    return type(transform)(functools.partial(lookahead.init, transform), update)
 
 
 def optimizer_step(

@@ -191,12 +191,6 @@ def test_where_the_size_of_parameters_gives_the_step_its_length_that_of_z_is_vs(
     assert abs(float(state.outer_params) - X) < 0.02
 
 
-def test_lookahead_is_refused():
-    solver = bf.soba(RIDGE, inner=optax.lookahead(optax.sgd(0.1), 5, 0.5), outer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"optax.lookahead.*fast optimiser alone"):
-        solver.init({"w": jnp.ones((2, 2))}, jnp.float32(0.0))
-
-
 GROUPS = {"h": "train", "b": "freeze"}
 
 

@@ -117,7 +117,7 @@ def paced(
         steps, inner = transform.update(updates, state.inner, params, **extra_args)
 
         def running(old, new):
-            return _DECAY * old + (1 - _DECAY) * new
+            return _DECAY * old + (1 - _DECAY) * new.astype(jnp.float32)
 
         known = (product > 0) & (length > 0)
         curvature = jnp.where(known, product / jnp.where(known, length, 1.0), state.curvature)
