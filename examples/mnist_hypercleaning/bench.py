@@ -12,27 +12,27 @@ import html
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
 from bilevel_flax.bench import folder
+from bilevel_flax.bench.markdown import caption, table
 from bilevel_flax.bench.options import Options
-from bilevel_flax.bench.report import shown
+from bilevel_flax.bench.report import aligned
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.report import page as report
 from bilevel_flax.train.report.plots import COLOURS, new_figure
 from bilevel_flax.train.report.sections import Section, figure_section, table_section
 from examples.datasets import sources
-from examples.mnist_hypercleaning import rivals
+from examples.mnist_hypercleaning import rivals, tables
 from examples.mnist_hypercleaning.model import MODELS
 from examples.mnist_hypercleaning.ranking import wrong_label_auc
+from examples.mnist_hypercleaning.tables import Row
 from examples.mnist_hypercleaning.task import load_examples
 
-# Probability of a wrong label, by kind.
-NOISE = {"symmetric": 0.5, "class": 0.4, "instance": 0.4}
 _DEFAULTS = {
     "clean": "500,100",
     "noise": "symmetric,class,instance",
@@ -42,31 +42,6 @@ _DEFAULTS = {
 }
 _BATCH = 64
 _TEST_SHARE, _MOST_TRAIN, _MOST_TEST = 0.2, 20_000, 10_000
-
-
-class Row(NamedTuple):
-    """A method in a setting; errors, accuracy and areas are fractions.
-
-    `cost` is in plain trainings of the same number of steps, starts that methods share included.
-    """
-
-    data: str
-    model: str
-    noise: str
-    clean: int
-    method: str
-    seed: int
-    test_error: float
-    wrong_label_auc: float
-    average_precision: float
-    corrected_label_accuracy: float
-    cost: float
-    seconds: float
-
-    @property
-    def setting(self) -> tuple[str, str, str, int]:
-        """What all methods have in common."""
-        return (self.data, self.model, self.noise, self.clean)
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> list[Row]:
@@ -106,7 +81,7 @@ def _checked(options: Options, methods: Sequence[str]) -> dict[str, Any]:
         key: [part for part in chosen[key].split(",") if part]
         for key in ("noise", "model", "data", "clean")
     }
-    for key, known in (("noise", NOISE), ("model", MODELS)):
+    for key, known in (("noise", tables.NOISE), ("model", MODELS)):
         for name in names[key]:
             check_choice(f"--{key}={name}", name, known)
     sizes = {"clean": names["clean"], "steps": [chosen["steps"]]}
@@ -144,8 +119,13 @@ def _run_missing(
                 say(f"    {row.method}: {row.test_error:.2%}, AUC {row.wrong_label_auc:.4f}")
         asked += [done[key] for key in keys]
     _write_page(options.out, asked)
-    for setting, lines in _tables(asked):
-        say(f"\n{_in_words(setting)}\n{shown(HEADER, lines, options.markdown)}")
+    if options.markdown:
+        say(f"\n{caption()}")
+        for title, header, lines in tables.by_noise(asked):
+            say(f"\n{title}:\n\n{table(header, lines)}")
+    else:
+        for setting, lines in tables.by_setting(asked):
+            say(f"\n{tables.in_words(setting)}\n{aligned(tables.HEADER, lines)}")
     say(f"\n{path}, {options.out / 'bench.html'}")
     return asked
 
@@ -169,7 +149,7 @@ def _examples(options: Options, data: str, noise: str, clean: int, seed: int) ->
                 "splits": splits,
             },
             "noise": noise,
-            "corruption": NOISE[noise],
+            "corruption": tables.NOISE[noise],
             "seed": seed,
         }
     )
@@ -227,51 +207,12 @@ def _as_text(row: Row) -> list:
     return [f"{value:.6g}" if isinstance(value, float) else value for value in row]
 
 
-HEADER = ("method", "test error", "AUC", "precision", "labels right", "trainings", "seconds")
-
-
-def _tables(rows: Sequence[Row]) -> list[tuple[tuple, list[list[str]]]]:
-    """For each setting its methods, the lowest test error first; means and spread over seeds."""
-    tables = []
-    for setting in dict.fromkeys(row.setting for row in rows):
-        lines = []
-        for method in dict.fromkeys(row.method for row in rows):
-            group = [row for row in rows if row.setting == setting and row.method == method]
-            if group:
-                lines.append((np.mean([row.test_error for row in group]), _line(method, group)))
-        tables.append((setting, [line for _, line in sorted(lines, key=lambda pair: pair[0])]))
-    return tables
-
-
-def _line(method: str, group: Sequence[Row]) -> list[str]:
-    errors = 100 * np.array([row.test_error for row in group])
-    spread = f" ± {errors.std(ddof=1):.2f}" if len(group) > 1 else ""
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(row, name) for row in group]))
-
-    return [
-        method,
-        f"{errors.mean():.2f} %{spread}",
-        f"{mean('wrong_label_auc'):.4f}",
-        f"{mean('average_precision'):.4f}",
-        f"{mean('corrected_label_accuracy'):.2%}",
-        f"{mean('cost'):.2f}",
-        f"{mean('seconds'):.0f}",
-    ]
-
-
-def _in_words(setting: tuple) -> str:
-    data, model, noise, clean = setting
-    return f"{data}, {model}, {noise} {NOISE[noise]}, {clean:,} clean"
-
-
 def _write_page(out: Path, rows: Sequence[Row]) -> Path:
     sections: list[Section] = []
-    for setting, lines in _tables(rows):
-        sections.append(table_section(_in_words(setting), list(HEADER), lines, _NOTE))
+    for setting, lines in tables.by_setting(rows):
+        sections.append(table_section(tables.in_words(setting), list(tables.HEADER), lines, _NOTE))
         here = [row for row in rows if row.setting == setting]
-        title = f"Error against cost: {_in_words(setting)}"
+        title = f"Error against cost: {tables.in_words(setting)}"
         sections.append(figure_section(title, _figure(here), "A mark a method and seed."))
     body = (
         '<header><p class="kicker">bilevel_flax bench</p><h1>Cleaning</h1>'

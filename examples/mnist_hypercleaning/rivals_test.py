@@ -8,7 +8,7 @@ import pytest
 from bilevel_flax import bench
 from bilevel_flax.bench import Options
 from bilevel_flax.train.config import ConfigError
-from examples.mnist_hypercleaning import rivals
+from examples.mnist_hypercleaning import rivals, tables
 from examples.mnist_hypercleaning.bench import _examples, average_precision, read
 from examples.mnist_hypercleaning.task import Examples
 
@@ -70,6 +70,21 @@ def test_average_precision_is_the_mean_precision_at_the_wrong_ones():
     wrong = np.array([True, False, True, False])
     assert average_precision(doubt, wrong) == pytest.approx((1 + 2 / 3) / 2)
     assert np.isnan(average_precision(doubt, np.zeros(4, bool)))
+
+
+def test_a_results_page_has_a_column_for_each_noise_and_the_best_method_first():
+    def row(noise, method, seed, error):
+        return tables.Row("mnist5k", "cnn", noise, 100, method, seed, error, 0.9, 0.8, 0.7, 2, 3)
+
+    rows = [row("class", "weights", 0, 0.3), row("class", "weights", 1, 0.1)]
+    rows += [row("symmetric", "clean", 0, 0.02)]
+    ((title, header, lines),) = tables.by_noise(rows)
+    assert title == "mnist5k, cnn, 100 clean, 2 seeds"
+    assert header[1:] == ["class 0.4", "symmetric 0.5", "trainings", "seconds"]
+    assert lines == [
+        ["clean", "", "2.00 %, 0.9000, 70.0 %", "2.00", "3"],
+        ["weights", "20.00 ± 14.14 %, 0.9000, 70.0 %", "", "2.00", "3"],
+    ]
 
 
 def test_the_bench_writes_its_table_and_goes_on(tmp_path):
