@@ -118,7 +118,8 @@ def main() -> None:
                     for row in rows
                     if (row.solver, row.selection) == (solver, way) and row.seed < args.seeds
                 ]
-                table.add(summary(chosen, accuracies))
+                if chosen:
+                    table.add(summary(chosen, accuracies))
 
 
 if __name__ == "__main__":
