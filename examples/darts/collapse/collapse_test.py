@@ -50,9 +50,8 @@ def test_half_of_the_edges_without_parameters_is_a_collapse():
         assert space.collapsed(genotype) == (skips >= 3)
 
 
-def test_a_table_is_resumed_and_another_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "SEEDS", 1)
-    monkeypatch.setattr(tables, "COLUMNS", tables.COLUMNS[:2])
+def test_a_table_is_resumed_and_another_refused(tmp_path):
+    table = tables.TABLE._replace(seeds=1)
     path, calls = tmp_path / "table.csv", []
 
     def stopped(genotype, seed):
@@ -62,17 +61,17 @@ def test_a_table_is_resumed_and_another_refused(tmp_path, monkeypatch):
         return 0.5
 
     with pytest.raises(RuntimeError, match="stopped"):
-        tables.complete(stopped, path, lambda line: None)
+        table.complete(stopped, path, lambda line: None)
     later = []
-    done = tables.complete(
+    done = table.complete(
         lambda genotype, seed: later.append(genotype) or 0.25, path, lambda line: None
     )
     assert calls + later == space.genotypes()
     assert done[:, 0].tolist() == [0.5] * 5 + [0.25] * 59
-    np.testing.assert_array_equal(tables.read(path), done)
+    np.testing.assert_array_equal(table.read(path), done)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no table of this space; delete it"):
-        tables.read(path)
+        table.read(path)
 
 
 def test_the_committed_table_is_complete_and_its_best_network_has_not_collapsed():

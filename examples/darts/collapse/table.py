@@ -11,7 +11,6 @@ minutes of one core.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import optax
 
 from bilevel_flax import data
-from bilevel_flax.bench.folder import write_csv
+from examples.darts.accuracies import Accuracies
 from examples.darts.collapse import space
 from examples.darts.collapse.space import Genotype
 from examples.darts.micro import data as micro_data
@@ -30,35 +29,15 @@ from examples.darts.micro import data as micro_data
 PATH = Path(__file__).with_name("table.csv")
 SEEDS, EXAMPLES = 10, 256
 STEPS, BATCH_SIZE, LEARNING_RATE = 500, 32, 0.01
-COLUMNS = ("genotype", *(f"accuracy_seed_{seed}" for seed in range(SEEDS)))
-
-
-def read(path: Path = PATH) -> np.ndarray:
-    """Test accuracies in [0, 1], float64 [64, 10], in the order of `genotypes`; NaN: not trained.
-
-    Raises:
-        ValueError: the file is no such table.
-    """
-    names = [" ".join(genotype) for genotype in space.genotypes()]
-    if not path.exists():
-        return np.full((len(names), SEEDS), np.nan)
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    if tuple(header) != COLUMNS or [row[0] for row in rows] != names:
-        raise ValueError(
-            f"{path} has {len(rows)} rows, columns {', '.join(header) or 'none'}: it is no table "
-            "of this space; delete it to train anew"
-        )
-    return np.array([[float(value or "nan") for value in row[1:]] for row in rows])
-
-
-def write(accuracies: np.ndarray, path: Path = PATH) -> None:
-    """Replaces the table in one step."""
-    rows = [
-        (" ".join(genotype), *("" if np.isnan(value) else f"{value:.4f}" for value in row))
-        for genotype, row in zip(space.genotypes(), accuracies, strict=True)
-    ]
-    write_csv(path, COLUMNS, rows)
+TABLE = Accuracies(
+    "this space",
+    PATH,
+    space.genotypes(),
+    ("genotype",),
+    [(" ".join(genotype),) for genotype in space.genotypes()],
+    SEEDS,
+)
+read, complete = TABLE.read, TABLE.complete
 
 
 def make_trainer(
@@ -97,22 +76,6 @@ def make_trainer(
         return float(np.mean(np.asarray(fit(key, space.one_hot(genotype), examples)) == test.label))
 
     return trainer
-
-
-def complete(
-    trainer: Callable[[Genotype, int], float],
-    path: Path = PATH,
-    say: Callable[[str], None] = print,
-) -> np.ndarray:
-    """Trains what the table lacks, all networks with seed 0 first; returns the table."""
-    table = read(path)
-    missing = [(seed, row) for seed, row in np.argwhere(np.isnan(table.T))]
-    for count, (seed, row) in enumerate(missing, 1):
-        genotype = space.genotypes()[row]
-        table[row, seed] = trainer(genotype, int(seed))
-        write(table, path)
-        say(f"[{count}/{len(missing)}] seed {seed}, {' '.join(genotype)}: {table[row, seed]:.4f}")
-    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

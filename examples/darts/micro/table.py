@@ -11,8 +11,6 @@ training; the same command goes on. About 40 minutes of one core.
 from __future__ import annotations
 
 import argparse
-import csv
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_flax.bench.folder import write_csv
+from examples.darts.accuracies import Accuracies
 from examples.darts.micro import data as micro_data
 from examples.darts.micro import space as micro_space
 from examples.darts.micro.network import MicroNetwork
@@ -31,9 +29,6 @@ from examples.darts.micro.space import Genotype
 PATH = Path(__file__).with_name("table.csv")
 SEEDS = 3
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 500, 64, 0.02, 1e-3
-_EDGES = tuple(f"edge_{start}_{end}" for start, end in micro_space.EDGES)
-_ACCURACIES = tuple(f"accuracy_seed_{seed}" for seed in range(SEEDS))
-COLUMNS = (*_EDGES, "same_as", *_ACCURACIES)
 
 
 def number(genotype: Genotype) -> int:
@@ -44,40 +39,17 @@ def number(genotype: Genotype) -> int:
     return place
 
 
-def read(path: Path = PATH) -> np.ndarray:
-    """Test accuracies in [0, 1], float64 [625, 3], by the genotype's number; NaN: not trained.
-
-    Raises:
-        ValueError: the file is no such table.
-    """
-    entries = np.full((len(micro_space.genotypes()), SEEDS), np.nan)
-    if not path.exists():
-        return entries
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if len(rows) != len(entries) or tuple(rows[0]) != COLUMNS:
-        raise ValueError(
-            f"{path} has {len(rows)} rows, columns {', '.join(rows[0]) if rows else 'none'}: "
-            "it is no table of the micro-space; delete it to train anew"
-        )
-    for place, (genotype, row) in enumerate(zip(micro_space.genotypes(), rows, strict=True)):
-        if tuple(row[edge] for edge in _EDGES) != genotype:
-            raise ValueError(f"{path}, row {place + 2}: expected the genotype {genotype}")
-        entries[place] = [float(row[name] or "nan") for name in _ACCURACIES]
-    return entries
-
-
-def write(accuracies: np.ndarray, path: Path = PATH) -> None:
-    """Replaces the table in one step."""
-    rows = [
-        (
-            *genotype,
-            number(micro_space.canonical(genotype)),
-            *("" if np.isnan(value) else f"{value:.4f}" for value in row),
-        )
-        for genotype, row in zip(micro_space.genotypes(), accuracies, strict=True)
-    ]
-    write_csv(path, COLUMNS, rows)
+_SAME = [number(micro_space.canonical(genotype)) for genotype in micro_space.genotypes()]
+TABLE = Accuracies(
+    "the micro-space",
+    PATH,
+    micro_space.genotypes(),
+    (*(f"edge_{start}_{end}" for start, end in micro_space.EDGES), "same_as"),
+    [(*names, str(same)) for names, same in zip(micro_space.genotypes(), _SAME, strict=True)],
+    SEEDS,
+    _SAME,
+)
+read, complete = TABLE.read, TABLE.complete
 
 
 def make_trainer(
@@ -141,33 +113,6 @@ def make_trainer(
         return float(np.mean(np.asarray(fit(key, choices)) == test.label))
 
     return trainer
-
-
-def complete(
-    trainer: Callable[[Genotype, int], float],
-    path: Path = PATH,
-    say: Callable[[str], None] = print,
-) -> np.ndarray:
-    """Trains what the table lacks, all networks with seed 0 first; returns the table."""
-    table, names = read(path), micro_space.genotypes()
-    same = np.array([number(micro_space.canonical(genotype)) for genotype in names])
-    missing = [
-        (seed, place)
-        for seed in range(SEEDS)
-        for place in np.unique(same)
-        if np.isnan(table[place, seed])
-    ]
-    began = time.time()
-    for count, (seed, place) in enumerate(missing, 1):
-        accuracy = trainer(names[place], seed)
-        table[same == place, seed] = accuracy
-        write(table, path)
-        left = (time.time() - began) / count * (len(missing) - count)
-        say(
-            f"[{count}/{len(missing)}] seed {seed}, {' '.join(names[place])}: {accuracy:.4f}, "
-            f"{left / 60:.0f} minutes left"
-        )
-    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
