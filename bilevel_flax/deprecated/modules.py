@@ -56,7 +56,7 @@ MODULES = {
     "bilevel_flax.oracles.evaluation": "bilevel_flax.oracles.evaluate",
     "bilevel_flax.oracles.leaves": "bilevel_flax.tree",
     "bilevel_flax.oracles.linear": "bilevel_flax.oracles.residual_codes",
-    "bilevel_flax.oracles.pieces": "bilevel_flax.oracles.derivatives",
+    "bilevel_flax.oracles.pieces": "bilevel_flax.oracles",
     "bilevel_flax.outer.augmentation.draws": "bilevel_flax.outer.augmentation.operation",
     "bilevel_flax.outer.lazy": "bilevel_flax.outer.optimisers.lazy",
     "bilevel_flax.outer.normalized": "bilevel_flax.outer.optimisers.normalized",

@@ -19,22 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 from bilevel_flax import checks, oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.data import FiniteSum
+from bilevel_flax.diagnostics import adjoint_systems as systems
+from bilevel_flax.diagnostics.adjoint_systems import flat, key_of_outer, mean_over, unflat
 from bilevel_flax.diagnostics.place import place
 from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
 from bilevel_flax.minibatches import example_mask
 from bilevel_flax.solvers.nested import minres as krylov
-from bilevel_flax.tree import filter_inexact, is_inexact, norm, ratio
+from bilevel_flax.tree import filter_inexact, norm, ratio
 
 METHODS = ("auto", "dense", "minres", "gmres")
-_RESTART = 50  # vectors like z that GMRES keeps
 _DENSE_BELOW = 500  # parameters; as many products as MINRES is allowed to take, give or take
 
 
@@ -177,21 +177,21 @@ def hypergradient_check(
     symmetry = check_symmetry(problem, point, first, **context)
 
     moving = moving_leaves(point.inner, trainable)
-    vector = _flat(point.adjoint, moving)
+    vector = flat(point.adjoint, moving)
     by_leaf = not np.isscalar(damping) and jax.tree.leaves(damping)
-    diagonal = jnp.asarray(_flat(damping, moving) if by_leaf else damping)
+    diagonal = jnp.asarray(flat(damping, moving) if by_leaf else damping)
     held = (point, *sides, model_state, rng, diagonal)
     if method == "dense" or (method == "auto" and vector.size <= _DENSE_BELOW):
         method, iterations = "dense", vector.size
-        solve = _solved_nonsymmetric if nonsymmetric else _solved
-        solution, curvature = solve(*map(np.asarray, _dense(problem, moving, *held)))
+        solve = systems.solve_nonsymmetric if nonsymmetric else systems.solve_symmetric
+        solution, curvature = solve(*map(np.asarray, systems.dense_system(problem, moving, *held)))
     elif method == "gmres" or nonsymmetric:
         method, iterations, curvature = "gmres", max_iterations, np.zeros(0)
-        solution = _gmres(problem, moving, max_iterations, *held, warm_start, tolerance)
+        solution = systems.gmres(problem, moving, max_iterations, *held, warm_start, tolerance)
     else:
         method = "minres"
         args = (problem, moving, max_iterations, *held, warm_start, tolerance)
-        solution, lanczos = _iterated(*args)
+        solution, lanczos = systems.minres(*args)
         curvature, iterations = krylov.ritz_values(lanczos), int(lanczos.iterations)
     solution = jnp.asarray(solution, vector.dtype)
     *numbers, ours, reference = _compared(problem, moving, *held, solution)
@@ -229,114 +229,6 @@ def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
     return stacked, jnp.asarray(counts / counts.sum())
 
 
-def _flat(tree: PyTree, moving: tuple[bool, ...]) -> jax.Array:
-    chosen = [leaf for leaf, moves in zip(jax.tree.leaves(tree), moving, strict=True) if moves]
-    return ravel_pytree(chosen)[0]
-
-
-def _unflat(vector: jax.Array, like: PyTree, moving: tuple[bool, ...]) -> PyTree:
-    """The way back, in the dtypes of `like`; zeros for what does not move."""
-    leaves, treedef = jax.tree.flatten(like)
-    chosen = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-    new = iter(ravel_pytree(chosen)[1](vector))
-    rest = [jnp.zeros_like(leaf) if is_inexact(leaf) else leaf for leaf in leaves]
-    pairs = zip(rest, moving, strict=True)
-    return treedef.unflatten([next(new) if moves else leaf for leaf, moves in pairs])
-
-
-def _mean(function, side, rng):
-    """The mean of `function(minibatch, key)` over a side."""
-    batches, weights = side
-
-    def at(i, batch):
-        return function(batch, None if rng is None else jax.random.fold_in(rng, i))
-
-    first = jax.tree.map(lambda leaf: leaf[0], batches)
-    shapes = jax.eval_shape(at, jnp.int32(0), first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    def add(total, one):
-        i, batch, weight = one
-        return jax.tree.map(
-            lambda so_far, new: so_far + weight.astype(new.dtype) * new, total, at(i, batch)
-        ), None
-
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(len(weights)), batches, weights))
-    return total
-
-
-def _system(problem, moving, point, inner, outer, model_state, rng, diagonal):
-    """(v -> (H + damping) v, -∇₁F), on flat vectors."""
-    z, v, x = point
-
-    def product(vector):
-        at = point._replace(adjoint=_unflat(vector, v, moving))
-
-        def one(batch, key):
-            return _flat(oracles.hvp(problem, at, batch, model_state, key), moving)
-
-        return _mean(one, inner, rng) + diagonal * vector
-
-    def gradient(batch, key):
-        return _flat(oracles.outer_grads(problem, z, x, batch, model_state, key)[0], moving)
-
-    return product, -_mean(gradient, outer, _for_outer(rng))
-
-
-def _for_outer(rng):
-    return None if rng is None else jax.random.fold_in(rng, 2**31 - 1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _dense(problem, moving, *held):
-    product, target = _system(problem, moving, *held)
-    return jax.lax.map(product, jnp.eye(target.size, dtype=target.dtype)), target
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _iterated(problem, moving, max_iterations, *args):
-    *held, warm_start, tolerance = args
-    product, target = _system(problem, moving, *held)
-    start = jnp.where(warm_start, _flat(held[0].adjoint, moving), 0.0).astype(target.dtype)
-    rest = target - product(start)
-    # The tolerance is relative to the target, wherever the start is.
-    length = jnp.linalg.norm(rest)
-    allowed = tolerance * jnp.linalg.norm(target) / jnp.where(length > 0, length, 1.0)
-    solution = krylov.minres(product, rest, max_iterations, allowed)
-    return start + solution.vector, solution
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _gmres(problem, moving, max_iterations, *args):
-    *held, warm_start, tolerance = args
-    product, target = _system(problem, moving, *held)
-    start = jnp.where(warm_start, _flat(held[0].adjoint, moving), 0.0).astype(target.dtype)
-    restart = min(_RESTART, max_iterations, target.size)
-    cycles = -(-max_iterations // restart)
-    settings = {"tol": tolerance, "restart": restart, "maxiter": cycles}
-    solve = jax.scipy.sparse.linalg.gmres
-    return solve(product, target, start, solve_method="incremental", **settings)[0]
-
-
-def _solved_nonsymmetric(rows: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest least-squares solution, and the eigenvalues' real parts."""
-    exact = rows.astype(np.float64)  # row i: Jᵀ e_i
-    rounding = max(len(exact), 30) * np.finfo(rows.dtype).eps
-    solution = np.linalg.lstsq(exact.T, target.astype(np.float64), rcond=rounding)[0]
-    return solution, np.sort(np.linalg.eigvals(exact).real)
-
-
-def _solved(matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest least-squares solution, and the eigenvalues."""
-    exact = matrix.astype(np.float64)
-    values, vectors = np.linalg.eigh((exact + exact.T) / 2)
-    # The products themselves are rounded, however few the parameters are.
-    eps = max(len(values), 30) * np.finfo(matrix.dtype).eps
-    real = np.abs(values) > eps * np.abs(values).max(initial=0.0)
-    inverse = np.where(real, 1 / np.where(real, values, 1.0), 0.0)
-    return vectors @ (inverse * (vectors.T @ target)), values
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compared(problem, moving, point, inner, outer, model_state, rng, diagonal, solution):
     z, v, x = point
@@ -344,23 +236,23 @@ def _compared(problem, moving, point, inner, outer, model_state, rng, diagonal, 
     def gradients(batch, key):
         return oracles.outer_grads(problem, z, x, batch, model_state, key)
 
-    grad_z, grad_x = _mean(gradients, outer, _for_outer(rng))
+    grad_z, grad_x = mean_over(gradients, outer, key_of_outer(rng))
 
     def at(adjoint):
         def products(batch, key):
             here = point._replace(adjoint=adjoint)
             _, _, hvp, cross = oracles.inner_products(problem, here, batch, model_state, key)
-            return _flat(hvp, moving), rows.densify(cross, x)
+            return flat(hvp, moving), rows.densify(cross, x)
 
-        hvp, cross = _mean(products, inner, rng)
+        hvp, cross = mean_over(products, inner, rng)
         return hvp, rows.add(cross, grad_x)
 
     # One after the other through the same code: half of it to compile.
-    solved = _unflat(solution, v, moving)
+    solved = unflat(solution, v, moving)
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), v, solved)
     hvps, directions = jax.lax.map(at, pair)
     ours, reference = (jax.tree.map(lambda leaf, i=i: leaf[i], directions) for i in (0, 1))
-    grad = _flat(grad_z, moving)
+    grad = flat(grad_z, moving)
     inner_product = optax.tree.vdot(filter_inexact(ours), filter_inexact(reference))
     size, right = norm(ours), norm(reference)
     return (

@@ -29,32 +29,34 @@ from bilevel_flax.oracles.derivatives import (
     FORWARD_UNITS,
     cross_jvp,
     hvp,
-    inner_grad,
     inner_grad_and_cross,
-    inner_grad_outer,
     inner_products,
-    inner_value_and_grad,
-    inner_value_and_grads,
-    outer_grads,
-    outer_value_and_grads,
-    unrolled_value_and_grad,
 )
 from bilevel_flax.oracles.evaluate import (
     Evaluation,
     evaluate,
     evaluate_all,
     evaluate_inner,
-    evaluate_subsample,
     evaluate_without_hvp,
     residual,
 )
 from bilevel_flax.oracles.fit_memory import Fit, fit_memory, keep
+from bilevel_flax.oracles.gradients import (
+    inner_grad,
+    inner_grad_outer,
+    inner_value_and_grad,
+    inner_value_and_grads,
+    outer_grads,
+    outer_value_and_grads,
+    unrolled_value_and_grad,
+)
 from bilevel_flax.oracles.linear_models import linear_problem
 from bilevel_flax.oracles.mixed_mode import differentiable_inner_grad
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
 from bilevel_flax.oracles.penalty import evaluate_by_penalty
 from bilevel_flax.oracles.probe import Probe, probe
+from bilevel_flax.oracles.subsample import evaluate_subsample
 from bilevel_flax.oracles.trainable import trainable
 from bilevel_flax.oracles.weighted_sums import weighted_sums
 from bilevel_flax.oracles.with_reference import WithReference, with_reference

@@ -18,8 +18,10 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, TrainState, Variables
 from bilevel_flax.oracles import flops
-from bilevel_flax.oracles.derivatives import inner_value_and_grad
 from bilevel_flax.oracles.evaluate import evaluate_all
+from bilevel_flax.oracles.gradients import (
+    inner_value_and_grad,
+)
 from bilevel_flax.oracles.jaxprs import rewritten
 from bilevel_flax.oracles.microbatches import in_parts
 from bilevel_flax.oracles.wrapped_loss import wrap_losses

@@ -25,7 +25,12 @@ from jax.custom_derivatives import SymbolicZero
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.derivatives import inner_products, inner_value_and_grad
+from bilevel_flax.oracles.derivatives import (
+    inner_products,
+)
+from bilevel_flax.oracles.gradients import (
+    inner_value_and_grad,
+)
 from bilevel_flax.oracles.microbatches import in_parts, whole
 from bilevel_flax.tree import add, filter_inexact, is_inexact, split
 

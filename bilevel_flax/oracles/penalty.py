@@ -25,10 +25,12 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
 from bilevel_flax.oracles.derivatives import (
     check_adjoint,
+)
+from bilevel_flax.oracles.evaluate import Evaluation, merge_aux
+from bilevel_flax.oracles.gradients import (
     inner_value_and_grads,
     outer_value_and_grads,
 )
-from bilevel_flax.oracles.evaluate import Evaluation, merge_aux
 from bilevel_flax.oracles.jaxprs import coarsest
 from bilevel_flax.tree import is_inexact, norm
 

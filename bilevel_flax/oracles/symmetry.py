@@ -12,7 +12,9 @@ from jax.extend import core
 from jax.extend.core.primitives import copy_p, stop_gradient_p
 
 from bilevel_flax.base import Problem
-from bilevel_flax.oracles.derivatives import inner_grad
+from bilevel_flax.oracles.gradients import (
+    inner_grad,
+)
 from bilevel_flax.oracles.jaxprs import coarsest, rewritten
 from bilevel_flax.oracles.trainable import moving_parameters
 from bilevel_flax.tree import is_inexact, norm, split

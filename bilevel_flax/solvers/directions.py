@@ -28,10 +28,10 @@ from bilevel_flax.base import (
     Variables,
 )
 from bilevel_flax.solvers.binder import Binder
+from bilevel_flax.solvers.initial_state import init_variables
 from bilevel_flax.solvers.soba import estimator as of_minibatches
 from bilevel_flax.solvers.step import (
     all_finite,
-    init_variables,
     make_info,
     mask_rows,
     norms_and_finite,

@@ -27,7 +27,8 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors, scale
-from bilevel_flax.solvers.step import init_state, rollback_unless
+from bilevel_flax.solvers.initial_state import init_state
+from bilevel_flax.solvers.step import rollback_unless
 from bilevel_flax.tree import filter_inexact, norm
 
 

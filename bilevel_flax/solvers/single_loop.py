@@ -31,11 +31,11 @@ from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.adjoint_optimisers import like_inner_optimizer
 from bilevel_flax.solvers.binder import Binder
 from bilevel_flax.solvers.constraints import without_held
+from bilevel_flax.solvers.initial_state import init_state
 from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
-    init_state,
     make_info,
     move_outer,
     norms_and_finite,

@@ -27,6 +27,7 @@ from bilevel_flax.train.run_config import PER_PROCESS, RunConfig
 from bilevel_flax.train.setup import make_layout, make_solver, make_task
 from bilevel_flax.train.task import Task
 from bilevel_flax.train.train_loop import train_loop
+from bilevel_flax.train.whole_state import gather_to_host
 
 __all__ = ["Diverged", "Interrupted", "make_report", "train_and_evaluate"]
 
@@ -93,7 +94,7 @@ def train_and_evaluate(
             log(line)
         solver = processes.run_on_each(lambda: make_solver(run.solver, task))
         trained = train_loop(run, workdir, task, solver, layout, metric_writers)
-        trained = trained._replace(state=multihost.gather_to_host(trained.state))
+        trained = trained._replace(state=gather_to_host(trained.state))
 
         def conclude() -> dict[str, Any]:
             with Heartbeat(log, "final metrics") as beat, configs.naming_missing_keys(run.source):

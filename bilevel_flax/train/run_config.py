@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from bilevel_flax.checks import check_count
-from bilevel_flax.train.errors import ConfigError, check_choice, nearest
+from bilevel_flax.train.config_key import Key, checked, key_field
+from bilevel_flax.train.errors import ConfigError, nearest
 
 # An `ml_collections.ConfigDict`. Its attributes are dynamic, so a type checker is told nothing.
 Config = Any
@@ -31,45 +29,17 @@ _RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "health.share": ("health.every", lambda old: 0 if str(old).strip("0.") == "" else None),
 }
 # Where a machine keeps its files; the tasks' own keys, and no part of what a run is.
-_MOST = 2**31 - 1  # steps count in int32
 _PATHS = ("data.manual_dir", "data.data_dir")
 _TYPO = 0.8  # similarity from which an unknown key is taken for a slip of the pen
-
-
-class Key(NamedTuple):
-    """What is known of a key of the config.
-
-    Attributes:
-        default: where the config is silent; None: decided when the run starts.
-        doc: what it means.
-        kind: of its values.
-        resume_safe: a run may be continued with another value: it changes none of its numbers.
-        per_process: may differ between the processes of one run.
-        at_least: the least value, of integers.
-        choices: the only values beside None; (): any.
-    """
-
-    default: Any
-    doc: str
-    kind: type
-    resume_safe: bool = False
-    per_process: bool = False
-    at_least: int | None = None
-    choices: tuple[str, ...] = ()
-
-
-def _key(default: Any, doc: str, kind: type | None = None, **more: Any) -> Any:
-    key = Key(default, doc, kind or type(default), **more)
-    return dataclasses.field(default=default, metadata={"key": key})
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved."""
 
-    every: int = _key(1000, "steps between two checkpoints", resume_safe=True, at_least=1)
-    keep: int = _key(3, "how many checkpoints are kept", resume_safe=True, at_least=1)
-    required: bool = _key(
+    every: int = key_field(1000, "steps between two checkpoints", resume_safe=True, at_least=1)
+    keep: int = key_field(3, "how many checkpoints are kept", resume_safe=True, at_least=1)
+    required: bool = key_field(
         True, "end the run where its first checkpoint cannot be written", resume_safe=True
     )
 
@@ -78,20 +48,22 @@ class CheckpointConfig:
 class HealthConfig:
     """What is measured of a run's health (docs/health.md)."""
 
-    every: int | None = _key(
+    every: int | None = key_field(
         None, "steps between two measurements; 0: none", int, resume_safe=True, at_least=0
     )
-    summary: bool = _key(True, "compare D_x with a reference at the end", resume_safe=True)
+    summary: bool = key_field(True, "compare D_x with a reference at the end", resume_safe=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProblemConfig:
     """How the losses are computed; what they are is the task's (docs/large.md)."""
 
-    remat: bool = _key(False, "recompute G's forward pass in the backward one", resume_safe=True)
-    microbatches: int = _key(1, "equal parts of a minibatch, one after the other", at_least=1)
-    compute_dtype: str | None = _key(None, '"bfloat16" beside float32 parameters', str)
-    derivatives: str | None = _key(None, "how second derivatives are taken", str)
+    remat: bool = key_field(
+        False, "recompute G's forward pass in the backward one", resume_safe=True
+    )
+    microbatches: int = key_field(1, "equal parts of a minibatch, one after the other", at_least=1)
+    compute_dtype: str | None = key_field(None, '"bfloat16" beside float32 parameters', str)
+    derivatives: str | None = key_field(None, "how second derivatives are taken", str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,37 +77,41 @@ class RunConfig:
         True
     """
 
-    task: Any = _key(None, '{"call": "module:function"}, which returns the Task', dict)
-    solver: Any = _key(None, '{"call": "module:function", ...}, which returns the solver', dict)
-    name: str = _key("", "of the run, for its reader", resume_safe=True)
-    seed: int = _key(0, "of initial values, order of minibatches, rng keys", at_least=0)
-    steps: int = _key(None, "updates; None: as many as `epochs` asks for", int, at_least=1)
-    epochs: float | None = _key(None, "passes over the inner data, where steps is None", float)
-    log_every: int = _key(
+    task: Any = key_field(None, '{"call": "module:function"}, which returns the Task', dict)
+    solver: Any = key_field(
+        None, '{"call": "module:function", ...}, which returns the solver', dict
+    )
+    name: str = key_field("", "of the run, for its reader", resume_safe=True)
+    seed: int = key_field(0, "of initial values, order of minibatches, rng keys", at_least=0)
+    steps: int = key_field(None, "updates; None: as many as `epochs` asks for", int, at_least=1)
+    epochs: float | None = key_field(None, "passes over the inner data, where steps is None", float)
+    log_every: int = key_field(
         100, "steps between two lines of metrics.jsonl", resume_safe=True, at_least=1
     )
-    eval_every: int = _key(200, "steps between two evaluations", at_least=1)
+    eval_every: int = key_field(200, "steps between two evaluations", at_least=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     problem: ProblemConfig = ProblemConfig()
-    on_device: bool | None = _key(
+    on_device: bool | None = key_field(
         None, "keep all data on the device; None: where they fit", bool, resume_safe=True
     )
-    mesh: str | None = _key(
+    mesh: str | None = key_field(
         None, '"data=2,fsdp=4" (docs/sharding.md); None: one device', str, resume_safe=True
     )
-    rules: Any = _key(None, "which axes of z are cut; None: the task's", tuple, resume_safe=True)
-    reduction: str | None = _key(
+    rules: Any = key_field(
+        None, "which axes of z are cut; None: the task's", tuple, resume_safe=True
+    )
+    reduction: str | None = key_field(
         None,
         '"shard_map": one a step; "gspmd": XLA\'s; None: as the losses allow',
         str,
         resume_safe=True,
         choices=REDUCTIONS,
     )
-    report: str | None = _key(
+    report: str | None = key_field(
         None, '"module:function" that gives sections of report.html', str, resume_safe=True
     )
-    distributed: Any = _key(
+    distributed: Any = key_field(
         None,
         "how processes meet (docs/multi_host.md)",
         object,
@@ -158,7 +134,7 @@ class RunConfig:
         complete(config)
         values: dict[str, Any] = {}
         for name, key in KEYS.items():
-            values[name] = _checked(name, key, _at(config, name))
+            values[name] = checked(name, key, _at(config, name))
         for name in ("task", "solver"):
             if not isinstance(values[name], Mapping | ml_collections.ConfigDict):
                 raise ConfigError(
@@ -288,29 +264,6 @@ def _check_names(config: Config) -> None:
                     f"--config.{group}.{name}: unknown, choose among {', '.join(known)}"
                     f"{nearest(name, known)}"
                 )
-
-
-def _checked(name: str, key: Key, value: Any) -> Any:
-    if value is None or key.kind in (dict, object):
-        if value is None and key.default is not None:
-            raise ConfigError(f"--config.{name}=None: expected {key.kind.__name__}")
-        return value
-    if key.at_least is not None:
-        check_count(f"--config.{name}", value, key.at_least)
-        if key.at_least and value > _MOST:  # not of seeds, which are no counts
-            raise ConfigError(f"--config.{name}={value}: must be at most {_MOST}")
-        return int(value)
-    if key.kind is float and isinstance(value, numbers.Real):
-        if not 0 < float(value) < math.inf:
-            raise ConfigError(f"--config.{name}={value}: must be above 0")
-        return float(value)
-    if key.kind is tuple and isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, key.kind):
-        raise ConfigError(f"--config.{name}={value!r}: expected {key.kind.__name__}")
-    if key.choices:
-        check_choice(f"--config.{name}={value}", value, (*key.choices, "None"))
-    return value
 
 
 def _at(config: Config, name: str) -> Any:

@@ -40,6 +40,7 @@ from bilevel_flax.train.preemption import PreemptionGuard
 from bilevel_flax.train.run_config import RunConfig
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import Task
+from bilevel_flax.train.whole_state import OnWholeState, gather_to_host
 from bilevel_flax.train.workdir import write_json
 
 # From a signal to the end of the process: to a safe point; then, where it is reached, to save. A
@@ -98,7 +99,7 @@ def train_loop(
     progress = Progress(run.steps, quiet=not processes.is_leader)
     # Traces only: nothing is compiled, but where a kernel and its reference are compared.
     minibatch = data.gather(task.inner, np.array(0))
-    probe = oracles.probe(task.problem, multihost.gather_to_host(state), minibatch)
+    probe = oracles.probe(task.problem, gather_to_host(state), minibatch)
     obstacle = probe.stopped_by[task.problem.derivatives]
     health_every = 0 if obstacle else run.health.every
     monitor = Monitor(task, run.steps, outer_params, run.eval_every, health_every)
@@ -117,7 +118,7 @@ def train_loop(
         totals = actions.Totals(runner, meta.get("totals"))
         means = actions.StepMeans(schedule(run.log_every), totals, meta.get("window"))
         best, log = _open_files(run, workdir, task, first, metric_writers, progress, messages)
-        evaluation = multihost.OnWholeState(
+        evaluation = OnWholeState(
             actions.Evaluation(schedule(run.eval_every), task.evaluate, task.best_metric, best),
             processes,
         )

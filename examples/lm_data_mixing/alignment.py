@@ -19,7 +19,8 @@ import optax
 import bilevel_flax as bf
 from bilevel_flax import oracles
 from bilevel_flax.base import Finite, Method
-from bilevel_flax.solvers.step import all_finite, init_state, rollback_unless
+from bilevel_flax.solvers.initial_state import init_state
+from bilevel_flax.solvers.step import all_finite, rollback_unless
 from bilevel_flax.tree import norm
 
 

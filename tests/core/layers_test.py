@@ -65,6 +65,7 @@ DERIVATIVES = {
 # The files of `oracles` that differentiate; its others call losses and put results together.
 DERIVATIVE_CODE = {
     "derivatives",
+    "gradients",
     "kernel_rules",
     "mixed_mode",
     "probe",

@@ -104,7 +104,7 @@ def test_every_page_is_in_a_table_of_contents():
 def usage():
     """The options of each command of the command line."""
     commands = next(
-        action.choices for action in cli._parser()._actions if isinstance(action.choices, dict)
+        action.choices for action in cli.parser()._actions if isinstance(action.choices, dict)
     )
     return {name: set(command._option_string_actions) for name, command in commands.items()}
 

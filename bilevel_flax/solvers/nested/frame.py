@@ -37,6 +37,7 @@ from bilevel_flax.minibatches import importance_factors
 from bilevel_flax.oracles.evaluate import residual
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.constraints import without_held
+from bilevel_flax.solvers.initial_state import init_state
 from bilevel_flax.solvers.inner_optimiser import check_value, trainable
 from bilevel_flax.solvers.nested.linear_solves import Hypergradient
 from bilevel_flax.solvers.nested.sampled_oracles import (
@@ -48,7 +49,6 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
-    init_state,
     move_outer,
     rollback_unless_finite,
     settled,

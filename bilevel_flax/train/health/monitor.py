@@ -18,9 +18,9 @@ import numpy as np
 from bilevel_flax import data, diagnostics, oracles
 from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.base.condition import is_condition
-from bilevel_flax.train import multihost as distributed
 from bilevel_flax.train.actions import Schedule
 from bilevel_flax.train.task import Task
+from bilevel_flax.train.whole_state import gather_to_host
 from bilevel_flax.tree import is_inexact, norm
 
 _PROBES = 10  # of a run, at most
@@ -72,7 +72,7 @@ class Monitor:
         """
         if not self.schedule.every:
             return ""
-        whole, first = distributed.gather_to_host(state), np.array(0)
+        whole, first = gather_to_host(state), np.array(0)
         minibatch = data.gather(self._task.inner, first)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,7 +80,7 @@ class Monitor:
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         """The probe's values, by name; those that cannot be had are left out."""
-        whole = distributed.gather_to_host(state)
+        whole = gather_to_host(state)
         residual, negative = self._residual(whole)
         results = {"health/negative_curvature": negative}
         # 0 is the estimate of a residual that is smaller than its own noise: no value to print.
