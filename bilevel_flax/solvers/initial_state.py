@@ -26,8 +26,8 @@ def init_state(
     rng: jax.Array | None,
 ) -> TrainState:
     """A fresh TrainState: v = 0, every leaf a buffer of its own (donation needs that)."""
-    variables = map(lookahead.fast_of, (inner_params, outer_params))
-    point, model_state, rng = init_variables(problem, *variables, model_state, rng)
+    z, x = (lookahead.fast_of(params) for params in (inner_params, outer_params))
+    point, model_state, rng = init_variables(problem, z, x, model_state, rng)
     z, v, x = point
     by_rows = isinstance(transforms.outer, RowTransformation)
     x_floats = filter_inexact(x)

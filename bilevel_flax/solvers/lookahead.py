@@ -85,6 +85,7 @@ def update(
     if not isinstance(state, LookaheadState):
         return transform.update(updates, state, params, **extra_args)
     pair = optax.LookaheadParams(fast=params, slow=_minus(params, state.ahead))
+    moved: Any  # a pair too; Optax's type says "a tree of arrays"
     moved, inner = transform.update(updates, state.inner, pair, **extra_args)
     gone = lambda a, f, s: (a + f - s).astype(a.dtype)
     ahead = jax.tree.map(gone, state.ahead, moved.fast, moved.slow)
