@@ -153,7 +153,7 @@ the refit network.'
 def figure_html(figure: Figure, title: str, caption: str = "") -> str:
     """A figure as inline SVG with its caption."""
     note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{_svg(figure, title)}{note}</figure>"
+    return f'<figure><div class="scroll">{_svg(figure, title)}</div>{note}</figure>'
 
 
 def curve_grid(figures: Sequence[tuple[str, Figure]]) -> str:
@@ -185,9 +185,10 @@ def _svg(figure: Figure, title: str) -> str:
     # Black and white of the figure become the page's own ink and paper.
     text = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", text)
     text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
-    # Not wider than drawn, give or take: text in a blown-up figure shouts.
-    width = round(108 * figure.get_figwidth())
-    mark = f'<svg role="img" aria-label="{html.escape(title)}" style="max-width: {width}px"'
+    # About as wide as drawn: text in a blown-up figure shouts, and on a phone nobody can read it.
+    width = 108 * figure.get_figwidth()
+    size = f"max-width: {width:.0f}px; min-width: {0.68 * width:.0f}px"
+    mark = f'<svg role="img" aria-label="{html.escape(title)}" style="{size}"'
     return text.replace("<svg", mark, 1).strip()
 
 
