@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from typing import Any
 from bilevel_flax.cli.arguments import parser, split_overrides
 from bilevel_flax.cli.verdict import verdict
 from bilevel_flax.distribution import recipes, shipped
+
+_EXIT_SECONDS = 1.0  # of what a signal has ended already
 
 
 def _new(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -138,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _COMMANDS[parsed.command](parsed, overrides)
     except (Exception, KeyboardInterrupt) as error:
         message, code = verdict(error)
+        if arguments is None and code > 128:
+            _exit_within(_EXIT_SECONDS, code)
         if message is None or os.environ.get("BILEVEL_FLAX_TRACEBACK"):
             traceback.print_exception(error)
         print(
@@ -152,6 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         multihost.leave(code)
     return code
+
+
+def _exit_within(seconds: float, code: int) -> None:
+    """Ends a program that a signal ends, whatever its exit handlers or a full pipe wait for."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

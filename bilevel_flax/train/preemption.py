@@ -70,8 +70,9 @@ class PreemptionGuard:
                 raise KeyboardInterrupt
 
     def extend(self, seconds: float) -> None:
-        """Moves the end of the grace to `seconds` from now: the loop has seen the signal."""
-        self._deadline = time.monotonic() + seconds
+        """Moves the end of the grace to `seconds` from now, if that is later."""
+        end = time.monotonic() + seconds
+        self._deadline = end if self._deadline == float("inf") else max(self._deadline, end)
 
     def _watch(self, grace: float) -> None:
         # A Python handler runs only between two instructions of the main thread, which may be
@@ -96,8 +97,10 @@ class PreemptionGuard:
             while not self._left.wait(min(1.0, max(0.01, self._deadline - time.monotonic()))):
                 if time.monotonic() >= self._deadline:
                     name = signal.Signals(number).name
-                    line = f"{name}: no safe point was reached in time; the same command goes on "
-                    print(line + "from the last checkpoint", file=sys.stderr, flush=True)
+                    _say(
+                        f"{name}: no safe point was reached in time; the same command goes on "
+                        "from the last checkpoint"
+                    )
                     os._exit(128 + number)
             os.close(reader)
 
@@ -113,6 +116,13 @@ class PreemptionGuard:
         while self._previous:
             number, previous = self._previous.popitem()
             signal.signal(number, previous)
+
+
+def _say(line: str) -> None:
+    # Whoever reads the other end of a pipe may have stopped, and a write waits for that.
+    saying = threading.Thread(target=lambda: print(line, file=sys.stderr, flush=True), daemon=True)
+    saying.start()
+    saying.join(0.5)
 
 
 __getattr__ = deprecated.names(__name__)

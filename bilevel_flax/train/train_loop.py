@@ -43,9 +43,10 @@ from bilevel_flax.train.task import Task
 from bilevel_flax.train.whole_state import OnWholeState, gather_to_host
 from bilevel_flax.train.workdir import write_json
 
-# From a signal to the end of the process: to a safe point; then, where it is reached, to save. A
-# machine that is preempted is gone after 30 s.
-_GRACE_SECONDS, _SAVING_SECONDS, _LEAVING_SECONDS = 8.0, 28.0, 5.0
+# From a signal to the end of the process, whatever it waits for; a state that is large has longer
+# to reach the disk, but a machine that is preempted is gone after 30 s.
+_GRACE_SECONDS, _LEAVING_SECONDS = 8.0, 1.5
+_MOST_SECONDS, _BYTES_A_SECOND = 28.0, 50e6
 
 
 class Trained(NamedTuple):
@@ -171,7 +172,7 @@ def train_loop(
                         saving(state, step)
                 received = _first_signal(processes, guard)
                 if received is not None:
-                    guard.extend(_SAVING_SECONDS)
+                    guard.extend(_seconds_to_save(state))
                     saving(state, step)
                     checkpointer.wait()
                     guard.extend(_LEAVING_SECONDS)
@@ -182,6 +183,9 @@ def train_loop(
         finally:
             log.close()
             runner.close()
+    received = _first_signal(processes, guard)
+    if received is not None:  # after the last step
+        raise Interrupted(f"{received.name}: trained; the same command goes on", received)
     return Trained(state, totals.now(), monitor, unsaved, obstacle)
 
 
@@ -262,6 +266,11 @@ def _raise_if_diverged(
     # A NaN that an optimiser left in the state is the cause; the directions only show it.
     raise_if_lost(check.first_lost(state), step, saved)
     raise_if_diverged(info, step, saved)
+
+
+def _seconds_to_save(state: TrainState) -> float:
+    sizes = (leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
+    return min(sum(sizes) / multihost.process_count() / _BYTES_A_SECOND, _MOST_SECONDS)
 
 
 def _first_signal(processes: multihost.Channel, guard: PreemptionGuard) -> signal.Signals | None:

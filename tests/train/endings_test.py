@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tiny_task import get_config
 import bilevel_flax as bf
 from bilevel_flax.checkpoints import BestCheckpoint, CheckpointError, collective
 from bilevel_flax.train import experiment, train_loop
-from bilevel_flax.train.experiment import Diverged, train_and_evaluate
+from bilevel_flax.train.experiment import Diverged, Interrupted, train_and_evaluate
 
 
 def steps_saved(workdir: Path) -> list[int]:
@@ -118,6 +120,29 @@ def test_a_run_that_got_to_its_end_is_written_whatever_checkpoints_did(
     assert_finished(tmp_path, summary)
     printed = capsys.readouterr()
     assert "warning: " in printed.out and "step 20 was not saved" in printed.out
+
+
+class Preempting:
+    """A writer of metrics in whose last call the machine is taken away."""
+
+    def write_scalars(self, step: int, scalars: Any) -> None:
+        pass
+
+    write_texts = write_scalars
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_step_ends_the_run_too(tmp_path: Path):
+    with pytest.raises(Interrupted, match="SIGTERM: trained; the same command goes on"):
+        train_and_evaluate(get_config(), tmp_path, [Preempting()])
+    assert steps_saved(tmp_path)[-1] == 20
+    assert not (tmp_path / "summary.json").exists()
+    assert_finished(tmp_path, train_and_evaluate(get_config(), tmp_path))
 
 
 def test_a_sound_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

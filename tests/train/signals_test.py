@@ -99,6 +99,9 @@ with PreemptionGuard(grace_seconds=0.5) as guard:
             time.sleep(0.01)
         guard.extend(30)
         time.sleep(1.5)
+    elif sys.argv[2] == "pipe":
+        while True:  # with nobody at its other end
+            print("x" * 1000, file=sys.stderr)
     else:
         # As a compiler does: no instruction of Python runs, and no signal wakes it.
         mutex = ctypes.create_string_buffer(128)
@@ -127,3 +130,9 @@ def test_whoever_reaches_no_safe_point_is_ended(number: signal.Signals, where: s
         assert f"{number.name}: no safe point was reached in time" in ended.stderr
     else:
         assert ended.stdout == "left in peace\n"
+
+
+def test_a_pipe_that_nobody_reads_keeps_no_process():
+    command = [sys.executable, "-c", STUCK, "SIGTERM", "pipe", preemption.__file__]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.wait(timeout=50) == 143

@@ -201,6 +201,33 @@ class Recorder:
         self._call("close")
 
 
+def test_two_threads_that_leave_a_writer_out_say_so_once():
+    """The writer's own, where it raises, and the run's, where its queue is full."""
+
+    class Flag:
+        """Lets another thread in wherever it is read."""
+
+        value = False
+
+        def __get__(self, worker, kind):
+            before = self.value
+            time.sleep(0.05)
+            return before
+
+        def __set__(self, worker, value):
+            self.value = value
+
+    kind, lines = type("Worker", (writers._Worker,), {"_is_out": Flag()}), []
+    worker = kind(Recorder(), lines.append)
+    threads = [threading.Thread(target=worker._leave_out, args=("why",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    worker.call("close")
+    assert len(lines) == 1
+
+
 class Hanging(Recorder):
     """Does not answer before it is let go."""
 

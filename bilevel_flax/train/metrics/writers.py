@@ -7,6 +7,7 @@ The method names and arguments are those of clu's `MetricWriter`; of them a run 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -51,7 +52,7 @@ class TensorBoardWriter:
 
     `tensorboardX.SummaryWriter` writes from a thread behind a queue of ten; where the disk is full
     for a moment the thread dies, the queue fills, and the caller waits for ever. Here a failure is
-    an exception of the call that it belongs to.
+    an exception of the call that it belongs to; the first of them makes the file.
 
     Args:
         directory: The folder of the event files; it is made.
@@ -60,14 +61,18 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: str | Path, *, purge_step: int | None = None) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        # The file's name has its second: two sessions may begin in one.
-        suffix = f".{os.getpid()}"
-        self._file = event_file_writer.EventsWriter(str(Path(directory) / "events"), suffix)
+        self._directory, self._purge_step = Path(directory), purge_step
         self._flushed = time.monotonic()
-        if purge_step is not None:
+
+    @functools.cached_property
+    def _file(self) -> event_file_writer.EventsWriter:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # The file's name has its second: two sessions may begin in one.
+        file = event_file_writer.EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
+        if self._purge_step is not None:
             start = _messages.SessionLog(status=_messages.SessionLog.START)
-            self._write(purge_step, session_log=start)
+            file.write_event(_event(self._purge_step, session_log=start))
+        return file
 
     def write_scalars(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Writes one number per name."""
@@ -80,8 +85,7 @@ class TensorBoardWriter:
             self._write(step, summary=summary.text(name, text))
 
     def _write(self, step: int, **content: Any) -> None:
-        event = _messages.Event(wall_time=time.time(), step=int(step), **content)
-        self._file.write_event(event)
+        self._file.write_event(_event(step, **content))
         if time.monotonic() > self._flushed + _FLUSH_SECONDS:
             self.flush()
 
@@ -91,8 +95,13 @@ class TensorBoardWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._file.close()
+        """Flushes and closes the event file, if anything was written."""
+        if "_file" in self.__dict__:
+            self._file.close()
+
+
+def _event(step: int, **content: Any) -> Any:
+    return _messages.Event(wall_time=time.time(), step=int(step), **content)
 
 
 def open_writers(
@@ -112,12 +121,8 @@ def open_writers(
     """
     lines = JsonlWriter(workdir / "metrics.jsonl")
     lines.truncate_after(step)
-    own: list[MetricWriter] = [lines]
-    try:
-        own.append(TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1))
-    except OSError as error:
-        log(f"metrics: TensorBoardWriter failed ({error}); the run goes on without it")
-    return MultiWriter([*own, *writers], log)
+    board = TensorBoardWriter(workdir / "tensorboard", purge_step=step + 1)
+    return MultiWriter([lines, board, *writers], log)
 
 
 class MultiWriter:
@@ -177,6 +182,7 @@ class _Worker:
         self._writer, self._log = writer, log
         self._calls: queue.Queue[Any] = queue.Queue(_PENDING)
         self._is_late = self._is_out = False
+        self._lock = threading.Lock()  # both the run and the writer's thread may leave it out
         threading.Thread(target=self._run, daemon=True).start()
 
     def call(self, method: str, *args: Any) -> threading.Event:
@@ -215,8 +221,9 @@ class _Worker:
             done.set()
 
     def _leave_out(self, why: str) -> None:
-        if not self._is_out:
-            self._is_out = True
+        with self._lock:
+            was_out, self._is_out = self._is_out, True
+        if not was_out:
             self._log(
                 f"metrics: {type(self._writer).__name__} failed ({why[:200]}); the run goes on "
                 "without it"
