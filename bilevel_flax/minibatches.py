@@ -2,11 +2,13 @@
 
 Which of a minibatch's examples are real is said by `batch["example_mask"]`, or else by
 `batch["mask"]` where that has one entry for each example: a mask of another shape (of tokens, of
-pixels) is data of the user's own. `example_mask` alone decides, for everything in the library.
+pixels) is data of the user's own. `example_mask` alone decides, for everything in the library. Of
+a minibatch with such a mask every array of that leading length holds a row for each example.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +66,7 @@ def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
 
     Raises:
         ValueError: `batch["example_mask"]` is not [batch]; with `splits`, `batch["mask"]` is not
-            and there is no `batch["example_mask"]`.
+            and there is no `batch["example_mask"]`; a `batch["mask"]` that may or may not be one.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -74,10 +76,18 @@ def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
         return None
     others = {key: leaf for key, leaf in batch.items() if key not in ("example_mask", "mask")}
     others = {"index": others["index"]} if "index" in others else others
-    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(others) if jnp.ndim(leaf)}
+    leading = Counter(jnp.shape(leaf)[0] for leaf in jax.tree.leaves(others) if jnp.ndim(leaf))
+    # A minibatch may hold arrays of another length, of classes or of features, too.
+    lengths = [length for length, count in leading.items() if count == max(leading.values())]
     if jnp.ndim(mask) == 1 and (not lengths or len(mask) in lengths):
+        if len(lengths) > 1 and chosen == "mask":
+            raise ValueError(
+                f'batch["mask"] has {len(mask)} entries, and as many arrays have the leading '
+                f"length {lengths[0]} as {lengths[1]}, so that the number of examples is not "
+                'known: name a mask of examples "example_mask", and any other otherwise'
+            )
         return jnp.asarray(mask)
-    expected = f"[{min(lengths)}]" if lengths else "[batch]"
+    expected = " or ".join(f"[{length}]" for length in lengths) or "[batch]"
     if chosen == "example_mask":
         raise ValueError(
             f'batch["example_mask"] has shape {jnp.shape(mask)}, but must be {expected}: one '
@@ -126,7 +136,8 @@ def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Mean over the real examples of a minibatch.
 
     Args:
-        values: [batch], one value for each example (already weighted, where there are weights).
+        values: [batch], one value for each example (already weighted, where there are weights);
+            of integers and bools (`prediction == label`) the mean is a float32.
         mask: [batch], 1 for real examples and 0 for padding (`batch.get("mask")`), or numbers >= 0
             to weigh by; None: all real.
 
@@ -150,8 +161,13 @@ def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         raise ValueError(
             f"mask has shape {jnp.shape(mask)}, values {values.shape}: give one value an example"
         )
+    weights, values = counted(mask), jnp.asarray(values)
+    total = jnp.sum(weights)
+    mean = jnp.sum(jnp.where(weights > 0, values, 0) * weights) / jnp.where(total > 0, total, 1)
+    return mean.astype(values.dtype) if is_inexact(values) else mean
+
+
+def counted(mask: Any) -> jax.Array:
+    """A mask as weights >= 0, in float32 at least: in bools, bytes or bfloat16 nothing adds up."""
     mask = jnp.asarray(mask)
-    total = jnp.sum(mask.astype(jnp.int32) if mask.dtype == bool else mask)
-    mask = mask.astype(values.dtype)
-    values = jnp.where(mask > 0, values, 0.0) * mask
-    return jnp.sum(values) / jnp.where(total > 0, total, 1).astype(values.dtype)
+    return jnp.maximum(mask.astype(jnp.promote_types(mask.dtype, jnp.float32)), 0)

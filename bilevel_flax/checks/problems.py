@@ -128,9 +128,11 @@ def losses(
     A condition's x may have leaves for F alone (a read-out of the fixed point).
 
     Raises:
+        UserError: a minibatch without an example.
         ValueError: names the first such leaf; or G does not depend on z at all.
         TypeError: a `jax.custom_vjp` function, which forward mode cannot differentiate.
     """
+    _refuse_no_examples(batch)
     z, _, x = variables
     paths = jax.tree.leaves_with_path(x)
 
@@ -164,6 +166,19 @@ def losses(
             raise ValueError(
                 f"inner_loss never uses outer_params{jax.tree_util.keystr(path)}, so nothing can "
                 "be learned about it: use it in inner_loss or take it out of outer_params"
+            )
+
+
+def _refuse_no_examples(batch: Batch) -> None:
+    """Raises where all arrays of a side have the leading length 0: of a mean over none no step."""
+    for side in ("inner", "outer"):
+        leaves = jax.tree.leaves_with_path(getattr(batch, side))
+        arrays = [(path, jnp.shape(leaf)) for path, leaf in leaves if jnp.ndim(leaf)]
+        if arrays and not any(shape[0] for _, shape in arrays):
+            path, shape = arrays[0]
+            raise UserError(
+                f"batch.{side}{jax.tree_util.keystr(path)} has shape {shape}: a minibatch without "
+                "an example; leave it out, or pad it and mask all of it"
             )
 
 

@@ -19,7 +19,7 @@ from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import Condition
 from bilevel_flax.base.wrapped_loss import WrappedLoss
-from bilevel_flax.minibatches import example_mask, repeat_real
+from bilevel_flax.minibatches import counted, example_mask, repeat_real
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
 
@@ -133,7 +133,7 @@ def amount(
     pair = weighted_sum(getattr(problem, side))
     if pair is None:
         mask = example_mask(batch, splits)
-        return None if mask is None else jnp.sum(_wide(mask))
+        return None if mask is None else jnp.sum(counted(mask))
     z, x = point
     if side == "inner_loss":
         x = rows.gather(problem.per_sample, x, batch)

@@ -243,7 +243,8 @@ def network_weights(
         logits = units @ outer_params["last"] / hidden
         if mask is None:
             return len(logits) * jax.nn.softmax(logits)
-        return jnp.sum(mask > 0).astype(logits.dtype) * jax.nn.softmax(logits, where=mask > 0)
+        real = (mask > 0) | ~jnp.any(mask > 0)  # of padding alone there is no softmax
+        return jnp.sum(mask > 0).astype(logits.dtype) * jax.nn.softmax(logits, where=real)
 
     def shares(outer_params, batch=None):
         if batch is None:

@@ -7,12 +7,17 @@ so that directions, tangents and temporaries are those of a minibatch, whatever 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Batch, BilevelSolver, Method, TrainState
+from bilevel_flax.checks import UserError
+from bilevel_flax.minibatches import example_mask
+from bilevel_flax.solvers.step import all_finite
+from bilevel_flax.tree import rows_at, wide_index
 
 
 def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> BilevelSolver:
@@ -20,13 +25,14 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
 
     Both losses see z as `[batch, ...]` with `batch[key]` = 0, 1, ..., so that `z[batch[key]]` is
     right here and on all of z. Give the training loop minibatches of the same numbers for both
-    losses (`Task(paired=True)`). Rows where `batch["mask"]` is 0 are left as they were. Rows are
+    losses (`Task(paired=True)`). Padding (`minibatches.example_mask`) moves no row. Rows are
     stored in z's dtype and computed with in float32 at least: float16 halves the tables (bfloat16
     too, but XLA's CPU backend writes its rows into a float32 copy of all of the table).
 
     Args:
         solver: of any method that remembers no rows: SGD for z, no memory of past gradients.
-        key: of the minibatches (dicts), int32 [batch], the rows' positions; one occurs once.
+        key: of the minibatches (dicts), int32 [batch], the rows' positions; one occurs once. A
+            position outside the rows, or one that occurs twice, gives NaN, which stops the run.
         recurring: z and v have a row for each of all n, which goes on where it was left. False:
             one for each place in a minibatch; all start at 0 in every update, and so does what
             the optimisers of z and v remember.
@@ -36,6 +42,7 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
 
     Raises:
         ValueError: from `init`, where the solver remembers something about each row.
+        UserError: from `update`, where a minibatch has no positions of rows.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
@@ -66,11 +73,11 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
         return state
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        index, mask = batch.inner[key], batch.inner.get("mask")
+        index, mask = _positions(batch, key), example_mask(batch.inner)
         tables = state.inner_params, state.adjoint
         opt_states = state.inner_opt_state, state.adjoint_opt_state
         if recurring:
-            rows = jax.tree.map(lambda leaf: _computed(leaf[index]), tables)
+            rows = jax.tree.map(lambda leaf: _computed(_read(leaf, index, mask)), tables)
         else:
             rows = jax.tree.map(lambda leaf: _computed(jnp.zeros_like(leaf)), tables)
             opt_states = jax.tree.map(jnp.zeros_like, opt_states)
@@ -88,7 +95,8 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
         new, info = solver.update(small, Batch(*sides))
         moved = new.inner_params, new.adjoint
         if recurring:
-            write = lambda leaf, row: _written(leaf, index, row.astype(leaf.dtype), mask)
+            finite = all_finite(info.finite)
+            write = lambda leaf, row: _written(leaf, index, row.astype(leaf.dtype), mask, finite)
         else:
             write = lambda leaf, row: row.astype(leaf.dtype)
         z, v = jax.tree.map(write, tables, moved)
@@ -97,11 +105,36 @@ def on_rows(solver: BilevelSolver, key: str, *, recurring: bool = True) -> Bilev
     return BilevelSolver(init, update, method=solver.method._replace(batches=Method().batches))
 
 
-def _written(table: jax.Array, index: jax.Array, rows: jax.Array, mask: Any) -> jax.Array:
-    """The table with new rows at `index`, but for those of padding."""
+def _positions(batch: Batch, key: str) -> jax.Array:
+    for name, side in (("inner", batch.inner), ("outer", batch.outer)):
+        index = side.get(key) if isinstance(side, Mapping) else None
+        if index is None or jnp.ndim(index) != 1:
+            raise UserError(
+                f"on_rows needs batch.{name}[{key!r}], the positions [batch] of the minibatch's "
+                f"rows of z, got {index if index is None else jnp.shape(index)}"
+            )
+        if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
+            raise UserError(f"batch.{name}[{key!r}] must be integers, got {jnp.result_type(index)}")
+    return wide_index(batch.inner[key])
+
+
+def _read(table: jax.Array, index: jax.Array, mask: Any) -> jax.Array:
+    """The rows at `index`, those of padding some row; NaN where two of them would be one."""
+    real = jnp.ones(index.shape, bool) if mask is None else mask > 0
+    # Positions of padding may be anything: here they are below 0, each another.
+    sort = jnp.sort(jnp.where(real, index, -1 - jnp.arange(len(index), dtype=index.dtype)))
+    twice = jnp.any((sort[1:] == sort[:-1]) & (sort[1:] >= 0))
+    rows = rows_at(table, jnp.where(real, index, 0))
+    return jnp.where(twice, jnp.nan, rows)
+
+
+def _written(
+    table: jax.Array, index: jax.Array, rows: jax.Array, mask: Any, finite: jax.Array
+) -> jax.Array:
+    """The table with new rows at `index`, but for those of padding; as it was unless `finite`."""
     # Padding repeats a row: it would race with the row that it repeats.
-    at = index if mask is None else jnp.where(mask > 0, index, len(table))
-    return table.at[at].set(rows, mode="drop")
+    moves = finite if mask is None else finite & (mask > 0)
+    return table.at[jnp.where(moves, index, len(table))].set(rows, mode="drop")
 
 
 def _computed(leaf: jax.Array) -> jax.Array:

@@ -23,8 +23,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +95,17 @@ def estimator(
         first = state.cursor == 0
         sums = jax.tree.map(lambda leaf: jnp.where(first, 0, leaf), state.directions)
         z, v, x = sums
+        # One sum has no memory of what it holds: minibatches of the other side spoil it.
+        right_side = (state.cursor < num_inner_batches) == (batch.inner is not None)
+        inside = _are_within(batch[2:], (num_inner_batches, num_outer_batches))
+        one = jnp.where(right_side & inside, 1.0, jnp.nan)
         if batch.inner is not None:
-            share = 1 / num_inner_batches
+            share = one / num_inner_batches
             z = averages.accumulate(z, 1.0, oracles.inner_grad, share)
             v = averages.accumulate(v, 1.0, oracles.hvp, share)
             x = averages.accumulate(x, 1.0, oracles.cross_jvp, share)
         else:
-            share = 1 / num_outer_batches
+            share = one / num_outer_batches
             v = averages.accumulate(v, 1.0, oracles.outer_grad_inner, share)
             x = averages.accumulate(x, 1.0, oracles.outer_grad_outer, share)
         done = state.cursor + 1 == num_inner_batches + num_outer_batches
@@ -122,6 +126,15 @@ def estimator(
         units=8.0,
         needs_ids=problem.stateful,
     )
+
+
+def _are_within(ids: Sequence[Any], counts: Sequence[int]) -> jax.Array:
+    """Whether the ids that are given are those of minibatches."""
+    inside = jnp.array(True)
+    for position, count in zip(ids, counts, strict=True):
+        if position is not None:
+            inside &= (jnp.asarray(position) >= 0) & (position < count)
+    return inside
 
 
 @takes(CommonWithAdjoint)
@@ -146,7 +159,8 @@ def srba(
     Returns:
         A `BilevelSolver` whose `refresh` must be run over all minibatches whenever
         `next_refresh(state) <= state.step`, before the first step too (until then the directions
-        are not finite and nothing moves).
+        are not finite and nothing moves, and so after a pass with a minibatch of the other side or
+        an id that there is not).
 
     Raises:
         ValueError: `period` or a number of minibatches below 1, weights of another length.

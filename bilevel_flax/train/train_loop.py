@@ -45,7 +45,7 @@ from bilevel_flax.train.workdir import write_json
 
 # From a signal to the end of the process, whatever it waits for; a state that is large has longer
 # to reach the disk, but a machine that is preempted is gone after 30 s.
-_GRACE_SECONDS, _LEAVING_SECONDS = 8.0, 1.5
+_GRACE_SECONDS, _LEAVING_SECONDS = 7.0, 1.0
 _MOST_SECONDS, _BYTES_A_SECOND = 28.0, 50e6
 
 

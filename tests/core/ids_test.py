@@ -69,3 +69,22 @@ def test_the_truth_of_finite():
     assert not some._replace(adjoint=jnp.array([True, False]))  # of a chunk of steps
     with pytest.raises(jax.errors.TracerBoolConversionError):
         jax.jit(lambda flags: 1 if flags else 0)(some)
+
+
+def test_a_pass_of_srba_takes_each_side_in_its_turn():
+    """Its sum remembers no minibatch: one of the other side, or of none, spoils it for good."""
+    solver = bf.srba(PROBLEM, **STEPS, num_inner_batches=2, num_outer_batches=1, period=5)
+    refresh, update = jax.jit(solver.refresh), jax.jit(solver.update)
+    data, start = jnp.ones(4), solver.init(jnp.ones(()), jnp.zeros(()))
+    inner, outer = (lambda i: bf.Batch(data, None, i)), (lambda j: bf.Batch(None, data, None, j))
+    for batches, fine in (
+        ([inner(1), inner(0), outer(0)], True),
+        ([inner(0), outer(0), inner(1)], False),
+        ([inner(0), inner(2), outer(0)], False),
+        ([inner(0), inner(1), outer(-1)], False),
+    ):
+        state = start
+        for batch in batches:
+            ids = [None if i is None else jnp.int32(i) for i in batch[2:]]
+            state = refresh(state, bf.Batch(*batch[:2], *ids))
+        assert bool(update(state, bf.Batch(data, data, 0, 0))[1].ok) == fine

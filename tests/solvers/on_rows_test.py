@@ -100,3 +100,37 @@ def test_what_remembers_rows_is_refused(make):
     solver = make()
     with pytest.raises(ValueError, match=f"on_rows: {solver.name}.*inner=optax.sgd"):
         on_rows(solver, "row").init(jnp.zeros((ROWS, 2)), X)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_rows_that_there_are_not_stop_the_run(dtype):
+    """The last row was taken for another, and of two equal ones either was written."""
+    solver = on_rows(bf.soba(PROBLEM, **SGD), "row")
+    start, update = started(solver, ROWS), jax.jit(solver.update)
+    for rows, mask, fine in (
+        ([3, 1], [1.0, 1.0], True),
+        ([3, 5], [1.0, 1.0], False),
+        ([255, 1], [1.0, 1.0], False),
+        ([3, 3], [1.0, 1.0], False),
+        ([3, 3], [1.0, 0.0], True),
+        ([3, 99], [1.0, 0.0], True),
+        ([99, 3], [1.0, 0.0], False),
+    ):
+        index = jnp.array(rows).astype("int8" if dtype == "int32" else dtype).astype(dtype)
+        batch = BATCH | {"row": index, "mask": jnp.array(mask)}  # 255 is -1 there
+        state, info = update(start, bf.Batch(batch, batch))
+        assert bool(info.ok) == fine
+        moved = np.any(state.inner_params != start.inner_params, -1).nonzero()[0].tolist()
+        real = [row for row, one in zip(rows, mask, strict=True) if one]
+        assert moved == (sorted(real) if fine else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(None, "got None"), (jnp.array(1), r"got \(\)"), (jnp.ones(2), "must be integers, got float")],
+)
+def test_a_minibatch_without_positions_is_refused(rows, words):
+    solver = on_rows(bf.soba(PROBLEM, **SGD), "row")
+    batch = bf.Batch(BATCH, BATCH | {"row": rows})
+    with pytest.raises(ValueError, match=r"batch.outer\['row'\].*" + words):
+        solver.update(started(solver, ROWS), batch)
