@@ -129,7 +129,7 @@ def test_no_python_stands_in_a_block_that_does_not_run():
     # Packages that are not installed here, and a launcher's own syntax; the rest must be ```python.
     allowed = {"trainers.md": 3, "mixture_export.md": 1, "citation.md": 1}
     others = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/*/README.md")]
-    for page in [*DOCS.glob("*.md"), *others]:
+    for page in [*PAGES, *others]:
         languages = re.findall(r"^```([^\n{]+)$", page.read_text(), re.MULTILINE)
         silent = [language for language in languages if language not in ("python", "diff")]
         assert len(silent) == allowed.get(page.name, 0), page.name
