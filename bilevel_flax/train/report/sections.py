@@ -187,7 +187,7 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--paper)", text)
     # About as wide as drawn: text in a blown-up figure shouts, and on a phone nobody can read it.
     width = 108 * figure.get_figwidth()
-    size = f"max-width: {width:.0f}px; min-width: {0.68 * width:.0f}px"
+    size = f"max-width: {width:.0f}px; min-width: {0.6 * width:.0f}px"
     mark = f'<svg role="img" aria-label="{html.escape(title)}" style="{size}"'
     return text.replace("<svg", mark, 1).strip()
 
