@@ -9,18 +9,23 @@ methods, with the step's time, the temporary memory of the compiled program, the
 seconds of compilation and tokens or images a second. Then a weight for each of 1e4 and 1e8
 examples, DARTS's search step, and the cleaning loop beside plain training in the same loop.
 
-Entries that do not fit into `--minutes` any more are left out, and the file says so.
+The entries take turns, so that every one has its first rows early; DARTS, which compiles longest,
+comes last. `--out` is written after every row: an error (no memory, a kernel that is not there) is
+that row's result, and what does not fit into `--minutes` is left out, and the file says so. A row
+that is not done by then ends the program.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+import itertools
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +38,7 @@ from benchmarks.rows import Rows, add_argument
 from benchmarks.tasks import networks
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
+from bilevel_flax.train.workdir import write_json
 from examples.darts import task as darts_task
 from examples.darts.network import SearchNetwork, make_stack
 from examples.darts.optimizers import make_optimizer
@@ -179,31 +185,46 @@ def measured(
     return found
 
 
-def network_rows(network: networks.Network, size: dict[str, Any]) -> Iterator[dict]:
-    """A row for each variant; what cannot be compiled or does not fit says so in its row."""
-    base = None
-    for name, step, start in variants(network):
-        if size["variants"] and name not in size["variants"]:
-            continue
-        try:
-            found = measured(step, start, network.batch, size["seconds"])
-        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
-            yield {"variant": name, "error": str(error).split("\n")[0][:200]}
-            continue
-        base = base or found
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        yield {
-            "variant": name,
-            **found,
-            "plain_steps": found["step_seconds"] / base["step_seconds"],
-            "plain_temporaries": found["temporary_bytes"] / max(base["temporary_bytes"], 1),
-            "plain_compile": found["compile_seconds"] / base["compile_seconds"],
-            "items_per_second": network.items / found["step_seconds"],
-            "peak_bytes_so_far": peak,
+class Row(NamedTuple):
+    """A measurement that waits to be taken: what it is called, and what takes it."""
+
+    variant: str
+    measure: Callable[[], dict[str, Any]]
+
+
+_FEW = ("plain", "by hand", "bf.soba", "bf.auto, 2 microbatches")
+RATIOS = {
+    "plain_steps": "step_seconds",
+    "plain_temporaries": "temporary_bytes",
+    "plain_compile": "compile_seconds",
+}
+
+
+def network_rows(
+    network: networks.Network, size: dict[str, Any], names: Sequence[str] = ()
+) -> Iterator[Row]:
+    """A row for each variant, or for those named; the ratios are to the row of "plain"."""
+    plain_row: dict[str, Any] = {}
+
+    def row(name, step, start):
+        found = measured(step, start, network.batch, size["seconds"])
+        if name == "plain":
+            plain_row.update(found)
+        over_plain = {
+            ratio: found[of] / plain_row[of]
+            for ratio, of in RATIOS.items()
+            if plain_row.get(of)  # it may not have fitted into the memory itself
         }
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        speed = network.items / found["step_seconds"]
+        return {**found, **over_plain, "items_per_second": speed, "peak_bytes_so_far": peak}
+
+    for name, step, start in variants(network):
+        if all(name in chosen for chosen in (names, size["variants"]) if chosen):
+            yield Row(name, functools.partial(row, name, step, start))
 
 
-def gpt(size: dict[str, Any], remat: bool = False, fused: bool = False) -> Iterator[dict]:
+def gpt(size: dict[str, Any], remat: bool = False, fused: bool = False) -> Iterator[Row]:
     """The decoder in bfloat16; `fused`: cuDNN's attention with a reference's tangents."""
     attention = None
     if fused:
@@ -214,20 +235,21 @@ def gpt(size: dict[str, Any], remat: bool = False, fused: bool = False) -> Itera
             implementation="cudnn" if on_gpu else "xla",
         )
     network = networks.decoder(*size["gpt"], dtype=jnp.bfloat16, remat=remat, attention=attention)
-    yield from network_rows(network, size)
+    yield from network_rows(network, size, _FEW if remat or fused else ())
 
 
-def resnet(size: dict[str, Any]) -> Iterator[dict]:
+def resnet(size: dict[str, Any]) -> Iterator[Row]:
     """ResNet-50 in bfloat16."""
-    yield from network_rows(networks.resnet(*size["resnet"], dtype=jnp.bfloat16), size)
+    network = networks.resnet(*size["resnet"], dtype=jnp.bfloat16)
+    yield from network_rows(network, size, (*_FEW, "bf.auto"))
 
 
-def cnn(size: dict[str, Any]) -> Iterator[dict]:
+def cnn(size: dict[str, Any]) -> Iterator[Row]:
     """The CNN of the cleaning example in float32."""
     yield from network_rows(networks.small_cnn(size["cnn"]), size)
 
 
-def weights(size: dict[str, Any]) -> Iterator[dict]:
+def weights(size: dict[str, Any]) -> Iterator[Row]:
     """An MLP with a weight for each example, a row of a table moved by lazy Adam."""
     rng = np.random.default_rng(0)
 
@@ -250,7 +272,8 @@ def weights(size: dict[str, Any]) -> Iterator[dict]:
         solver = bf.soba(problem, inner=optax.sgd(0.01), outer=bf.outer.lazy_adam(0.1))
         update = lambda state, batch, solver=solver: solver.update(state, bf.Batch(batch, batch))
         start = lambda count=count, z=z, solver=solver: solver.init(z, jnp.zeros(count))
-        yield {"variant": f"{count} weights", **measured(update, start, batch, size["seconds"])}
+        args = update, start, batch, size["seconds"]
+        yield Row(f"{count} weights", functools.partial(measured, *args))
 
 
 def search(size: dict[str, Any]) -> tuple[bf.BilevelSolver, Callable[[], Any], dict[str, Any]]:
@@ -273,15 +296,15 @@ def search(size: dict[str, Any]) -> tuple[bf.BilevelSolver, Callable[[], Any], d
     return solver, start, batch
 
 
-def darts(size: dict[str, Any]) -> Iterator[dict]:
+def darts(size: dict[str, Any]) -> Iterator[Row]:
     """The search step: how long it compiles and how fast it runs."""
     solver, start, batch = search(size)
     update = lambda state, batch: solver.update(state, bf.Batch(batch, batch))
-    cells = size["darts"][0]
-    yield {"variant": f"{cells} cells", **measured(update, start, batch, size["seconds"])}
+    args = update, start, batch, size["seconds"]
+    yield Row(f"{size['darts'][0]} cells", functools.partial(measured, *args))
 
 
-def cleaning(size: dict[str, Any]) -> Iterator[dict]:
+def cleaning(size: dict[str, Any]) -> Iterator[Row]:
     """The cleaning run's compiled loop beside plain training in the same loop."""
     count, rng = size["cleaning"], np.random.default_rng(0)
     arrays = {
@@ -293,7 +316,8 @@ def cleaning(size: dict[str, Any]) -> Iterator[dict]:
     side = data.partition(arrays, min(64, count))
     variables = dict(model.init(jax.random.key(0), arrays["image"][:2], train=False))
     params = variables.pop("params")
-    for name, (of_x, of_v) in {"auto": (1, 1), "cheap": (4, 2)}.items():
+
+    def row(of_x, of_v):
         solver = bf.auto(
             problem, inner=inner, steps=10_000, update_every=of_x, adjoint_update_every=of_v
         )
@@ -301,16 +325,18 @@ def cleaning(size: dict[str, Any]) -> Iterator[dict]:
         loop = StepRunner(solver, side, side, on_device=True)
         rounds = {"rounds": 1, "seconds": size["seconds"]}
         ours, alone = step_time.over_plain(loop, problem, inner, state, **rounds)
-        yield {
-            "variant": name,
+        return {
             "steps_per_second": 1 / ours,
             "plain_steps_per_second": 1 / alone,
             "plain_steps": ours / alone,
             "compile_seconds": loop.compile_seconds,
         }
 
+    for name, every in {"auto": (1, 1), "cheap": (4, 2)}.items():
+        yield Row(name, functools.partial(row, *every))
 
-ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[dict]]] = {
+
+ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "gpt": gpt,
     "gpt fused": functools.partial(gpt, fused=True),
     "gpt remat": functools.partial(gpt, remat=True),
@@ -323,27 +349,69 @@ ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[dict]]] = {
 }
 
 
-def run(size: str, minutes: float, only: Any, add: Callable[[str, dict], None]) -> dict:
-    """All entries; `add(entry, row)` is told each row, and what begins too late is left out."""
-    device, ends = jax.devices()[0], time.monotonic() + 60 * minutes
+def in_turns(names: Sequence[str], size: dict[str, Any]) -> Iterator[tuple[str, Row]]:
+    """The rows of all entries: the first of each, the second of each, and so on; DARTS last."""
+    entries = [_rows_of(name, size) for name in names if name != "darts"]
+    for turn in itertools.zip_longest(*entries):
+        yield from filter(None, turn)
+    if "darts" in names:
+        yield from _rows_of("darts", size)
+
+
+def _rows_of(name: str, size: dict[str, Any]) -> Iterator[tuple[str, Row]]:
+    try:
+        for row in ENTRIES[name](size):
+            yield name, row
+    except Exception as error:  # an entry that cannot even be made must not end the others
+        text = _first_line(error)
+        yield name, Row("all of it", lambda: {"error": text})
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def run(
+    size: str,
+    minutes: float,
+    only: Sequence[str] | None,
+    add: Callable[[str, dict], None],
+    save: Callable[[dict], None] = lambda results: None,
+) -> dict:
+    """Measures row after row until there is no time for another.
+
+    Args:
+        size: of `SIZES`.
+        minutes: in which a row may begin.
+        only: names of entries; None: all.
+        add: told each row as soon as it is there.
+        save: told all that is there, as often.
+
+    Returns:
+        "device", "jax", "size", "entries" (rows by entry) and "left_out" (names of rows).
+    """
+    ends = time.monotonic() + 60 * minutes
+    rows = list(in_turns(list(only or ENTRIES), SIZES[size]))
     results: dict[str, Any] = {
-        "device": device.device_kind,
+        "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "size": size,
         "entries": {},
-        "left_out": [],
+        "left_out": [f"{name}: {row.variant}" for name, row in rows],
     }
-    for name in only or ENTRIES:
+    save(results)
+    for name, row in rows:
         if time.monotonic() > ends:
-            results["left_out"].append(name)
-            continue
-        rows = results["entries"][name] = []
-        for row in ENTRIES[name](SIZES[size]):
-            rows.append(row)
-            add(name, row)
-            if time.monotonic() > ends:
-                results["left_out"].append(f"the rest of {name}")
-                break
+            break
+        try:
+            found = row.measure()
+        except Exception as error:  # no memory, no such kernel: the next row may well run
+            found = {"error": _first_line(error)}
+        found = {"variant": row.variant, **found}
+        results["entries"].setdefault(name, []).append(found)
+        results["left_out"].pop(0)
+        add(name, found)
+        save(results)
     return results
 
 
@@ -362,11 +430,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ENTRIES, default=None)
     add_argument(parser)
     args = parser.parse_args()
+
+    def cut_off():  # what is being compiled cannot be stopped otherwise
+        print(f"{args.minutes:g} minutes are over; {args.out} holds what was done", flush=True)
+        os._exit(0)
+
+    watchdog = threading.Timer(60 * args.minutes, cut_off)
+    watchdog.daemon = True
+    watchdog.start()
     device = jax.devices()[0].device_kind
     with Rows(args.markdown) as rows:
         add = lambda name, row: rows.add(_shown(row), f"{name} ({device})")
-        results = run(args.size, args.minutes, args.only, add)
-    args.out.write_text(json.dumps(results, indent=1))
+        save = functools.partial(write_json, args.out)
+        results = run(args.size, args.minutes, args.only, add, save)
+    watchdog.cancel()
     print(f"saved to {args.out}; left out: {results['left_out'] or 'nothing'}")
 
 
