@@ -1,10 +1,11 @@
-"""What share of a run's wall time its steps take, and what takes the rest.
+"""What share of a run's time its steps take, and what takes the rest.
 
     python benchmarks/throughput.py [--steps 2000] [--model cnn]
 
-The cleaning example with its own config, from the first line of the loop to its last step; the
-seconds of compilation are apart, those of the evaluation's and the health probe's programs (which
-are compiled at their first call) are in theirs.
+The cleaning example with its own config, from the first line of the loop to its last step. The
+compilation of the steps is apart; the programs of the evaluation and of the health probe are
+compiled at their first call, which has a column of its own, and "later" are the shares without
+those. CPU time, of all threads, stands beside wall time: on a shared machine it is what is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.rows import Rows, add_argument
 from bilevel_flax.train import actions
@@ -36,18 +37,26 @@ PARTS = {
 }
 
 
-def timed(spent: dict[str, list[float]]) -> None:
+class Spent(NamedTuple):
+    """Of one call."""
+
+    wall: float
+    cpu: float
+
+
+def timed(spent: dict[str, list[Spent]]) -> None:
     """Makes every part say what each of its calls takes."""
     for part, (owner, name) in PARTS.items():
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any, part=part, original=original) -> Any:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             try:
                 return original(*args)
             finally:
-                spent[part].append(time.perf_counter() - began)
+                ends = time.perf_counter(), time.process_time()
+                spent[part].append(Spent(ends[0] - began, ends[1] - cpu))
 
         setattr(owner, name, call)
 
@@ -65,24 +74,33 @@ def main() -> None:
     task = make_task(run)
     run = run.with_steps(task.inner.num_batches)
     solver = make_solver(run.solver, task)
-    spent: dict[str, list[float]] = collections.defaultdict(list)
+    spent: dict[str, list[Spent]] = collections.defaultdict(list)
     timed(spent)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         trained = train_loop(run, Path(folder), task, solver)
-        wall = time.perf_counter() - began
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     totals = trained.totals
-    loop = wall - totals["compile_seconds"]
-    title = (
-        f"{args.model}, {run.steps} steps: {wall:.1f} s, {wall - loop:.1f} s of them compilation"
-    )
-    parts = {"steps": [totals["seconds"]], **spent}
-    parts["rest"] = [loop - sum(map(sum, parts.values()))]
+    compiling, steps = totals["compile_seconds"], Spent(totals["seconds"], totals["cpu_seconds"])
+    title = f"{args.model}, {run.steps} steps: {wall:.1f} s of wall time, {cpu:.1f} s of CPU, "
+    title += f"{compiling:.1f} s of wall time to compile the steps"
+    later = {part: sum(call.cpu for call in calls[1:]) for part, calls in spent.items()}
+    later = {"steps": steps.cpu, **later}
     with Rows(args.markdown) as rows:
-        for part, calls in parts.items():
-            row = {"part": part, "s": f"{sum(calls):.2f}", "share": f"{sum(calls) / loop:.1%}"}
-            first = f"{calls[0]:.2f}" if len(calls) > 1 else ""
-            rows.add({**row, "calls": len(calls), "the first, s": first}, title)
+        for part, calls in {"steps": [steps], **spent}.items():
+            seconds, of_cpu = (sum(column) for column in zip(*calls, strict=True))
+            row = {"part": part, "calls": len(calls), "wall s": f"{seconds:.2f}"}
+            row |= {"share": f"{seconds / (wall - compiling):.1%}", "CPU s": f"{of_cpu:.2f}"}
+            row["the first, CPU s"] = f"{calls[0].cpu:.2f}" if part != "steps" else ""
+            row["share of CPU later"] = f"{later[part] / sum(later.values()):.1%}"
+            rows.add(row, title)
+        rest = (
+            wall
+            - compiling
+            - sum(call.wall for calls in (*spent.values(), [steps]) for call in calls)
+        )
+        row = {"part": "rest: files, restoring, the first trace", "wall s": f"{rest:.2f}"}
+        rows.add({**row, "share": f"{rest / (wall - compiling):.1%}"}, title)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -190,6 +191,26 @@ def test_normalised_channels_have_mean_0_and_variance_1_whatever_their_scale():
     found = np.asarray(normalized(100 * IMAGES + 7))
     np.testing.assert_allclose(found.mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(found.var((0, 1, 2)), 1, atol=1e-3)
+
+
+def test_normalisations_own_rule_is_the_derivative_also_the_second():
+    def plain(images):
+        centred = images - images.mean((0, 1, 2), keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean((0, 1, 2), keepdims=True) + 1e-5)
+
+    weights, tangent = random(*IMAGES.shape), random(*IMAGES.shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(normalise, images):
+        loss = lambda images: jnp.sum(weights * normalise(images) ** 3)
+        return jax.jvp(jax.value_and_grad(loss), (images,), (tangent,))
+
+    for found, wanted in zip(
+        jax.tree.leaves(derivatives(normalized, IMAGES)),
+        jax.tree.leaves(derivatives(plain, IMAGES)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 CELL = (

@@ -21,6 +21,7 @@ from examples.darts.cells import (
     compressible,
     fan_in,
     normalized,
+    rematerialised,
     search_cell,
 )
 from examples.darts.genotype import CELLS, EDGES, NODES, OPERATIONS
@@ -175,9 +176,8 @@ class SearchNetwork(nn.Module):
         states = compressible(before, halved, padded), compressible(last, False, padded)
         if len(cells) == 1:
             return last, step(states, kernels[0])[0][1]
-        return jax.lax.scan(
-            step, states, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
-        )[0]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
+        return jax.lax.scan(rematerialised(step), states, stacked)[0]
 
 
 def _runs(reductions: Sequence[bool]) -> list[range]:
