@@ -145,16 +145,21 @@ def main() -> None:
                 z = initial(seed, examples.train_images[0].size)
                 return solver(name, steps).init(z, weights.init())
 
-            settings = {"on_device": True}
             runners = {
-                name: StepRunner(solver(name, 1000), inner, outer, **settings) for name in METHODS
+                name: StepRunner(solver(name, 1000), inner, outer, on_device=True)
+                for name in METHODS
             }
             for name, pace in paces(runners, start).items():
                 steps = round(args.seconds / pace)
                 first = None
                 for seed in range(args.seeds):
                     runner = StepRunner(
-                        solver(name, steps), inner, outer, seed=seed, compiled_as=first, **settings
+                        solver(name, steps),
+                        inner,
+                        outer,
+                        seed=seed,
+                        compiled_as=first,
+                        on_device=True,
                     )
                     first = runner
                     state = start(name, seed, steps)
