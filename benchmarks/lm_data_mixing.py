@@ -6,7 +6,7 @@
 
 Runs that are there are not repeated, and an interrupted one goes on. Prints, and writes to
 `table.md`, means and deviations over the seeds; `--markdown` runs nothing and prints those of
-what is there.
+what is there, interrupted runs among it.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def write(out: Path, settings: list[list[str]]) -> str:
     """The tables of what is there."""
     parts = [setup()]
     for inside, target in itertools.product(settings[0], settings[1]):
-        files = [folder(out, target, inside, seed) / "summary.json" for seed in settings[2]]
-        runs = [read_json(file) for file in files if file.exists()]
-        if runs:
+        workdirs = [folder(out, target, inside, seed) for seed in settings[2]]
+        workdirs = [workdir for workdir in workdirs if (workdir / "baselines.json").exists()]
+        if workdirs:
             where = "in the pool as well" if inside == "true" else "not in the pool"
-            parts.append(f"Target {Path(target).name}, its text {where}; {table(runs)}")
+            parts.append(f"Target {Path(target).name}, its text {where}; {table(workdirs)}")
     text = "\n\n".join(parts) + "\n"
     (out / "table.md").write_text(text)
     return text
@@ -88,43 +88,41 @@ def setup() -> str:
     )
 
 
-def table(runs: list[dict]) -> str:
-    """Of one setting: a row for each method, ordered by what is left after fine-tuning."""
-    methods = [*METHODS, "retrained"]
-    values = {
-        name: {when: [numbers(run)[name][when] for run in runs] for when in ("before", "after")}
-        for name in methods
-    }
-    ranked = sorted(methods, key=lambda name: statistics.mean(values[name]["after"]))
-    steps = runs[0]["plain_step_equivalents"]
+def table(workdirs: list[Path]) -> str:
+    """Of one setting: a row for each method, ordered by what is left after fine-tuning.
+
+    An interrupted run has some of the methods, so that each row says how many seeds it is of.
+    """
+    config = read_json(workdirs[0] / "config.json")
+    runs = [read_json(workdir / "baselines.json") for workdir in workdirs]
+    rows = {}
+    for name in (*METHODS, "retrained"):
+        if results := [run[name] for run in runs if name in run]:
+            after = statistics.mean(result["after"] for result in results)
+            cost = f"{results[0]['plain_step_equivalents'] / config['steps']:.2f}"
+            columns = [shown([result[when] for result in results]) for when in ("before", "after")]
+            cells = [f"**{name}**" if name == "soba" else name, *columns, cost, str(len(results))]
+            rows[name] = after, f"| {' | '.join(cells)} |"
     lines = [
-        f"{len(runs)} seeds, {runs[0]['tokens']:,} bytes",
+        f"{len(runs)} seeds, {config['steps'] * config['batch_size'] * config['length']:,} bytes",
         "",
-        "| | before fine-tuning | after | cost, in trainings |",
-        "|---|---|---|---|",
+        "| | before fine-tuning | after | cost, in trainings | seeds |",
+        "|---|---|---|---|---|",
+        *(line for _, line in sorted(rows.values())),
     ]
-    for name in ranked:
-        cost = f"{steps[name] / steps['uniform']:.2f}" if name in steps else ""
-        cells = [shown(values[name][when]) for when in ("before", "after")]
-        lines.append(
-            f"| {f'**{name}**' if name == 'soba' else name} | {' | '.join(cells)} | {cost} |"
-        )
-    names = sorted(runs[0]["mixture"], key=lambda name: -runs[0]["mixture"][name])
-    for key in ("mixture", "dds_mixture"):
-        shares = [f"{name} {shown([run[key][name] for run in runs], 2)}" for name in names]
+    summaries = [workdir / "summary.json" for workdir in workdirs]
+    summaries = [read_json(path) for path in summaries if path.exists()]
+    for key in ("mixture", "dds_mixture") if summaries else ():
+        names = sorted(summaries[0][key], key=lambda name: -summaries[0]["mixture"][name])
+        shares = [f"{name} {shown([run[key][name] for run in summaries], 2)}" for name in names]
         lines += ["", f"{key}: " + ", ".join(shares)]
     return "\n".join(lines)
 
 
-def numbers(summary: dict) -> dict:
-    """Method -> nats per byte on the test text."""
-    return summary["nats_per_byte"] | {"retrained": summary["retrained_nats_per_byte"]}
-
-
 def shown(values: list[float], digits: int = 3) -> str:
-    """Mean and deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and, of several, deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def get_config(method: str = "imaml") -> ml_collections.ConfigDict:
     config.method = method
     config.steps = 2000
     config.batch_size = 8  # tasks
+    config.tasks_at_once = 2  # whose query images are in memory at a time
     config.eval_every = 250
     config.log_every = 50
     config.adapts = "head" if method in ("imaml", "tracked") else "network"

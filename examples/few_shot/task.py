@@ -37,7 +37,11 @@ Logits = Callable[[Any, Any], jax.Array]  # (x, one task) -> [ways * queries, wa
 
 
 def make_problem(
-    apply: Apply, pixels: jax.Array, proximal: float, first_order: bool = False
+    apply: Apply,
+    pixels: jax.Array,
+    proximal: float,
+    first_order: bool = False,
+    at_once: int | None = None,
 ) -> bf.Problem:
     """The two losses.
 
@@ -46,6 +50,7 @@ def make_problem(
         pixels: the images that tasks point into, [n, height, width] in [0, 255].
         proximal: λ >= 0.
         first_order: G holds x fixed, so that no derivative goes through the adaptation.
+        at_once: tasks whose query images are in memory at a time; None: all of them.
     """
 
     def losses(z, x, codes):
@@ -61,7 +66,11 @@ def make_problem(
         return jnp.sum(each(z, x, batch, "support")) + 0.5 * proximal * squares
 
     def outer_loss(z, x, batch):
-        return jnp.mean(each(z, x, batch, "query"))
+        if at_once is None:
+            return jnp.mean(each(z, x, batch, "query"))
+        # Without the checkpoint the loop would keep every task's activations for its way back.
+        one = jax.checkpoint(lambda task: losses(task[0], x, task[1]))
+        return jnp.mean(jax.lax.map(one, (z, batch["query"]), batch_size=at_once))
 
     return bf.Problem(inner_loss, outer_loss)
 
@@ -168,7 +177,8 @@ def make_task(config: Any) -> Task:
 
     Args:
         config: keys `method`, `adapts`, `ways`, `shots`, `queries`, `width`, `tasks`, `copies`,
-            `proximal`, `inner_rate`, `adapt_steps`, `evaluated`, `batch_size`, `seed`, `data`.
+            `proximal`, `inner_rate`, `adapt_steps`, `evaluated`, `batch_size`, `tasks_at_once`,
+            `seed`, `data`.
 
     Raises:
         ConfigError: alphabets that are in two parts, a λ that is not positive.
@@ -176,7 +186,7 @@ def make_task(config: Any) -> Task:
     """
     check_choice(f"--config.method={config.method}", config.method, METHODS)
     check_choice(f"--config.adapts={config.adapts}", config.adapts, ADAPTS)
-    for name in ("ways", "shots", "queries", "width", "tasks", "evaluated"):
+    for name in ("ways", "shots", "queries", "width", "tasks", "evaluated", "tasks_at_once"):
         check_count(f"--config.{name}", config[name])
     if config.tasks % config.batch_size:
         raise ConfigError(
@@ -215,7 +225,7 @@ def make_task(config: Any) -> Task:
     else:
         proximal = config.proximal if implicit else 0.0
         first_order = config.method == "first_order"
-        problem = make_problem(model.apply, pixels, proximal, first_order)
+        problem = make_problem(model.apply, pixels, proximal, first_order, config.tasks_at_once)
         settings = (proximal, config.inner_rate, config.adapt_steps)
         accuracy = accuracies(after_adaptation(model.apply, pixels, start, *settings))
     side = minibatches(train, config.batch_size, config.seed)

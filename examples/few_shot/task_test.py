@@ -56,7 +56,7 @@ def flat_losses(x):
 
 def stepped(make, x, z, proximal, first_order=False, **settings):
     """-D_x: the way that x moves under SGD with step 1."""
-    problem = task.make_problem(apply, jnp.asarray(PIXELS), proximal, first_order)
+    problem = task.make_problem(apply, jnp.asarray(PIXELS), proximal, first_order, at_once=1)
     solver = make(problem, **SGD, **settings)
     state = solver.init(z, x)
     new, _ = jax.jit(solver.update)(state, bf.Batch(BATCH, BATCH))
