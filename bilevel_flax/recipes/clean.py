@@ -7,12 +7,14 @@
    for half as long, which begins half way between the first and a new one. (With so many clean
    examples that there is nothing to choose in 1, for as long.)
 3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
-   labels that it is sure of, given or not, and the clean ones train it on, with mixup.
-4. That once more, half as long and without mixup, from which a network that would not have learned
+   labels that it is sure of, given or not, and the clean ones train it on, with mixup. (Where the
+   steps are many for so few data: in three parts, each by the word of the network before.)
+4. That once more, shorter and without mixup, from which a network that would not have learned
    labels by heart, a linear one, gains nothing: the network to hand over. With the second, which
-   was not taught the corrected labels, it says which labels are wrong.
+   was not taught the corrected labels, it says which labels are wrong; where both are wrong more
+   often than right, so does the first (`_verdict`).
 
-What it costs is at most four plain trainings of the same length. Why no learned weights: started
+Together they cost at most four plain trainings of the full length. Why no learned weights: started
 from them, or with them on top of the matrix, instance noise ended with more errors
 (`benchmarks/results/cleaning.md`: what was tried, and where plain rounds win).
 
@@ -52,6 +54,9 @@ _SURE = 0.9
 _CLEARLY = 0.8
 # The second network's start: this much of a new one.
 _FRESH = 0.5
+# What the later trainings take, of a full one, all but the last with mixup: more and shorter ones,
+# where one would go through the data more than 15 times, since each begins with better labels.
+_SHARES, _SHARES_OF_MANY_PASSES = (1.0, 0.5), (0.35, 0.35, 0.35, 0.5)
 _STEP = 1e-3  # AdamW's first, which falls to 0
 _DECAY = 1e-4
 
@@ -197,7 +202,7 @@ def clean(
             Hugging Face `Dataset`, a TFDS data source or a Grain `MapDataset`. Inputs are numbers
             [n, ...], scaled as the network wants them; labels are integers from 0.
         clean: a few examples with right labels, of every class.
-        steps: of one training, of which the whole takes at most four.
+        steps: of one training at full length; the whole takes at most four times as many.
         batch_size: examples a step.
         optimizer: z's, or a function of a training's number of steps that returns it, for a step
             that falls; None: AdamW(1e-3, decay 1e-4), its step falling linearly to 0.
@@ -258,9 +263,7 @@ def clean(
         penalty or (lambda params: 0.0),
         seed,
     )
-    return _four_trainings(
-        trainer, steps, given, known, twins, tuple(notes), log or (lambda line: None)
-    )
+    return _trainings(trainer, steps, given, known, twins, tuple(notes), log or (lambda line: None))
 
 
 def _checked(noisy: np.ndarray, given: np.ndarray, clean: np.ndarray, known: np.ndarray) -> None:
@@ -291,7 +294,7 @@ def _by_steps(optimizer: Any) -> Callable[[int], optax.GradientTransformation]:
     return lambda steps: optimizer
 
 
-def _four_trainings(
+def _trainings(
     trainer: Trainer,
     steps: int,
     given: np.ndarray,
@@ -311,35 +314,33 @@ def _four_trainings(
         log(f"{what}: it agrees with {(probabilities.argmax(1) == given).mean():.1%} of the labels")
         return probabilities
 
-    passes = -(-_PASSES * len(given) // trainer.batch_size)
-    first = min(steps, max(passes, _LEAST_STEPS))
+    passes = -(-_PASSES * len(given) // trainer.batch_size)  # in steps
+    longest = min(steps, max(passes, _LEAST_STEPS))
     rows = np.random.default_rng(trainer.seed).permutation(np.flatnonzero(usable))
     held = rows[: min(_MOST_HELD, int(_HELD_SHARE * len(rows)))]
     labels = np.concatenate([given, known])
-    found = ThroughNoise(trainer, first).fit(rows, labels, held=held, pilot=half)
-    said = judged(found.state, found.cost, "1/4 through a confusion matrix")
+    found = ThroughNoise(trainer, longest).fit(rows, labels, held=held, pilot=half)
+    first = judged(found.state, found.cost, "1: through a confusion matrix")
 
-    kept = usable & (said.argmax(1) == given)
+    kept = usable & (first.argmax(1) == given)
     rows = np.append(np.flatnonzero(kept), clean_rows)
     # What the pilot would have cost goes to the second.
     length = half if found.piloted else steps
     state = trainer.fit(rows, labels, length, start=Start(found.state, _FRESH))
-    second = judged(state, length, "2/4 on the labels that the first keeps")
+    said = second = judged(state, length, "2: on the labels that the first keeps")
 
-    def on_sure_labels(said: np.ndarray, noise: tuple[np.ndarray, float], length: int, mixed: bool):
-        posterior = noise_model.posterior(said, given, *noise)
+    shares = _SHARES_OF_MANY_PASSES if steps > passes else _SHARES
+    for number, share in enumerate(shares, 3):
+        posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
         rows = np.append(np.flatnonzero(usable & (posterior.max(1) > _SURE)), clean_rows)
-        labels = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
-        return trainer.fit(rows, labels, length, start=Start(state), mixed=mixed)
+        sure = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
+        length = max(1, int(share * steps))
+        mixed = number < 2 + len(shares)
+        state = trainer.fit(rows, sure, length, start=Start(state), mixed=mixed)
+        said = judged(state, length, f"{number}: on the labels that are sure now")
 
-    state = on_sure_labels(second, _noise(second, given, kept), steps, mixed=True)
-    third = judged(state, steps, "3/4 on the labels that are sure")
-    noise = _noise(third, given, kept)
-    state = on_sure_labels(third, noise, half, mixed=False)
-    fourth = judged(state, half, "4/4 on those that are now")
-
-    posterior = noise_model.posterior(fourth, given, *noise)
-    both = noise_model.posterior(_mean(second, fourth), given, *noise)
+    noise = _noise(said, given, kept)
+    posterior, both, note = _verdict(first, second, said, given, noise, held)
     for probabilities in (posterior, both):
         probabilities[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
     doubt = 1 - both[np.arange(len(given)), given]
@@ -351,9 +352,38 @@ def _four_trainings(
         confusion=noise_model.confusion(posterior, given),
         resemblance=noise[1],
         plain_step_equivalents=spent,
-        notes=notes,
+        notes=(*notes, *note),
         _predict=lambda inputs: trainer.probabilities(state, inputs),
     )
+
+
+def _verdict(
+    first: np.ndarray,
+    second: np.ndarray,
+    last: np.ndarray,
+    given: np.ndarray,
+    noise: tuple[np.ndarray, float],
+    held: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Posteriors for what is suggested and for what is doubted, and what to tell the user.
+
+    The later networks are surer than they are right, since they were taught their own word. That
+    does no harm where they are mostly right; where they are not, a given label is better evidence.
+    Which it is says the first, by a matrix from labels that it has not seen.
+    """
+    posterior = noise_model.posterior(last, given, *noise)
+    doubted, note = noise_model.posterior(_mean(second, last), given, *noise), ()
+    if len(held):
+        matrix = noise_model.likeliest(first[held], given[held])
+        honest = noise_model.posterior(first, given, matrix, 0.0)
+        if honest[np.arange(len(given)), last.argmax(1)].mean() < 0.5:
+            posterior = honest
+            doubted = noise_model.posterior(_mean(first, second, last), given, matrix, 0.0)
+            note = (
+                "the network is expected to be wrong about most of the training set: suggested "
+                "labels are mostly the given ones",
+            )
+    return posterior, doubted, note
 
 
 def _noise(said: np.ndarray, given: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
@@ -363,7 +393,7 @@ def _noise(said: np.ndarray, given: np.ndarray, kept: np.ndarray) -> tuple[np.nd
     return matrix, noise_model.resemblance(said[wrong], given[wrong], matrix)
 
 
-def _mean(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _mean(*networks: np.ndarray) -> np.ndarray:
     """The geometric mean of probabilities, which sums to 1 again."""
-    mean = np.sqrt((one + 1e-6) * (other + 1e-6))
+    mean = np.exp(np.mean([np.log(one + 1e-6) for one in networks], axis=0))
     return mean / mean.sum(1, keepdims=True)

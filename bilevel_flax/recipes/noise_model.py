@@ -26,6 +26,8 @@ import numpy as np
 
 _FLOOR = 1e-4  # of a probability
 _GRID = np.linspace(0.0, 2.0, 21)
+_PRIOR = 5.0  # examples of each class that the first matrix counts for
+_EM_STEPS = 15
 
 
 def mostly_right(num_classes: int) -> np.ndarray:
@@ -50,6 +52,24 @@ def confusion(probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:
     counts = np.full((num_classes, num_classes), 0.1)
     np.add.at(counts, (probabilities.argmax(1), given), 1.0)
     return counts / counts.sum(1, keepdims=True)
+
+
+def likeliest(probabilities: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The matrix [K, K] under which given labels are likeliest, by expectation maximisation.
+
+    Unlike `confusion` it does not take the network's doubt, or its mistakes, for the labels'.
+
+    Args:
+        probabilities: float [n, K], of a network that did not train on these labels.
+        given: int [n].
+    """
+    num_classes = probabilities.shape[1]
+    prior = _PRIOR * mostly_right(num_classes).astype(np.float64)
+    matrix, shown = prior / _PRIOR, np.eye(num_classes)[given]
+    for _ in range(_EM_STEPS):
+        counts = prior + posterior(probabilities, given, matrix, 0.0).T @ shown
+        matrix = counts / counts.sum(1, keepdims=True)
+    return matrix
 
 
 def resemblance(probabilities: np.ndarray, given: np.ndarray, matrix: np.ndarray) -> float:

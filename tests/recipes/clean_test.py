@@ -68,6 +68,29 @@ def test_labels_that_are_all_right_are_left_alone():
     assert np.diag(cleaned.confusion).min() > 0.97
 
 
+def test_a_network_that_is_mostly_wrong_does_not_overrule_right_labels():
+    rng = np.random.default_rng(5)
+    inputs, true = blobs(600, seed=5, apart=0.3)
+    given = np.where(rng.random(600) < 0.3, rng.integers(0, CLASSES, 600), true).astype(np.int32)
+    known = blobs(40, seed=6, apart=0.3)
+    cleaned = run(given, train=(inputs, given), clean=known)
+    assert (cleaned.predict(inputs).argmax(1) == true).mean() < 0.6
+    assert (cleaned.suggested_label == true).mean() > (given == true).mean() - 0.05
+    assert "suggested labels are mostly the given ones" in cleaned.report()
+
+
+def test_a_network_in_doubt_is_not_taken_for_noise():
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 3, 3000)
+    evidence = np.exp(rng.normal(size=(3000, 3)) + 1.5 * np.eye(3)[true])
+    said = evidence / evidence.sum(1, keepdims=True)
+    said = said**1.5 / (said**1.5).sum(1, keepdims=True)  # what Bayes' rule makes of the evidence
+    matrix = np.array([[0.6, 0.4, 0.0], [0.1, 0.8, 0.1], [0.0, 0.3, 0.7]])
+    given = (rng.random((3000, 1)) > matrix[true].cumsum(1)).sum(1)
+    assert np.abs(noise_model.likeliest(said, given) - matrix).max() < 0.08
+    assert np.abs(noise_model.confusion(said, given) - matrix).max() > 0.1
+
+
 def test_two_classes_that_are_mixed_up_are_told_apart(swapped):
     wrong, _, cleaned = swapped
     assert ((cleaned.wrong_probability > 0.5) == wrong).mean() > 0.97
