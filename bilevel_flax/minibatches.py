@@ -50,6 +50,30 @@ def scale(tree: PyTree, factor: Any) -> PyTree:
     return jax.tree.map(times, tree)
 
 
+def integers(batch: PyTree, name: str, needed_by: str, hint: str = "") -> jax.Array:
+    """`batch[name]`, which names something for each example, e.g. its position in the data.
+
+    Args:
+        batch: a minibatch.
+        name: of the entry.
+        needed_by: what needs it, in the plural, for the error.
+        hint: what to do where it is missing.
+
+    Raises:
+        ValueError: it is not there.
+        TypeError: it is no array of integers.
+    """
+    if not (isinstance(batch, Mapping) and batch.get(name) is not None):
+        entries = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f'{needed_by} need batch["{name}"] (int32 [batch]); the batch has {entries}{hint}'
+        )
+    values = jnp.asarray(batch[name])
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f'batch["{name}"] must be integers, got {values.dtype}')
+    return values
+
+
 def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
     """The mask of a minibatch's real examples, [batch]; None: there is none, and all are real.
 

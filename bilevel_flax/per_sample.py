@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import PyTree, Rows, Table
-from bilevel_flax.minibatches import example_mask
+from bilevel_flax.minibatches import example_mask, integers
 from bilevel_flax.tree import rows_at, wide_index
 
 
@@ -58,16 +58,12 @@ def has_rows(per_sample: PyTree) -> bool:
 
 
 def _minibatch_index(batch: PyTree) -> jax.Array:
-    if not (isinstance(batch, Mapping) and batch.get("index") is not None):
-        entries = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            'per-sample outer parameters need batch["index"] (int32 [batch], each example\'s '
-            f"position in the training set); the inner batch has {entries}. "
-            "`bilevel_flax.data.partition` adds it"
-        )
-    index = jnp.asarray(batch["index"])
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
+    index = integers(
+        batch,
+        "index",
+        "per-sample outer parameters",
+        ": each example's position in the training set, which `bilevel_flax.data.partition` adds",
+    )
     others = {
         jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)[0]
         for path, leaf in jax.tree.leaves_with_path({**batch, "index": None})

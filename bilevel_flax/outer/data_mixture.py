@@ -36,7 +36,7 @@ import numpy as np
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.checks import check_count
-from bilevel_flax.minibatches import example_mask
+from bilevel_flax.minibatches import example_mask, integers
 from bilevel_flax.tree import rows_at
 
 
@@ -85,14 +85,7 @@ class Selected(NamedTuple):
 
 def _domains(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
     """The domains [batch] or [batch, tokens], 0 for padding, and what is real (None: all)."""
-    if "domain" not in batch:
-        raise ValueError(
-            'domain weights need batch["domain"] (int32 [batch]); '
-            f"the batch has {sorted(map(str, batch))}"
-        )
-    domain, mask = jnp.asarray(batch["domain"]), example_mask(batch)
-    if not jnp.issubdtype(domain.dtype, jnp.integer):
-        raise TypeError(f'batch["domain"] must be integers, got {domain.dtype}')
+    domain, mask = integers(batch, "domain", "domain weights"), example_mask(batch)
     if mask is None:
         return domain, None
     real = jnp.expand_dims(mask > 0, tuple(range(1, domain.ndim)))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.checks import at_least, check_count
-from bilevel_flax.minibatches import example_mask
+from bilevel_flax.minibatches import example_mask, integers
 from bilevel_flax.tree import rows_at
 
 
@@ -108,14 +108,7 @@ def softmax(num_samples: int, init: float = 0.0) -> SampleWeights:
 
     def apply(outer_params, batch, losses=None):
         del losses
-        if "index" not in batch:
-            raise ValueError(
-                'softmax weights need batch["index"] (int32 [batch]); '
-                f"the batch has {sorted(batch)}"
-            )
-        index, mask = jnp.asarray(batch["index"]), example_mask(batch)
-        if not jnp.issubdtype(index.dtype, jnp.integer):
-            raise TypeError(f'batch["index"] must be integers, got {index.dtype}')
+        index, mask = integers(batch, "index", "softmax weights"), example_mask(batch)
         if mask is not None:
             index = jnp.where(mask > 0, index, 0)  # a padded example may point anywhere
         logits = rows_at(outer_params, index)

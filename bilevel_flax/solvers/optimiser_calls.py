@@ -96,13 +96,27 @@ class Asked(NamedTuple):
 def asked(transform: Any, opt_state: PyTree, params: PyTree, outer_params: PyTree) -> Asked:
     """An optimiser's update, and whether it looks at parameters and at the loss's value."""
     floats = filter_inexact(params)
-    shapes = jax.eval_shape(lambda tree: tree, outer_params)
-    with while_tracing():
-        about = transform, zeros_in_shape(shapes)
-    traced = lambda *args: one_update(*about, *args)[0]
-    used = depends_on(traced, floats, opt_state, floats, jnp.zeros(()))
-    reads_params = any(used[-1 - len(jax.tree.leaves(floats)) : -1])
-    return Asked(functools.partial(acting_update, *about), floats, reads_params, used[-1])
+    shapes = jax.eval_shape(lambda *trees: trees, floats, opt_state, outer_params)
+    reads_params, reads_value = _reads(
+        transform, jax.tree.structure(shapes), *jax.tree.leaves(shapes)
+    )
+
+    def update(*args, **settings):
+        return acting_update(transform, zeros_in_shape(shapes[2]), *args, **settings)
+
+    return Asked(update, floats, reads_params, reads_value)
+
+
+# A step asks several times, with the same shapes.
+@functools.lru_cache(maxsize=16)
+def _reads(transform: Any, structure: Any, *leaves: jax.ShapeDtypeStruct) -> tuple[bool, bool]:
+    floats, opt_state, outer_params = jax.tree.unflatten(structure, leaves)
+
+    def update(*args):
+        return one_update(transform, zeros_in_shape(outer_params), *args)[0]
+
+    used = depends_on(update, floats, opt_state, floats, jax.ShapeDtypeStruct((), jnp.float32))
+    return any(used[-1 - len(jax.tree.leaves(floats)) : -1]), used[-1]
 
 
 # In NumPy from here on, where it may be: what JAX does on numbers is compiled for every shape.

@@ -34,7 +34,7 @@ from bilevel_flax.base import (
 )
 from bilevel_flax.checks import require_ids
 from bilevel_flax.minibatches import importance_factors
-from bilevel_flax.oracles.evaluate import residual
+from bilevel_flax.oracles.evaluate import NOTHING, Evaluation, merge_aux, residual
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.solvers.constraints import without_held
 from bilevel_flax.solvers.initial_state import init_state
@@ -49,6 +49,7 @@ from bilevel_flax.solvers.nested.sampled_oracles import (
 from bilevel_flax.solvers.optimiser_probes import coupled_decay
 from bilevel_flax.solvers.step import (
     all_finite,
+    make_info,
     move_outer,
     rollback_unless_finite,
     settled,
@@ -81,6 +82,15 @@ class StepReport(NamedTuple):
     units: jax.Array | None = None
     metrics: Metrics = {}
     inner_last: bool = False
+
+    def evaluation(self, problem: Problem) -> Evaluation:
+        """The same as an `Evaluation`, with the model state that the update leaves."""
+        (inner_loss, inner_aux), (outer_loss, outer_aux) = self.inner, self.outer
+        model_state, metrics = merge_aux(problem, inner_aux, outer_aux)
+        if self.inner_last:
+            model_state = inner_aux.model_state
+        metrics = {**metrics, **self.metrics}
+        return Evaluation(NOTHING, inner_loss, outer_loss, model_state, metrics, self.residual)
 
 
 def report_at(inner, at: Hypergradient, inner_norms, d_x: PyTree = None, units=None) -> StepReport:
@@ -215,13 +225,14 @@ def nested(
         "inner": importance_factors("inner_weights", inner_weights),
         "outer": importance_factors("outer_weights", outer_weights),
     }
+    solves = solves and second_order
     by_id = fixed_keys and problem.stateful
     needed = {side: by_id or factor is not None for side, factor in factors.items()}
 
     def init(inner_params, outer_params, *, model_state=None, rng=None):
         return init_state(problem, memory, transforms, inner_params, outer_params, model_state, rng)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+    def checked(state: TrainState, batch: Batch) -> list[Minibatch]:
         checks.batch(batch)
         require_ids(batch, name, needed)
 
@@ -231,55 +242,47 @@ def nested(
             of_side = jax.random.fold_in(state.rng, side == "outer")
             return jax.random.fold_in(jax.random.fold_in(of_side, state.step), position)
 
-        minibatches = [
-            _minibatches(
-                side, batch, batches, factors[side], key if problem.stateful else None, name
-            )
-            for side in ("inner", "outer")
-        ]
+        keys = key if problem.stateful else None
         check_value(problem, transforms.inner, state.inner_opt_state, *state.variables[::2])
-        sampled = sampled_oracles(problem, transforms, state, second_order and solves)
-        if second_order and solves:
-            z, _, x = state.variables
-            gradient = lambda: sampled.inner_grad(z, x, first(minibatches[0]))[1]
-            of_inner = transforms.inner, state.inner_opt_state, z, x, gradient
-            flags = without_held(sampled.trainable, *of_inner)
-            sampled = dataclasses.replace(sampled, trainable=flags)
+        return [_minibatches(side, batch, batches, factors[side], keys, name) for side in factors]
+
+    def bound(state: TrainState, start: Minibatch) -> SampledOracles:
+        sampled = sampled_oracles(problem, transforms, state, solves)
+        if not solves:
+            return sampled
+        z, _, x = state.variables
+        gradient = lambda: sampled.inner_grad(z, x, start)[1]
+        of_inner = transforms.inner, state.inner_opt_state, z, x, gradient
+        return dataclasses.replace(sampled, trainable=without_held(sampled.trainable, *of_inner))
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Info]:
+        inner, outer = checked(state, batch)
+        start = first(inner)
+        sampled = bound(state, start)
         # Of what has come to rest v says nothing any more.
         state = state.replace(adjoint=sampled.constrain(state.adjoint))
-        start = first(minibatches[0])
         checks.losses(
             problem,
             state.variables,
-            Batch(start.data, first(minibatches[1]).data),
+            Batch(start.data, first(outer).data),
             state.model_state,
             start.rng,
-            functools.partial(sees_outer, sampled, state, minibatches[0]),
+            functools.partial(sees_outer, sampled, state, inner),
             second_order,
         )
-        new, report = step(sampled, state, *minibatches)
+        new, report = step(sampled, state, inner, outer)
         norms = Variables(jnp.atleast_1d(report.inner_norms), report.adjoint_norm, norm(report.d_x))
         finite = Finite(*(jnp.isfinite(value).all() for value in norms))
         d_x = report.d_x
         if not moves_outer:
             x, opt_state, d_x = move_outer(transforms.outer, d_x, all_finite(finite), state)
             new = new.replace(outer_params=x, outer_opt_state=opt_state)
+        evaluation = report.evaluation(problem)
         if problem.stateful:
-            outer_last = problem.outer_updates_state and not report.inner_last
-            last = report.outer if outer_last else report.inner
-            new = new.replace(model_state=last[1].model_state)
-        metrics = {f"inner_{key}": value for key, value in report.inner[1].metrics.items()}
-        metrics |= {f"outer_{key}": value for key, value in report.outer[1].metrics.items()}
-        info = Info(
-            inner_loss=report.inner[0],
-            outer_loss=report.outer[0],
-            norms=norms._replace(inner=norms.inner[-1]),
-            finite=finite,
-            adjoint_residual=report.residual,
-            oracle_units=jnp.asarray(units if report.units is None else report.units, jnp.float32),
-            metrics={**metrics, **report.metrics},
-        )
-        moved = not moves_outer and not isinstance(transforms.outer, RowTransformation)
+            new = new.replace(model_state=evaluation.model_state)
+        norms = norms._replace(inner=norms.inner[-1])
+        info = make_info(evaluation, norms, finite, units if report.units is None else report.units)
+        moved = not moves_outer and not sparse_outer
         old = settled(new, state, (False, False, moved))
         return rollback_unless_finite(finite, new.replace(step=state.step + 1), old, d_x), info
 
