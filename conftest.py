@@ -13,12 +13,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what the tests cost, and nothing tested hangs on the compiler's effort. With
 # "0" they see the programs that users run; .ci/run does that in one of its environments.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A program compiled in one part takes half the CPU time of one in as many parts as there are cores.
 # The emitters through MLIR take twice as long to compile; later jaxlibs have no others.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_cpu_use_fusion_emitters=false"
-    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib")[:4] in "0.10 0.11"
-    else "",
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + (
+        " --xla_cpu_use_fusion_emitters=false"
+        if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+        and version("jaxlib")[:4] in "0.10 0.11"
+        else ""
+    ),
 )
 # Two workers, and the programs that tests start, compile much that is the same.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
