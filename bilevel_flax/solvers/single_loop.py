@@ -41,8 +41,8 @@ from bilevel_flax.solvers.step import (
     norms_and_finite,
     optimizer_step,
     rollback_unless_finite,
-    settled,
     tolerant,
+    updated,
 )
 from bilevel_flax.tree import dot, filter_inexact, masked, norm
 
@@ -168,7 +168,7 @@ def single_loop(
         )
         info = make_info(evaluation, norms, finite, estimator.units)
         taken = True, True, active.outer is not None or not isinstance(tx.outer, RowTransformation)
-        return rollback_unless_finite(finite, new, settled(new, state, taken), d_x), info
+        return rollback_unless_finite(finite, new, updated(new, state, taken), d_x), info
 
     method = Method(name, estimator.units)
     if estimator.full_pass is None:

@@ -226,7 +226,7 @@ def rollback_unless_finite(
     return chosen.replace(outer_params=plain)
 
 
-def settled(new: TrainState, old: TrainState, taken: Sequence[bool]) -> TrainState:
+def updated(new: TrainState, old: TrainState, taken: Sequence[bool]) -> TrainState:
     """`old` with the variables that are `taken`, and their optimisers, from `new`.
 
     Their step has kept a NaN out already; a choice between two versions of them would copy both.

@@ -226,13 +226,13 @@ class StepRunner:
         self.compile_seconds += time.perf_counter() - began
         return compiled
 
-    def _settled(self, state: TrainState) -> TrainState:
+    def _constrained(self, state: TrainState) -> TrainState:
         # XLA is free to choose where a loop's carry lies; it must not move it there and back.
         return state if self._layout is None else self._layout.constrained(state)
 
     def _make_chunk(self):
         solver, capacity = self._solver, self._capacity
-        settled = self._settled
+        constrained = self._constrained
 
         def chunk(state, inner, outer, inner_rows, inner_ids, outer_rows, outer_ids, count):
             # Inlined, and traced once for both of its uses below.
@@ -245,7 +245,7 @@ class StepRunner:
                     outer_ids[i],
                 )
                 state, info = solver.update(state, batch)
-                return settled(state), info
+                return constrained(state), info
 
             _, one = jax.eval_shape(update, jnp.int32(0), state)
             infos = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), one)
@@ -269,12 +269,13 @@ class StepRunner:
         return chunk
 
     def _make_pass(self, side: str):
-        solver, settled = self._solver, self._settled
+        solver, constrained = self._solver, self._constrained
 
         def full_pass(state, batches, rows, ids, count):
             def body(i, state):
                 one = minibatch(batches, rows[i])
-                return settled(solver.refresh(state, Batch(**{side: one, f"{side}_id": ids[i]})))
+                state = solver.refresh(state, Batch(**{side: one, f"{side}_id": ids[i]}))
+                return constrained(state)
 
             return jax.lax.fori_loop(0, count, body, state)
 

@@ -21,7 +21,6 @@ from bilevel_flax import contrib
 from bilevel_flax.base import NEVER
 from bilevel_flax.contrib.spaba import geometric_schedule
 from bilevel_flax.solvers import table
-from bilevel_flax.solvers.memory.saga import settled
 
 
 @functools.cache
@@ -123,6 +122,12 @@ def steps(solver, data, state, length, seed=0):
     return jax.jit(lambda state: jax.lax.scan(body, state, keys)[0])(state)
 
 
+def components(memory):
+    """All of them, the row whose write is pending in its place."""
+    write = lambda rows, row: rows.at[memory.pending_id].set(row)
+    return jax.tree.map(write, memory.table.rows, memory.pending)
+
+
 def random_tables(state, seed=0):
     """SABA's state with arbitrary stale rows, and means that belong to them."""
     rng = np.random.default_rng(seed)
@@ -134,7 +139,7 @@ def random_tables(state, seed=0):
             pending=jax.tree.map(noise, memory.pending),
             pending_id=jnp.int32(2),
         )
-        return memory.replace(mean=jax.tree.map(lambda rows: rows.mean(0), settled(memory)))
+        return memory.replace(mean=jax.tree.map(lambda rows: rows.mean(0), components(memory)))
 
     memory = state.estimator_state
     per_sample = jax.tree.map(
@@ -153,7 +158,7 @@ def flat(tree):
 
 def mean_error(memory):
     """Largest difference between the running means and the means of the tables."""
-    exact = jax.tree.map(lambda rows: rows.astype(jnp.float32).mean(0), settled(memory))
+    exact = jax.tree.map(lambda rows: rows.astype(jnp.float32).mean(0), components(memory))
     return float(np.abs(flat(exact) - flat(memory.mean)).max())
 
 

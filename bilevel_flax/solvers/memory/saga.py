@@ -161,7 +161,6 @@ def visit(
     )
     mean = jax.tree.map(jnp.add, memory.mean, increment)
     lost = jax.tree.map(lambda new, old, more: more - (new - old), mean, memory.mean, increment)
-    position = jnp.asarray(position, jnp.int32)
     return estimate, SAGAState(Table(table), mean, lost, stored, position)
 
 
@@ -178,12 +177,3 @@ def visit_rows(memory: PyTree, cross: PyTree, num_batches: int) -> tuple[PyTree,
     fresh = jax.tree.map(replace, memory, cross, is_leaf=lambda node: node is None)
     estimate = jax.tree.map(lambda new, last: (new - last) + last / num_batches, fresh, memory)
     return estimate, fresh
-
-
-def settled(memory: SAGAState) -> PyTree:
-    """The N components with the pending row in place, leaves [N, *leaf.shape] (a copy)."""
-    return jax.tree.map(
-        lambda rows, row: tables.write_row(rows, row, memory.pending_id),
-        memory.table.rows,
-        memory.pending,
-    )

@@ -52,8 +52,8 @@ from bilevel_flax.solvers.step import (
     make_info,
     move_outer,
     rollback_unless_finite,
-    settled,
     tolerant,
+    updated,
 )
 from bilevel_flax.tree import norm, rows_at
 
@@ -283,7 +283,7 @@ def nested(
         norms = norms._replace(inner=norms.inner[-1])
         info = make_info(evaluation, norms, finite, units if report.units is None else report.units)
         moved = not moves_outer and not sparse_outer
-        old = settled(new, state, (False, False, moved))
+        old = updated(new, state, (False, False, moved))
         return rollback_unless_finite(finite, new.replace(step=state.step + 1), old, d_x), info
 
     return BilevelSolver(init, update, method=Method(name, float(units), batches=batches))

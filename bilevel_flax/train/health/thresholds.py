@@ -151,8 +151,8 @@ class Watch:
 
     def _read(self, row: Mapping[str, Any]) -> list[Range]:
         """Takes a line in; returns the ranges that it has the values for."""
-        said = [key.removeprefix(PREFIX) for key in row if key.startswith(PREFIX)]
-        self._last_step.update(dict.fromkeys(said, int(row["step"])))
+        names = [key.removeprefix(PREFIX) for key in row if key.startswith(PREFIX)]
+        self._last_step.update(dict.fromkeys(names, int(row["step"])))
         measured = []
         for one in RANGES:
             if all(name in row for name in one.needs):
