@@ -19,6 +19,8 @@ import numpy as np
 from bilevel_flax.base import PyTree
 from bilevel_flax.tree import check_gatherable, is_inexact
 
+MASKS = ("example_mask", "mask")
+
 
 def importance_factors(name: str, weights: Any) -> jax.Array | None:
     """N·w_i for each minibatch, or None for equal ones.
@@ -50,6 +52,19 @@ def scale(tree: PyTree, factor: Any) -> PyTree:
     return jax.tree.map(times, tree)
 
 
+def entries(batch: PyTree) -> Mapping[Any, Any]:
+    """What a minibatch holds, by name: of a dict, a NamedTuple or a dataclass; else nothing."""
+    if isinstance(batch, Mapping):
+        return batch
+    fields = getattr(batch, "_fields", None) or getattr(batch, "__dataclass_fields__", ())
+    return {name: getattr(batch, name) for name in fields}
+
+
+def name_of(path: tuple[Any, ...]) -> Any:
+    """The name of a minibatch's entry, by its path; None: it lies deeper, or has none."""
+    return getattr(path[0], "key", getattr(path[0], "name", None)) if len(path) == 1 else None
+
+
 def integers(batch: PyTree, name: str, needed_by: str, hint: str = "") -> jax.Array:
     """`batch[name]`, which names something for each example, e.g. its position in the data.
 
@@ -63,12 +78,13 @@ def integers(batch: PyTree, name: str, needed_by: str, hint: str = "") -> jax.Ar
         ValueError: it is not there.
         TypeError: it is no array of integers.
     """
-    if not (isinstance(batch, Mapping) and batch.get(name) is not None):
-        entries = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    named = entries(batch)
+    if named.get(name) is None:
+        has = sorted(map(str, named)) or type(batch).__name__
         raise ValueError(
-            f'{needed_by} need batch["{name}"] (int32 [batch]); the batch has {entries}{hint}'
+            f'{needed_by} need batch["{name}"] (int32 [batch]); the batch has {has}{hint}'
         )
-    values = jnp.asarray(batch[name])
+    values = jnp.asarray(named[name])
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f'batch["{name}"] must be integers, got {values.dtype}')
     return values
@@ -78,8 +94,9 @@ def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
     """The mask of a minibatch's real examples, [batch]; None: there is none, and all are real.
 
     Args:
-        batch: a minibatch. `batch["example_mask"]` is the mask if it is there (None: no mask);
-            else `batch["mask"]` is, where it has the shape [batch].
+        batch: a minibatch; a NamedTuple or a dataclass has fields for a dict's entries.
+            `batch["example_mask"]` is the mask if it is there (None: no mask); else
+            `batch["mask"]` is, where it has the shape [batch].
         splits: what cuts the minibatch into parts that are weighted by their real examples, for
             the error. There a mask of another shape is refused: parts of a mean over tokens count
             by their tokens, parts of a mean over examples by their examples.
@@ -92,15 +109,14 @@ def example_mask(batch: PyTree, splits: str = "") -> jax.Array | None:
         ValueError: `batch["example_mask"]` is not [batch]; with `splits`, `batch["mask"]` is not
             and there is no `batch["example_mask"]`; a `batch["mask"]` that may or may not be one.
     """
-    if not isinstance(batch, Mapping):
-        return None
-    chosen = "example_mask" if "example_mask" in batch else "mask"
-    mask = batch.get(chosen)
+    named = entries(batch)
+    chosen = "example_mask" if "example_mask" in named else "mask"
+    mask = named.get(chosen)
     if mask is None:
         return None
-    others = {key: leaf for key, leaf in batch.items() if key not in ("example_mask", "mask")}
-    others = {"index": others["index"]} if "index" in others else others
-    leading = Counter(jnp.shape(leaf)[0] for leaf in jax.tree.leaves(others) if jnp.ndim(leaf))
+    others = [leaf for path, leaf in jax.tree.leaves_with_path(batch) if name_of(path) not in MASKS]
+    others = jax.tree.leaves(named["index"]) if "index" in named else others
+    leading = Counter(jnp.shape(leaf)[0] for leaf in others if jnp.ndim(leaf))
     # A minibatch may hold arrays of another length, of classes or of features, too.
     lengths = [length for length, count in leading.items() if count == max(leading.values())]
     if jnp.ndim(mask) == 1 and (not lengths or len(mask) in lengths):
@@ -141,8 +157,13 @@ def repeat_real(batch: PyTree) -> PyTree:
     real, place = mask > 0, jnp.arange(len(mask))
     again = place % jnp.maximum(jnp.sum(real), 1)
     source = jnp.where(real, place, jnp.where(real[again], again, jnp.argmax(real)))
-    leaves, treedef = jax.tree.flatten(batch)
-    by_example = [i for i, leaf in enumerate(leaves) if jnp.shape(leaf)[:1] == (len(mask),)]
+    paths, treedef = jax.tree.flatten_with_path(batch)
+    leaves = [leaf for _, leaf in paths]
+    by_example = [
+        i
+        for i, (path, leaf) in enumerate(paths)
+        if jnp.shape(leaf)[:1] == (len(mask),) and name_of(path) not in MASKS
+    ]
     # Most minibatches have no padding, and a gather of them all costs more than a copy.
     repeated = jax.lax.cond(
         jnp.all(real),
@@ -152,8 +173,7 @@ def repeat_real(batch: PyTree) -> PyTree:
     )
     for i, leaf in zip(by_example, repeated, strict=True):
         leaves[i] = leaf
-    named = treedef.unflatten(leaves)
-    return {**named, **{key: batch[key] for key in ("example_mask", "mask") if key in batch}}
+    return treedef.unflatten(leaves)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:

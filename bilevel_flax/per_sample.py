@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_flax.base import PyTree, Rows, Table
-from bilevel_flax.minibatches import example_mask, integers
+from bilevel_flax.minibatches import example_mask, integers, name_of
 from bilevel_flax.tree import rows_at, wide_index
 
 
@@ -66,8 +66,8 @@ def _minibatch_index(batch: PyTree) -> jax.Array:
     )
     others = {
         jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)[0]
-        for path, leaf in jax.tree.leaves_with_path({**batch, "index": None})
-        if jnp.ndim(leaf)
+        for path, leaf in jax.tree.leaves_with_path(batch)
+        if jnp.ndim(leaf) and name_of(path) != "index"
     }
     if index.ndim != 1 or (others and len(index) not in others.values()):
         raise ValueError(

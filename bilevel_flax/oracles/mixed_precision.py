@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from bilevel_flax.base import Problem
 from bilevel_flax.base.condition import Condition
 from bilevel_flax.base.wrapped_loss import WrappedLoss
+from bilevel_flax.minibatches import MASKS, name_of
 from bilevel_flax.oracles.microbatches import Microbatched
 from bilevel_flax.oracles.weighted_sums import weighted_sum
 from bilevel_flax.oracles.wrapped_loss import SIDES
@@ -106,8 +107,7 @@ def cast_to_compute(tree: Any, dtype: Any) -> Any:
     """The tree with its floats in `dtype`; masks of examples stay, for they are summed."""
 
     def cast(path, leaf):
-        is_mask = path and getattr(path[-1], "key", None) in ("mask", "example_mask")
-        if is_mask or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if name_of(path[-1:]) in MASKS or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             return leaf
         return jnp.asarray(leaf, dtype)
 

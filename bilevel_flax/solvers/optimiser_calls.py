@@ -16,7 +16,7 @@ import numpy as np
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.solvers.step import tolerant
-from bilevel_flax.solvers.waiting import about_to_act, has_branches
+from bilevel_flax.solvers.waiting import about_to_act
 from bilevel_flax.tree import depends_on, filter_inexact
 
 _LONGEST_SIDE = 3
@@ -67,8 +67,8 @@ def acting_update(
     times: int = 1,
 ) -> PyTree:
     """The last of some updates, each the one in which an optimiser that gathers gradients acts."""
-    # A branch that stands alone would be compiled anew at each call.
-    ask = _compiled(transform) if has_branches(state) else functools.partial(one_update, transform)
+    # One program for all questions: operation by operation each would be compiled by itself.
+    ask = _compiled(transform)
 
     def advance(state):
         return ask(outer_params, gradient, state, params, value)

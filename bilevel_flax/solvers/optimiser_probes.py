@@ -37,6 +37,14 @@ _FAR = 1e6  # a bound that parameters of order 1 never meet
 _OFF_GRID = 0.0537  # whole numbers lie on the grid of what rounds
 _NOISE = 2e-5  # of what remembers parameters, and subtracts them
 _NO_STEP = 1e-5  # of the step from parameters that are not 0
+_BY_VALUE = (
+    "inner takes steps by the value of the loss (Polyak, MoMo, a line search), and v, which would "
+    "go through the same, does not minimise it: pass adjoint=, e.g. optax.adam"
+)
+_IN_PROPORTION = (
+    "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where it "
+    "would stay: pass adjoint=, e.g. optax.adam"
+)
 _CONSTRAINT = (
     "inner changes parameters by their values (a projection, a clip, a constraint), and v, which "
     "would go through the same, is no parameter: pass adjoint=, e.g. the same optimiser without "
@@ -78,10 +86,8 @@ def applies_to_adjoint(
     if answers.projects:
         raise ValueError(_CONSTRAINT)
     if answers.in_proportion:
-        raise ValueError(
-            "inner takes steps in proportion to the parameters (Fromage), and v starts at 0, where "
-            "it would stay: pass adjoint=, e.g. optax.adam"
-        )
+        # A line search goes nowhere from 0 either: it looks for a lower value, not for v.
+        raise ValueError(_BY_VALUE if reads_value else _IN_PROPORTION)
     return not answers.decays_behind
 
 
@@ -227,10 +233,7 @@ def _refuse_values_of_the_loss(
     state = transform.init(point)
     steps = [update(point, state, point, jnp.float32(value)) for value in (1.0, 8.0)]
     if not near(*steps):
-        raise ValueError(
-            "inner takes steps by the value of the loss (Polyak, MoMo), and v, which would go "
-            "through the same, does not minimise it: pass adjoint=, e.g. optax.adam"
-        )
+        raise ValueError(_BY_VALUE)
 
 
 class _Answers(NamedTuple):

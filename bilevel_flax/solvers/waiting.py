@@ -27,11 +27,6 @@ def telling_steps(state: PyTree) -> tuple[int, ...]:
     return _STEPS_OF_CONDITIONS if _nodes(state, _BY_STEP) else _STEPS
 
 
-def has_branches(state: PyTree) -> bool:
-    """Whether an optimiser's update takes one of two ways, by its state."""
-    return bool(_nodes(state, (*_COUNTERS, *_BY_STEP, optax.ApplyIfFiniteState)))
-
-
 def calls_in_a_step(ready: PyTree) -> int:
     """K, the gradients that `optax.MultiSteps` gathers, of a state that is about to act."""
     return max([1, *(int(node.mini_step) + 1 for node in _nodes(ready, optax.MultiStepsState))])

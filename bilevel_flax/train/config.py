@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from bilevel_flax.distribution import recipes
+from bilevel_flax.distribution import extras, recipes
 from bilevel_flax.train import run_config
 from bilevel_flax.train.calls import CALL, imported, resolve
 from bilevel_flax.train.errors import ConfigError, check_choice, nearest
@@ -89,11 +89,28 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}"
         raise ConfigError(f"--config={spec}: {where} is no Python: {error.msg}") from error
+    except ModuleNotFoundError as error:
+        if extras.explain(error):
+            raise
+        raise ConfigError(
+            f"--config={spec}: it imports {error.name}, which is not there: install it, or give "
+            "the command in the folder that it lies in"
+        ) from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"--config={spec}: {path} defines no get_config()")
-    if argument and not inspect.signature(module.get_config).parameters:
+    takes = inspect.signature(module.get_config)
+    if argument and not takes.parameters:
         raise ConfigError(f"--config={spec}: {path} takes no argument, leave out :{argument}")
-    config = module.get_config(argument) if argument else module.get_config()
+    given = (argument,) if argument else ()
+    try:
+        takes.bind(*given)
+    except TypeError as error:
+        raise ConfigError(
+            f"--config={spec}: get_config{takes} is called with "
+            f"{repr(argument) if argument else 'nothing'} ({error}): give its one argument as "
+            f"--config={name}:ARGUMENT, and every other a default"
+        ) from error
+    config = module.get_config(*given)
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
             f"--config={spec}: get_config() returned a {type(config).__name__}, not an "

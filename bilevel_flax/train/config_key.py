@@ -11,6 +11,7 @@ from bilevel_flax.checks import check_count
 from bilevel_flax.train.errors import ConfigError, check_choice
 
 _MOST = 2**31 - 1  # steps count in int32
+_MOST_SEED = 2**32 - 1  # JAX drops what is above: two seeds would be one run
 
 
 class Key(NamedTuple):
@@ -53,8 +54,9 @@ def checked(name: str, key: Key, value: Any) -> Any:
         return value
     if key.at_least is not None:
         check_count(f"--config.{name}", value, key.at_least)
-        if key.at_least and value > _MOST:  # not of seeds, which are no counts
-            raise ConfigError(f"--config.{name}={value}: must be at most {_MOST}")
+        most = _MOST if key.at_least else _MOST_SEED
+        if value > most:
+            raise ConfigError(f"--config.{name}={value}: must be at most {most}")
         return int(value)
     if key.kind is float and isinstance(value, numbers.Real):
         if not 0 < float(value) < math.inf:

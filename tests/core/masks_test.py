@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +203,42 @@ def test_minibatches_of_any_pytree(views, container):
     data = container({"views": views, "mask": None, "index": ROWS})
     grad = jax.jit(lambda data: oracles.inner_grad(problem, *POINT[::2], data))(data)
     np.testing.assert_allclose(grad, (POINT.outer * TOKENS[:, 0]).mean(), rtol=1e-6)
+
+
+class Sequences(NamedTuple):
+    """A minibatch that is no dict."""
+
+    x: jax.Array
+    index: jax.Array
+    mask: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Examples:
+    x: jax.Array
+    index: jax.Array
+    mask: jax.Array | None = None
+    name: str = flax.struct.field(pytree_node=False, default="of a dataclass")
+
+
+@pytest.mark.parametrize("kind", [Sequences, Examples])
+def test_fields_are_what_a_dicts_entries_are(kind):
+    """Their masks were overlooked: parts with less real examples counted as much as others."""
+
+    def loss(z, x, batch):
+        read = lambda name: batch[name] if isinstance(batch, dict) else getattr(batch, name)
+        errors = jnp.log(x) * jnp.log(z * read("x")[:, 0]) ** 2
+        return bf.masked_mean(errors, read("mask"))
+
+    mask = jnp.array([1.0, 1.0, 0.0, 1.0])
+    data = {"x": TOKENS.at[2].set(0.0), "index": ROWS, "mask": mask}
+    problem = bf.Problem(loss, lambda z, x, batch: z**2, per_sample=True)
+    at = POINT._replace(outer=jnp.array([2.0, 3.0, 0.5, 1.5]))
+    evaluate = jax.jit(lambda b: oracles.evaluate(oracles.microbatched(problem, 2), at, b))
+    found, expected = (evaluate(bf.Batch(side, side)) for side in (kind(**data), data))
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.isfinite(found.inner_grad)
+    assert type(repeat_real(kind(**data))) is kind
+    with pytest.raises(ValueError, match=r'need batch\["index"\].*the batch has'):
+        oracles.inner_grad(problem, *at[::2], kind(TOKENS, None))
