@@ -254,17 +254,11 @@ def scale_free_like(
     grafted = in_own_units(directions, time_constant=time_constant)
     of_inner = tolerant(inner)
 
-    def chosen(params):
-        try:
-            return plain if is_linear(of_inner, params) else grafted
-        except jax.errors.TracerArrayConversionError:
-            raise ValueError(
-                "inner takes steps that are traced (a learning rate under vmap or jit), so what it "
-                "does cannot be asked: make the solver with numbers, or pass adjoint="
-            ) from None
+    def init(params):
+        return (plain if is_linear(of_inner, params) else grafted).init(params)
 
     def update(updates, state, params=None, **extra_args):
         step = grafted if isinstance(state, OwnUnitsState) else plain
         return step.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: chosen(params).init(params), update)
+    return optax.GradientTransformationExtraArgs(init, update)

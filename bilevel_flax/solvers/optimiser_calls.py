@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.solvers.step import tolerant
@@ -66,7 +67,11 @@ def acting_update(
     value: Any = 0.0,
     times: int = 1,
 ) -> PyTree:
-    """The last of some updates, each the one in which an optimiser that gathers gradients acts."""
+    """The last of some updates, each the one in which an optimiser that gathers gradients acts.
+
+    Raises:
+        ValueError: the optimiser is made of numbers that are traced.
+    """
     # One program for all questions: operation by operation each would be compiled by itself.
     ask = _compiled(transform)
 
@@ -76,6 +81,11 @@ def acting_update(
     updates = None
     for _ in range(times):
         updates, state = advance(about_to_act(lambda old: advance(old)[1], state))
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
+            raise ValueError(
+                "inner takes steps that are traced (a learning rate under vmap or jit), so what it "
+                "does cannot be asked: make the solver with numbers, or pass adjoint="
+            )
     return updates
 
 

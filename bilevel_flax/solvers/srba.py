@@ -23,7 +23,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -97,15 +97,14 @@ def estimator(
         z, v, x = sums
         # One sum has no memory of what it holds: minibatches of the other side spoil it.
         right_side = (state.cursor < num_inner_batches) == (batch.inner is not None)
-        inside = _are_within(batch[2:], (num_inner_batches, num_outer_batches))
-        one = jnp.where(right_side & inside, 1.0, jnp.nan)
+        one = jnp.where(right_side, 1.0, jnp.nan)
         if batch.inner is not None:
-            share = one / num_inner_batches
+            share = _if_within(batch.inner_id, num_inner_batches, one / num_inner_batches)
             z = averages.accumulate(z, 1.0, oracles.inner_grad, share)
             v = averages.accumulate(v, 1.0, oracles.hvp, share)
             x = averages.accumulate(x, 1.0, oracles.cross_jvp, share)
         else:
-            share = one / num_outer_batches
+            share = _if_within(batch.outer_id, num_outer_batches, one / num_outer_batches)
             v = averages.accumulate(v, 1.0, oracles.outer_grad_inner, share)
             x = averages.accumulate(x, 1.0, oracles.outer_grad_outer, share)
         done = state.cursor + 1 == num_inner_batches + num_outer_batches
@@ -128,13 +127,11 @@ def estimator(
     )
 
 
-def _are_within(ids: Sequence[Any], counts: Sequence[int]) -> jax.Array:
-    """Whether the ids that are given are those of minibatches."""
-    inside = jnp.array(True)
-    for position, count in zip(ids, counts, strict=True):
-        if position is not None:
-            inside &= (jnp.asarray(position) >= 0) & (position < count)
-    return inside
+def _if_within(position: Any, count: int, share: jax.Array) -> jax.Array:
+    """The share of a minibatch; NaN where it is given an id that there is not."""
+    if position is None:
+        return share
+    return jnp.where((jnp.asarray(position) >= 0) & (position < count), share, jnp.nan)
 
 
 @takes(CommonWithAdjoint)

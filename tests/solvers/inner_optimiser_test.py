@@ -301,6 +301,19 @@ def test_decay_in_front_of_the_step_is_in_every_methods_system(method):
     np.testing.assert_allclose(state.outer_opt_state, right, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "make", [optax.adamw, lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate))]
+)
+@pytest.mark.parametrize("transform", [jax.vmap, lambda f: jax.jit(lambda rates: f(rates[0]))])
+def test_a_traced_rate_of_what_must_be_asked_is_refused(make, transform):
+    def run(rate):
+        solver = bf.soba(SCALAR, inner=make(rate), outer=optax.sgd(0.1))
+        return solver.update(solver.init(jnp.array(0.0), jnp.array(0.0)), BATCH)[0].adjoint
+
+    with pytest.raises(ValueError, match="inner takes steps that are traced .*with numbers"):
+        jax.eval_shape(transform(run), jnp.array([0.1, 0.2]))
+
+
 AT_TIMES = {  # optimisers that act in some of their calls alone
     "mean of 5": lambda tx: optax.MultiSteps(tx, 5),
     "mean of more and more": lambda tx: optax.MultiSteps(
