@@ -55,7 +55,7 @@ def ran(small, tmp_path_factory):
 def searched(small, tmp_path_factory):
     """One bench of the two searches: its runs."""
     folder = tmp_path_factory.mktemp("searches")
-    return quadratics(folder, solvers=("grid_search", "random_search"), seconds=0.4)[0]
+    return quadratics(folder, solvers=("grid_search", "random_search"), seconds=1.0)[0]
 
 
 def quadratics(tmp_path, **options):
@@ -347,8 +347,8 @@ def test_searches_find_a_better_x_within_the_budget_of_a_method(searched, tmp_pa
     for key, rows in searched.items():
         last = rows[-1]
         assert last.status == FINISHED and last.gap < rows[0].gap
-        # A trial may end half a chunk late.
-        assert 0.2 < last.cpu_seconds < 0.8
+        # A trial may end half a chunk late, and a chunk takes longer on a busy machine.
+        assert 0.5 < last.cpu_seconds < 4
         # A unit an inner step, and F on the outer minibatches for each candidate.
         judged = searches.candidates(task.default[1]) * task.task.outer.num_batches
         assert last.oracle_units == last.iteration + judged, key
