@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from bilevel_flax import checks
 from bilevel_flax.distribution import extras
 from bilevel_flax.train.errors import ConfigError, nearest
 
@@ -70,7 +71,9 @@ def resolve(node: Any, **provided: Any) -> Any:
         values = {k: v for k, v in provided.items() if k in accepted} | values
         try:
             signature.bind(**{new_names.get(k, k): v for k, v in values.items()})
-        except TypeError as error:
+            if "learning_rate" in values:  # Optax takes a negative one, and goes uphill
+                checks.learning_rate("learning_rate", values["learning_rate"])
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{node[CALL]}: {error}") from error
         return function(**values)
     return list(node) if isinstance(node, tuple | list) else node

@@ -181,6 +181,10 @@ def test_only_accepted_arguments_are_handed_over():
         ({"call": ""}, 'write "package.module:attribute"'),
         ({"call": "optax:sgd"}, "missing a required argument: 'learning_rate'"),
         (
+            {"call": "optax:sgd", "learning_rate": -0.1},
+            "optax:sgd: learning_rate=-0.1 must be >= 0",
+        ),
+        (
             {"call": "optax:sgd", "learning_rat": 0.1},
             "optax:sgd takes no argument 'learning_rat' (did you mean",
         ),
