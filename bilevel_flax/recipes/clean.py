@@ -14,8 +14,8 @@
    was not taught the corrected labels, it says which labels are wrong; where both are wrong more
    often than right, so does the first (`_verdict`).
 
-Together they cost at most four plain trainings of the full length. Why no learned weights: started
-from them, or with them on top of the matrix, instance noise ended with more errors
+Together they cost about four plain trainings of the full length, or fewer. Why no learned weights:
+started from them, or with them on top of the matrix, instance noise ended with more errors
 (`benchmarks/results/cleaning.md`: what was tried, and where plain rounds win).
 
 References:
@@ -202,7 +202,7 @@ def clean(
             Hugging Face `Dataset`, a TFDS data source or a Grain `MapDataset`. Inputs are numbers
             [n, ...], scaled as the network wants them; labels are integers from 0.
         clean: a few examples with right labels, of every class.
-        steps: of one training at full length; the whole takes at most four times as many.
+        steps: of one training at full length; the whole takes about four times as many, or fewer.
         batch_size: examples a step.
         optimizer: z's, or a function of a training's number of steps that returns it, for a step
             that falls; None: AdamW(1e-3, decay 1e-4), its step falling linearly to 0.
