@@ -2,8 +2,9 @@
 
     python benchmarks/collective_bytes.py
 
-Result bytes of the collectives on one device, read from the compiled programs of 8 virtual CPU
-devices: four 256 x 256 layers, batch 64. "plain" is a gradient step of G, left to XLA.
+Result bytes of the collectives on one device, and what a device sends for them in rings of its
+group, read from the compiled programs of 8 virtual CPU devices: four 256 x 256 layers, batch 64.
+"plain" is a gradient step of G, left to XLA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import bilevel_flax as bf
 from benchmarks.rows import Rows, add_argument
 from bilevel_flax import sharding
-from bilevel_flax.plan.collectives import collectives
+from bilevel_flax.plan.collectives import instructions
 from bilevel_flax.solvers import table
 
 WIDTH, DEPTH, BATCH = 256, 4, 64
@@ -29,6 +30,13 @@ SOLVERS = {
     "srba": {"num_inner_batches": 4, "num_outer_batches": 4, "period": 5},
     "storm": {},
     "auto": {"steps": 10},
+}
+# What a device sends in a ring of n, in shares of the result's bytes.
+RING = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
 }
 PARAMS = {f"layer{i}": np.zeros((WIDTH, WIDTH), np.float32) for i in range(DEPTH)}
 SIDE = {name: np.zeros((BATCH, WIDTH), np.float32) for name in ("a", "y")}
@@ -49,13 +57,15 @@ def inner_loss(z, x, batch):
     return outer_loss(z, x, batch) + jnp.exp(x) * sum(jnp.sum(leaf**2) for leaf in z.values())
 
 
-def moved(compiled) -> float:
-    """Bytes of all collectives over those of the parameters."""
-    total = sum(kind["bytes"] for kind in collectives(compiled.as_text()).values())
-    return total / sum(leaf.nbytes for leaf in PARAMS.values())
+def moved(compiled) -> tuple[float, float]:
+    """Bytes of all collectives over those of the parameters: of results, and sent in rings."""
+    sizes = [(one, one.bytes * one.count) for one in instructions(compiled.as_text())]
+    sent = sum(size * RING.get(one.kind, lambda n: 1)(one.group_size or 8) for one, size in sizes)
+    of = sum(leaf.nbytes for leaf in PARAMS.values())
+    return sum(size for _, size in sizes) / of, sent / of
 
 
-def bilevel(name: str, text: str, floor: bool) -> float:
+def bilevel(name: str, text: str, floor: bool) -> tuple[float, float]:
     """Of a solver's step."""
     mesh = sharding.make_mesh(text)
     problem = bf.Problem(inner_loss, outer_loss)
@@ -76,7 +86,7 @@ def bilevel(name: str, text: str, floor: bool) -> float:
     return moved(step.lower(state, batch).compile())
 
 
-def plain(text: str) -> float:
+def plain(text: str) -> tuple[float, float]:
     """Of a gradient step of G."""
     mesh = sharding.make_mesh(text)
     specs = sharding.param_specs(PARAMS, mesh)
@@ -105,10 +115,13 @@ def main() -> None:
     with Rows(options.markdown) as rows:
         for text in ("data=8", "data=2,fsdp=4"):
             for name in ("plain", *SOLVERS):
-                shares = "" if name == "plain" else f"{bilevel(name, text, True):.3f}"
+                shares = (
+                    ("", "") if name == "plain" else map("{:.3f}".format, bilevel(name, text, True))
+                )
                 left = plain(text) if name == "plain" else bilevel(name, text, False)
-                row = {"mesh": text, "method": name, "in shares": shares}
-                rows.add({**row, "left to XLA": f"{left:.3f}"})
+                row = {"mesh": text, "method": name}
+                row |= zip(("in shares", "sent"), shares, strict=True)
+                rows.add(row | {"left to XLA": f"{left[0]:.3f}", "it sends": f"{left[1]:.3f}"})
 
 
 if __name__ == "__main__":

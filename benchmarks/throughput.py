@@ -5,7 +5,9 @@
 The cleaning example with its own config, from the first line of the loop to its last step. The
 compilation of the steps is apart; the programs of the evaluation and of the health probe are
 compiled at their first call, which has a column of its own, and "later" are the shares without
-those. CPU time, of all threads, stands beside wall time: on a shared machine it is what is left.
+those: in the loop, and of all with the check at the end, which is the summary's (`health.summary`)
+and happens once. CPU time, of all threads, stands beside wall time: on a shared machine it is what
+is left.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bilevel_flax.train.train_loop import train_loop
 PARTS = {
     "evaluation": (actions.Evaluation, "__call__"),
     "health": (Monitor, "__call__"),
+    "check at the end": (Monitor, "last_check"),
     "first check": (Monitor, "first_check"),
     "saves": (actions.Saving, "__call__"),
     "last save": (actions.Saving, "finish"),
@@ -45,20 +48,27 @@ class Spent(NamedTuple):
 
 
 def timed(spent: dict[str, list[Spent]]) -> None:
-    """Makes every part say what each of its calls takes."""
+    """Makes every part say what each of its calls takes, without what parts in it take."""
+    within = [Spent(0.0, 0.0)]
     for part, (owner, name) in PARTS.items():
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any, part=part, original=original) -> Any:
-            began, cpu = time.perf_counter(), time.process_time()
+            began = Spent(time.perf_counter(), time.process_time())
+            within.append(Spent(0.0, 0.0))
             try:
                 return original(*args)
             finally:
-                ends = time.perf_counter(), time.process_time()
-                spent[part].append(Spent(ends[0] - began, ends[1] - cpu))
+                taken = _less(Spent(time.perf_counter(), time.process_time()), began)
+                spent[part].append(_less(taken, within.pop()))
+                within[-1] = Spent(*(sum(pair) for pair in zip(within[-1], taken, strict=True)))
 
         setattr(owner, name, call)
+
+
+def _less(whole: Spent, part: Spent) -> Spent:
+    return Spent(whole.wall - part.wall, whole.cpu - part.cpu)
 
 
 def main() -> None:
@@ -86,6 +96,8 @@ def main() -> None:
     title += f"{compiling:.1f} s of wall time to compile the steps"
     later = {part: sum(call.cpu for call in calls[1:]) for part, calls in spent.items()}
     later = {"steps": steps.cpu, **later}
+    ending = "check at the end"
+    once = sum(call.cpu for call in spent[ending])
     with Rows(args.markdown) as rows:
         for part, calls in {"steps": [steps], **spent}.items():
             seconds, of_cpu = (sum(column) for column in zip(*calls, strict=True))
@@ -93,6 +105,8 @@ def main() -> None:
             row |= {"share": f"{seconds / (wall - compiling):.1%}", "CPU s": f"{of_cpu:.2f}"}
             row["the first, CPU s"] = f"{calls[0].cpu:.2f}" if part != "steps" else ""
             row["share of CPU later"] = f"{later[part] / sum(later.values()):.1%}"
+            cost = once if part == ending else later[part]
+            row["of all"] = f"{cost / (once + sum(later.values())):.1%}"
             rows.add(row, title)
         rest = (
             wall

@@ -102,8 +102,15 @@ def train_loop(
     minibatch = data.gather(task.inner, np.array(0))
     probe = oracles.probe(task.problem, gather_to_host(state), minibatch)
     obstacle = probe.stopped_by[task.problem.derivatives]
-    health_every = 0 if obstacle else run.health.every
-    monitor = Monitor(task, run.steps, outer_params, run.eval_every, health_every)
+    monitor = Monitor(
+        task,
+        run.steps,
+        outer_params,
+        run.eval_every,
+        0 if obstacle else run.health.every,
+        units=solver.units,
+        check_at_end=run.health.summary,
+    )
     with (
         PreemptionGuard(grace_seconds=_GRACE_SECONDS) as guard,
         Checkpointer(

@@ -51,18 +51,40 @@ def running() -> tuple[Task, bf.BilevelSolver, StepRunner, bf.TrainState, Any]:
     return task, solver, loop, state, source
 
 
-def monitor(steps: int = 80, every: int | None = None) -> health.Monitor:
+def monitor(steps: int = 80, every: int | None = None, **more: Any) -> health.Monitor:
     task, _, _, _, source = running()
-    return health.Monitor(task, steps, source.outer_params, 10, every)
+    return health.Monitor(task, steps, source.outer_params, 10, every, **more)
 
 
 @pytest.mark.parametrize("steps", [7, 40, 1000, 20_001, 10**6])
-def test_a_run_is_measured_where_it_is_evaluated_and_ten_times_at_most(steps: int):
-    schedule = monitor(steps).schedule
-    assert schedule.every % 10 == 0
-    probes = range(schedule.every, steps + 1, schedule.every)
-    assert min(steps // 10, 5) <= len(probes) <= 10
-    assert schedule.due(steps)
+@pytest.mark.parametrize("units", [1.0, 4.0, 40.0])
+def test_probes_take_three_percent_of_a_run_ten_at_most_and_the_end_is_measured(steps, units):
+    watch = monitor(steps, units=units)
+    assert watch.schedule.every % 10 == 0
+    assert watch.schedule.due(steps)
+    probes = -(-steps // watch.schedule.every)
+    cost = 6 * 3 + 5 + (5 + 5) / 3  # products on 6 minibatches, gradients on 5, two values on 5
+    assert 1 <= probes <= 10
+    assert probes == 1 or probes * cost <= 0.03 * steps * units
+    # Nothing that is affordable is left out, but for rounding to evaluations.
+    affordable = min(0.03 * steps * units / cost, steps / 10, 10)
+    assert probes >= 0.5 * affordable
+
+
+def test_a_check_of_the_hypergradient_is_part_of_every_probe_where_that_is_affordable():
+    _, _, _, state, _ = running()
+    short, long = monitor(10_000), monitor(100_000)
+    # 10 checks: 6 minibatches, 4 products, the start's residual and two points; 5 with 2 gradients.
+    assert 0.03 * 4 * 10_000 < 10 * (3 * 6 * 7 + 2 * 5) < 0.03 * 4 * 100_000
+    assert "hypergradient_cosine" not in short(state, 10)
+    assert "hypergradient_cosine" in long(state, 10)
+
+
+def test_without_the_summary_s_check_the_last_probe_has_none():
+    _, _, _, state, _ = running()
+    values = monitor(40, check_at_end=False)(state, 40)
+    assert "adjoint_residual" in values
+    assert "hypergradient_cosine" not in values
 
 
 def test_the_user_has_the_last_word_on_how_often():

@@ -24,12 +24,13 @@ from bilevel_flax.train.whole_state import gather_to_host
 from bilevel_flax.tree import is_inexact, norm
 
 _PROBES = 10  # of a run, at most
+_SHARE = 0.03  # of the gradient units of a run, for its probes
 # Minibatches of a side. With fewer the values say more about the minibatches than about the run:
 # v solves the system of all data, and that of 1,000 examples has another solution.
 _HELD, _CHECKED, _CHECKED_AT_THE_END = 32, 64, 128
-# Hessian products of a check. Ten checks of a short run would cost more than the run itself.
-_PRODUCTS, _PRODUCTS_AT_THE_END = 4, (10, 50)
-_STEPS_OF_A_LONG_RUN = 50_000
+_PRODUCTS, _PRODUCTS_AT_THE_END = 4, (10, 50)  # with the Hessian, of a check
+# Gradient units on a minibatch: a gradient with a Hessian product, and a value alone.
+_PRODUCT, _VALUE = 3.0, 1 / 3
 
 
 class Monitor:
@@ -40,7 +41,10 @@ class Monitor:
         steps: of the run.
         outer_params: x at the start; its size is the unit of `health/outer_size`.
         eval_every: steps between two evaluations.
-        every: steps between two probes; None: at ten evaluations of the run at most; 0: none.
+        every: steps between two probes; None: at ten evaluations of the run at most, and at fewer
+            where ten would cost more than 3 % of its gradient units; 0: none.
+        units: gradient units of an update.
+        check_at_end: whether the last probe checks the hypergradient.
 
     Attributes:
         schedule: when there is a probe.
@@ -53,11 +57,18 @@ class Monitor:
         outer_params: PyTree,
         eval_every: int,
         every: int | None = None,
+        units: float = 4.0,
+        check_at_end: bool = True,
     ):
+        # Counted, not timed: all processes, and a run that is resumed, must measure alike.
+        self._budget, probe = _SHARE * steps * units, _probe_units(task)
         if every is None:
-            every = eval_every * -(-steps // (_PROBES * eval_every))
+            probes = int(np.clip(self._budget / probe, 1, _PROBES))
+            every = eval_every * -(-steps // (probes * eval_every))
         self.schedule = Schedule(every, steps)
-        self._task, self._steps = task, steps
+        self._task, self._steps, self._check_at_end = task, steps, check_at_end
+        with_check = probe + _check_units(task, _CHECKED, _PRODUCTS)
+        self._check_always = bool(every) and steps // every * with_check <= self._budget
         self._start = np.maximum(1.0, float(_root_mean_square(outer_params)))
         if every:
             sides = (task.problem, task.inner, task.outer)
@@ -89,17 +100,34 @@ class Monitor:
         results["health/outer_size"] = _root_mean_square(whole.outer_params) / self._start
         if self._losses is not None:
             results |= self._losses(whole)
-        if step == self._steps:
+        if step == self._steps and self._check_at_end:
             results |= self.last_check(whole)
-        elif self._steps >= _STEPS_OF_A_LONG_RUN:
+        elif self._check_always:
             results |= _check(self._task, whole, _CHECKED, _PRODUCTS)
         values = {name: float(value) for name, value in results.items()}
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
     def last_check(self, state: TrainState) -> dict[str, float]:
         """The check at the end of a run: `hypergradient_cosine` and what to make of it."""
-        products = int(np.clip(self._steps // 2000, *_PRODUCTS_AT_THE_END))
+        without, with_one = (_check_units(self._task, _CHECKED_AT_THE_END, k) for k in (0, 1))
+        affordable = (self._budget - without) / (with_one - without)
+        products = int(np.clip(affordable, *_PRODUCTS_AT_THE_END))
         return _check(self._task, state, _CHECKED_AT_THE_END, products)
+
+
+def _probe_units(task: Task) -> float:
+    """Gradient units of a probe."""
+    inner, outer = (min(side.num_batches, _HELD) for side in (task.inner, task.outer))
+    units = _PRODUCT * inner + outer
+    if task.held_out is not None:
+        units += _VALUE * (outer + min(task.held_out.num_batches, _HELD))
+    return units
+
+
+def _check_units(task: Task, minibatches: int, products: int) -> float:
+    """Gradient units of a check: with the residual at its start, and D_x at two points."""
+    inner, outer = (min(side.num_batches, minibatches) for side in (task.inner, task.outer))
+    return _PRODUCT * inner * (products + 3) + 2 * outer
 
 
 def _outer_losses(task: Task) -> Callable[[TrainState], dict[str, Any]]:

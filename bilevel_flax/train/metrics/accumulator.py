@@ -27,10 +27,8 @@ class MetricAccumulator:
         """Adds a chunk of steps, leaves [steps]."""
         for name, steps in _by_name(info).items():
             # Summed one by one: the result must not depend on where chunks end.
-            total = self._sums.get(name, 0.0)
-            for value in np.asarray(steps, np.float64).tolist():
-                total += value
-            self._sums[name] = total
+            values = np.append(self._sums.get(name, 0.0), np.asarray(steps, np.float64))
+            self._sums[name] = float(np.add.accumulate(values)[-1])
         self._count += len(info.inner_loss)
 
     def means(self) -> dict[str, float]:
