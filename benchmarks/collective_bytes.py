@@ -76,7 +76,7 @@ def bilevel(name: str, text: str, floor: bool) -> tuple[float, float]:
     solver = table.method(name)(shared, **optimisers, **SOLVERS[name])
     state = jax.eval_shape(solver.init, PARAMS, PENALTY)
     here = sharding.state_shardings(state, mesh, None, problem)
-    batch = bf.Batch(SIDE, SIDE, np.int32(0), np.int32(0))
+    batch = bf.Batch(SIDE, SIDE, jnp.int32(0), jnp.int32(0))
     step = jax.jit(
         solver.update,
         in_shardings=(here, sharding.batch_shardings(batch, mesh)),
