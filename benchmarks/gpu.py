@@ -6,8 +6,9 @@ Everything runs on random numbers of the real sizes: timings do not depend on va
 needed. For a GPT of 124M parameters (as it is, with rematerialised layers, with fused attention),
 ResNet-50 and the example's CNN: a plain Optax step, SOBA written by hand in JAX, and the library's
 methods, with the step's time, the temporary memory of the compiled program, the device's peak, the
-seconds of compilation and tokens or images a second. Then a weight for each of 1e4 and 1e8
-examples, DARTS's search step, and the cleaning loop beside plain training in the same loop.
+seconds of compilation and tokens or images a second. Then `lm_pod:small`, a weight for each of 1e4
+and 1e8 examples, DARTS's search step, the cleaning loop beside plain training in the same loop, how
+exact the derivatives of fused attention are, and, where PyTorch is installed, the CNN's step there.
 
 The entries take turns, so that every one has its first rows early; DARTS, which compiles longest,
 comes last. `--out` is written after every row: an error (no memory, a kernel that is not there) is
@@ -23,7 +24,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,39 +36,45 @@ import optax
 import bilevel_flax as bf
 from benchmarks import step_time
 from benchmarks.rows import Rows, add_argument
-from benchmarks.tasks import networks
+from benchmarks.tasks import networks, torch_steps
 from bilevel_flax import data
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.workdir import write_json
 from examples.darts import task as darts_task
 from examples.darts.network import SearchNetwork, make_stack
 from examples.darts.optimizers import make_optimizer
+from examples.language_model.model import SIZES as DECODERS
 from examples.language_model.model import Size
 from examples.mnist_hypercleaning.model import make_model
 from examples.mnist_hypercleaning.task import make_problem
 
 GPT = Size(layers=12, width=768, heads=12, hidden=2048, vocabulary=50_304)
-# Per size: (decoder, batch, length), (stages, width, side, batch) of the ResNet, the CNN's batch,
-# (numbers of weights), (cells, width, side, batch, reductions) of DARTS, examples of the cleaning
-# loop, seconds of one measurement, and the variants (None: all).
+# Per size: (decoder, batch, length) of two decoders, (stages, width, side, batch) of the ResNet,
+# the CNN's batch, (numbers of weights), (cells, width, side, batch, reductions) of DARTS, examples
+# of the cleaning loop, [batch, length, heads, size of a head] of attention, seconds of one
+# measurement, and the variants (None: all).
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "gpt": (GPT, 16, 1024),
+        "lm_pod small": (DECODERS["small"], 8, 512),
         "resnet": ((3, 4, 6, 3), 64, 224, 64),
         "cnn": 64,
         "weights": (10**4, 10**8),
         "darts": (8, 16, 32, 64, (2, 5)),
         "cleaning": 20_000,
-        "seconds": 2.0,
+        "attention": (4, 1024, 12, 64),
+        "seconds": 1.5,
         "variants": None,
     },
     "tiny": {
         "gpt": (Size(layers=1, width=8, heads=2, hidden=8, vocabulary=16), 2, 8),
+        "lm_pod small": (Size(layers=1, width=8, heads=2, hidden=8, vocabulary=16), 2, 8),
         "resnet": ((1,), 4, 16, 2),
         "cnn": 4,
         "weights": (100, 1000),
         "darts": (2, 2, 8, 2, (1,)),
         "cleaning": 64,
+        "attention": (2, 8, 2, 4),
         "seconds": 0.0,
         "variants": ("plain", "bf.soba"),
     },
@@ -128,7 +135,7 @@ def variants(
         plain(network, optimiser),
         started(lambda z, state: (z, x, optimiser.init(z), state)),
     )
-    yield (
+    by_hand_row = (
         "by hand",
         by_hand(network, optimiser),
         started(lambda z, state: (z, zeros(z), x, (optimiser.init(z),) * 2, state)),
@@ -145,6 +152,8 @@ def variants(
         "bf.first_order": bf.first_order(problem, inner=optimiser, steps=10_000),
     }
     for name, solver in solvers.items():
+        if name == "bf.auto":  # the two that are compared come first
+            yield by_hand_row
         update = lambda state, batch, solver=solver: solver.update(state, bf.Batch(batch, batch))
         start = lambda z, state, solver=solver: solver.init(z, x, model_state=state)
         yield name, update, started(start)
@@ -192,7 +201,9 @@ class Row(NamedTuple):
     measure: Callable[[], dict[str, Any]]
 
 
-_FEW = ("plain", "by hand", "bf.soba", "bf.auto, 2 microbatches")
+_TWO = ("plain", "bf.soba")
+_FEW = (*_TWO, "by hand", "bf.auto, 2 microbatches")
+_CHEAP = ("plain", "bf.auto", "bf.auto cheap")
 RATIOS = {
     "plain_steps": "step_seconds",
     "plain_temporaries": "temporary_bytes",
@@ -203,11 +214,27 @@ RATIOS = {
 def network_rows(
     network: networks.Network, size: dict[str, Any], names: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """A row for each variant, or for those named; the ratios are to the row of "plain"."""
+    """A row for each variant, or for those named."""
+    chosen = [names for names in (names, size["variants"]) if names]
+    yield from over_plain(
+        (each for each in variants(network) if all(each[0] in names for names in chosen)),
+        network.batch,
+        network.items,
+        size["seconds"],
+    )
+
+
+def over_plain(
+    steps: Iterable[tuple[str, Callable[..., Any], Callable[..., Any]]],
+    batch: dict,
+    items: int,
+    seconds: float,
+) -> Iterator[Row]:
+    """A row for each `(name, step, start)`; the ratios are to the row of "plain"."""
     plain_row: dict[str, Any] = {}
 
     def row(name, step, start):
-        found = measured(step, start, network.batch, size["seconds"])
+        found = measured(step, start, batch, seconds)
         if name == "plain":
             plain_row.update(found)
         over_plain = {
@@ -216,26 +243,60 @@ def network_rows(
             if plain_row.get(of)  # it may not have fitted into the memory itself
         }
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        speed = network.items / found["step_seconds"]
+        speed = items / found["step_seconds"]
         return {**found, **over_plain, "items_per_second": speed, "peak_bytes_so_far": peak}
 
-    for name, step, start in variants(network):
-        if all(name in chosen for chosen in (names, size["variants"]) if chosen):
-            yield Row(name, functools.partial(row, name, step, start))
+    for name, step, start in steps:
+        yield Row(name, functools.partial(row, name, step, start))
+
+
+def fused_attention(*arrays: jax.Array, **settings: Any) -> jax.Array:
+    """Attention by cuDNN (XLA where there is no GPU), with a reference's tangents."""
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return bf.oracles.dot_product_attention(*arrays, implementation=implementation, **settings)
 
 
 def gpt(size: dict[str, Any], remat: bool = False, fused: bool = False) -> Iterator[Row]:
     """The decoder in bfloat16; `fused`: cuDNN's attention with a reference's tangents."""
-    attention = None
-    if fused:
-        on_gpu = jax.default_backend() == "gpu"
-        attention = functools.partial(
-            bf.oracles.dot_product_attention,
-            is_causal=True,
-            implementation="cudnn" if on_gpu else "xla",
-        )
+    attention = functools.partial(fused_attention, is_causal=True) if fused else None
     network = networks.decoder(*size["gpt"], dtype=jnp.bfloat16, remat=remat, attention=attention)
-    yield from network_rows(network, size, _FEW if remat or fused else ())
+    yield from network_rows(network, size, _TWO if fused else _FEW if remat else ())
+
+
+def lm_pod(size: dict[str, Any]) -> Iterator[Row]:
+    """The decoder of `configs/lm_pod.py:small` in bfloat16."""
+    network = networks.decoder(*size["lm_pod small"], dtype=jnp.bfloat16, remat=False)
+    yield from network_rows(network, size, _CHEAP)
+
+
+def attention(size: dict[str, Any]) -> Iterator[Row]:
+    """How far value, gradient and tangent of the gradient are from float32, in its norm."""
+    *primals, cotangent = jax.random.normal(jax.random.key(0), (4, *size["attention"]))
+    tangents = jax.random.normal(jax.random.key(1), (3, *size["attention"]))
+
+    def derivatives(of, dtype):
+        loss = lambda arrays: jnp.sum(of(*arrays, is_causal=True).astype(jnp.float32) * cotangent)
+        pairs = [[array.astype(dtype) for array in arrays] for arrays in (primals, tangents)]
+        gradient = lambda arrays: jax.value_and_grad(loss)(arrays)
+        compiled = jax.jit(lambda at, along: jax.jvp(gradient, (at,), (along,)))
+        (value, grad), (_, tangent) = compiled(*pairs)
+        return [
+            jnp.concatenate([jnp.ravel(a).astype(jnp.float32) for a in leaves])
+            for leaves in ([value], grad, tangent)
+        ]
+
+    def row(of) -> dict[str, Any]:
+        with jax.default_matmul_precision("highest"):
+            right = derivatives(jax.nn.dot_product_attention, jnp.float32)
+        found = derivatives(of, jnp.bfloat16)
+        errors = [
+            jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(found, right, strict=True)
+        ]
+        names = "value_error", "gradient_error", "tangent_error"
+        return dict(zip(names, map(float, errors), strict=True))
+
+    yield Row("XLA, bfloat16", functools.partial(row, jax.nn.dot_product_attention))
+    yield Row("fused, bfloat16", functools.partial(row, fused_attention))
 
 
 def resnet(size: dict[str, Any]) -> Iterator[Row]:
@@ -276,13 +337,33 @@ def weights(size: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"{count} weights", functools.partial(measured, *args))
 
 
-def search(size: dict[str, Any]) -> tuple[bf.BilevelSolver, Callable[[], Any], dict[str, Any]]:
-    """DARTS's search as in `configs/darts_cifar10.py`: solver, `start() -> state`, a minibatch."""
+class Search(NamedTuple):
+    """DARTS's search as in `configs/darts_cifar10.py`.
+
+    Attributes:
+        problem: in bfloat16.
+        inner: z's optimiser.
+        start: `start() -> state` of `bf.auto`.
+        batch: a minibatch.
+    """
+
+    problem: bf.Problem
+    inner: optax.GradientTransformation
+    start: Callable[[], bf.TrainState]
+    batch: dict[str, Any]
+
+    @property
+    def solver(self) -> bf.BilevelSolver:
+        """What learns the shares."""
+        return bf.auto(self.problem, inner=self.inner, steps=10_000)
+
+
+def search(size: dict[str, Any]) -> Search:
+    """The search in one of the sizes."""
     cells, width, side, count, reductions = size["darts"]
     network = SearchNetwork(make_stack(side, width, cells, reductions), 10, False)
     problem = bf.oracles.mixed_precision(darts_task.make_problem(network), "bfloat16")
     inner = make_optimizer(learning_rate=0.025, steps=10_000, name="momentum")
-    solver = bf.auto(problem, inner=inner, steps=10_000)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(count, side, side, 3)).astype(np.float32),
@@ -291,17 +372,52 @@ def search(size: dict[str, Any]) -> tuple[bf.BilevelSolver, Callable[[], Any], d
 
     def start():
         z = darts_task.search_parameters(network, jax.random.key(0), (side, side, 3))
-        return solver.init(z, darts_task.MIXTURE.init(jax.random.key(1)))
+        return made.solver.init(z, darts_task.MIXTURE.init(jax.random.key(1)))
 
-    return solver, start, batch
+    made = Search(problem, inner, start, batch)
+    return made
 
 
 def darts(size: dict[str, Any]) -> Iterator[Row]:
-    """The search step: how long it compiles and how fast it runs."""
-    solver, start, batch = search(size)
-    update = lambda state, batch: solver.update(state, bf.Batch(batch, batch))
-    args = update, start, batch, size["seconds"]
-    yield Row(f"{size['darts'][0]} cells", functools.partial(measured, *args))
+    """A step of the search, and of training the same network with shares that stand still."""
+    problem, inner, start, batch = made = search(size)
+    solver = made.solver
+
+    def plain_step(state, batch):
+        grad = jax.grad(problem.inner_loss)(state.inner_params, state.outer_params, batch)
+        updates, opt_state = inner.update(grad, state.inner_opt_state, state.inner_params)
+        z = optax.apply_updates(state.inner_params, updates)
+        return state.replace(inner_params=z, inner_opt_state=opt_state), None
+
+    both = {
+        "plain": plain_step,
+        "bf.auto": lambda state, batch: solver.update(state, bf.Batch(batch, batch)),
+    }
+    steps = [(name, step, start) for name, step in both.items()]
+    yield from over_plain(steps, batch, len(batch["label"]), size["seconds"])
+
+
+def torch(size: dict[str, Any]) -> Iterator[Row]:
+    """The CNN's steps in PyTorch: plain, by hand, and by its libraries for bilevel problems."""
+    batch = networks.small_cnn(size["cnn"]).batch
+    try:
+        steps = torch_steps.make(batch)
+    except ImportError as error:
+        text = f"not measured: {error}"
+        yield Row("all of it", lambda: {"error": text})
+        return
+    plain_row: dict[str, float] = {}
+
+    def row(name, step):
+        found = {"step_seconds": torch_steps.seconds(step, size["seconds"])}
+        if name == "plain":
+            plain_row.update(found)
+        if plain_row:
+            found["plain_steps"] = found["step_seconds"] / plain_row["step_seconds"]
+        return {**found, "items_per_second": len(batch["label"]) / found["step_seconds"]}
+
+    for name, step in steps.items():
+        yield Row(name, functools.partial(row, name, step))
 
 
 def cleaning(size: dict[str, Any]) -> Iterator[Row]:
@@ -343,8 +459,11 @@ ENTRIES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "gpt remat fused": functools.partial(gpt, remat=True, fused=True),
     "resnet": resnet,
     "cnn": cnn,
+    "lm_pod small": lm_pod,
     "weights": weights,
     "cleaning": cleaning,
+    "attention": attention,
+    "torch": torch,
     "darts": darts,
 }
 

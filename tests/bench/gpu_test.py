@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import jax
 import pytest
@@ -15,10 +16,16 @@ def assert_measured(results: dict, names) -> None:
     assert results["left_out"] == []
     for name, rows in results["entries"].items():
         assert rows, name
+        if name == "torch" and importlib.util.find_spec("torch") is None:
+            assert [row["error"] for row in rows] == ["not measured: No module named 'torch'"]
+            continue
         for row in rows:
             assert "error" not in row, (name, row)
+            if name == "attention":  # bfloat16 holds 8 bits
+                assert all(0 < row[f"{of}_error"] < 0.02 for of in ("value", "gradient", "tangent"))
+                continue
             speed = row.get("step_seconds") or 1 / row["steps_per_second"]
-            assert speed > 0 < row["compile_seconds"]
+            assert speed > 0 and (name == "torch" or row["compile_seconds"] > 0)
 
 
 def test_an_entry_measures_and_what_begins_too_late_is_said_to_be_left_out():
