@@ -23,7 +23,7 @@ def check_seed(seed: int) -> int:
     try:
         value = operator.index(seed)
     except TypeError:
-        raise TypeError(f"seed must be a non-negative integer, got {seed!r}") from None
+        raise TypeError(f"seed must be a non-negative integer, got {seed!r:.40}") from None
     if value < 0:
         raise ValueError(f"seed must be a non-negative integer, got {value}")
     return value

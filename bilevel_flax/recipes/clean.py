@@ -28,6 +28,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ import optax
 from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.checks import as_count
 from bilevel_flax.checks import optimizer as checked_optimizer
-from bilevel_flax.recipes import noise_model, sources
+from bilevel_flax.data.draws import check_seed
+from bilevel_flax.recipes import checks, noise_model, sources
 from bilevel_flax.recipes.networks import as_network
 from bilevel_flax.recipes.through_noise import ThroughNoise
 from bilevel_flax.recipes.training import Start, Trainer
@@ -141,6 +143,7 @@ class Cleaned:
             dataset: the training set as a Hugging Face `Dataset`, or a dict of columns.
 
         Raises:
+            TypeError: it is neither.
             ValueError: it has another length than the training set.
         """
         columns = {
@@ -149,8 +152,12 @@ class Cleaned:
         }
         if isinstance(dataset, dict):
             length = len(next(iter(dataset.values()), ()))
-        else:
+        elif hasattr(dataset, "add_column"):
             length = len(dataset)
+        else:
+            raise TypeError(
+                f"dataset is {type(dataset).__name__}: pass a dict of columns or a datasets.Dataset"
+            )
         if length != len(self.wrong_probability):
             raise ValueError(
                 f"dataset has {length} rows, the training set had {len(self.wrong_probability)}: "
@@ -217,11 +224,12 @@ def clean(
 
     Raises:
         TypeError: `model` or a data set is of a kind that is not known.
-        ValueError: a key is missing; a class has no clean example; the two sets' inputs differ in
-            shape.
+        ValueError: a key is missing; a class has no clean example; inputs that are not finite; the
+            two sets' inputs differ in shape, or those of one are integers, of the other not; the
+            network has another number of classes.
 
     Warns:
-        UserWarning: clean examples also stand in the training set.
+        UserWarning: clean examples also stand in the training set; one has two labels.
 
     Example:
         >>> import flax.linen as nn, numpy as np, optax, bilevel_flax as bf
@@ -240,13 +248,29 @@ def clean(
         True
     """
     steps, batch_size = as_count("steps", steps), as_count("batch_size", batch_size)
+    checks.functions(penalty=penalty, log=log)
     network = as_network(model)
     noisy_inputs, given = sources.read("train", train, inputs, label)
     clean_inputs, known = sources.read("clean", clean, inputs, label)
-    _checked(noisy_inputs, given, clean_inputs, known)
+    checks.inputs_alike("clean", clean_inputs, noisy_inputs)
+    num_classes = checks.num_classes(given, known)
+    checks.network(network, noisy_inputs, num_classes)
+    common = np.result_type(noisy_inputs, clean_inputs)
+    noisy_inputs, clean_inputs = noisy_inputs.astype(common), clean_inputs.astype(common)
     notes = []
-    num_classes = int(known.max()) + 1
     twins = sources.positions(noisy_inputs, clean_inputs)
+    if (twins >= 0).all():
+        raise ValueError("every training example also stands in clean: no label is left to judge")
+    same = sources.positions(clean_inputs, clean_inputs)
+    disputed = same[known != known[same]]
+    if len(disputed):
+        twins[np.isin(twins, disputed)] = -1
+        notes.append(
+            f"{len(disputed)} examples of clean are the same as another of it with another label, "
+            f"the first of them as clean[{disputed[0]}]: one of the two is wrong, or the inputs do "
+            "not tell the classes apart"
+        )
+        warnings.warn(notes[-1], stacklevel=2)
     if (twins >= 0).any():
         notes.append(
             f"{int((twins >= 0).sum())} training examples also stand in clean, whose labels they "
@@ -255,32 +279,15 @@ def clean(
         warnings.warn(notes[-1], stacklevel=2)
     trainer = Trainer(
         network,
-        np.concatenate([noisy_inputs, clean_inputs.astype(noisy_inputs.dtype)]),
+        np.concatenate([noisy_inputs, clean_inputs]),
         len(known),
         num_classes,
         batch_size,
         _by_steps(optimizer),
         penalty or (lambda params: 0.0),
-        seed,
+        check_seed(seed),
     )
     return _trainings(trainer, steps, given, known, twins, tuple(notes), log or (lambda line: None))
-
-
-def _checked(noisy: np.ndarray, given: np.ndarray, clean: np.ndarray, known: np.ndarray) -> None:
-    if noisy.shape[1:] != clean.shape[1:]:
-        raise ValueError(
-            f"train has inputs of shape {list(noisy.shape[1:])}, clean of {list(clean.shape[1:])}"
-        )
-    num_classes = int(max(given.max(), known.max())) + 1
-    counts = np.bincount(known, minlength=num_classes)
-    if (counts == 0).any():
-        missing = ", ".join(map(str, np.flatnonzero(counts == 0).tolist()))
-        raise ValueError(
-            f"clean has no example of class {missing}, and labels go up to {num_classes - 1}: add "
-            "some, one will do, or leave the class out of train"
-        )
-    if num_classes < 2:
-        raise ValueError("there is only one class: nothing to tell apart")
 
 
 def _by_steps(optimizer: Any) -> Callable[[int], optax.GradientTransformation]:
@@ -289,6 +296,8 @@ def _by_steps(optimizer: Any) -> Callable[[int], optax.GradientTransformation]:
             optax.linear_schedule(_STEP, 0.0, steps), weight_decay=_DECAY
         )
     if not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer):
+        if "learning_rate" in inspect.signature(optimizer).parameters:  # steps would be its step
+            checked_optimizer("optimizer", optimizer)
         return lambda steps: checked_optimizer("optimizer", optimizer(steps))
     checked_optimizer("optimizer", optimizer)
     return lambda steps: optimizer

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel_flax.data import check_labels
+
+_MOST_CLASSES = 2**31 - 1  # labels become int32
 
 
 def read(name: str, source: Any, inputs: str, label: str) -> tuple[np.ndarray, np.ndarray]:
@@ -21,8 +24,9 @@ def read(name: str, source: Any, inputs: str, label: str) -> tuple[np.ndarray, n
         label: that of the labels.
 
     Raises:
-        TypeError: it is none of these; labels are no integers.
-        ValueError: a key is missing, there are no examples, or the lengths differ.
+        TypeError: it is none of these; labels are no integers, or inputs no real numbers.
+        ValueError: a key is missing, there are no examples, the lengths differ, or an input is not
+            finite.
     """
     if isinstance(source, tuple) and len(source) == 2:
         pair = source
@@ -36,7 +40,7 @@ def read(name: str, source: Any, inputs: str, label: str) -> tuple[np.ndarray, n
         rows = [source[i] for i in range(len(source))]
         if rows and not isinstance(rows[0], Mapping):
             raise TypeError(f"{name} holds {type(rows[0]).__name__}, not dicts of features")
-        pair = ([_column(name, row, inputs) for row in rows], [row[label] for row in rows])
+        pair = tuple([_column(name, row, key) for row in rows] for key in (inputs, label))
     else:
         raise TypeError(
             f"{name} is {type(source).__name__}: pass a dict of arrays, (inputs, labels), a "
@@ -48,11 +52,23 @@ def read(name: str, source: Any, inputs: str, label: str) -> tuple[np.ndarray, n
         raise ValueError(f'{name} has {why}: its "{inputs}" must be one array [n, ...], n >= 1')
     if len(values) != len(labels):
         raise ValueError(f"{name} has {len(values)} inputs and {len(labels)} labels")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise TypeError(
-            f"{name}'s labels must be integers [n], got {labels.dtype} {list(labels.shape)}"
+    _real_numbers(f'{name}\'s "{inputs}"', values)
+    top = int(labels.max(initial=0)) if labels.dtype.kind in "iu" else 0
+    return values, check_labels(labels, min(top + 1, _MOST_CLASSES), f"{name}'s labels")
+
+
+def _real_numbers(name: str, values: np.ndarray) -> None:
+    """Raises unless all entries are real numbers, and finite."""
+    if not jnp.issubdtype(values.dtype, jnp.number) and values.dtype != bool:
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}: encode them first")
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}: split them into two")
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"{name} has {int((~finite).sum())} rows that are not finite, the first at "
+            f"{int(finite.argmin())}: mend them or leave them out"
         )
-    return values, check_labels(labels, int(labels.max(initial=0)) + 1, f"{name}'s labels")
 
 
 def _column(name: str, columns: Mapping[str, Any], key: str) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from bilevel_flax.base import Aux, Batch, Problem, PyTree, TrainState
+from bilevel_flax.recipes import checks
 from bilevel_flax.recipes.networks import Network
 from bilevel_flax.solvers.inner_only import inner_only
 
@@ -99,7 +100,14 @@ class Trainer:
         return network_alone(self.advance(chunk, state, self.data(rows, labels), steps, alone))
 
     def probabilities(self, state: TrainState, inputs: np.ndarray) -> np.ndarray:
-        """The network's class probabilities, float32 [m, K]."""
+        """The network's class probabilities, float32 [m, K].
+
+        Raises:
+            ValueError: inputs are not like those of the training set.
+        """
+        checks.inputs_alike("predict", inputs, self.inputs)
+        if not len(inputs):
+            return np.zeros((0, self.num_classes), np.float32)
         size = min(_PREDICT, len(inputs))
         padded = np.concatenate([inputs, inputs[: -len(inputs) % size]])
         network = (state.inner_params, state.model_state)

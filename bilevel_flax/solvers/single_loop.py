@@ -44,7 +44,7 @@ from bilevel_flax.solvers.step import (
     tolerant,
     updated,
 )
-from bilevel_flax.tree import dot, filter_inexact, masked, norm
+from bilevel_flax.tree import dot, filter_inexact, masked, norm, plus_decay
 
 
 def single_loop(
@@ -152,7 +152,7 @@ def single_loop(
             new_z, z_opt = optimizer_step(*args, **about_z)
         args = tx.adjoint, d_v, state.adjoint_opt_state, v, awake.adjoint, alive
         new_v, v_opt = optimizer_step(*args, **about_v)
-        about_x = outer_extra_args(evaluation, state, new_z)
+        about_x = outer_extra_args(evaluation, state, new_z, plus_decay(d_z, decay, z))
         new_x, x_opt, d_x = move_outer(tx.outer, d_x, alive, state, awake.outer, **about_x)
 
         new = state.replace(
@@ -216,13 +216,14 @@ def adjoint_extra_args(evaluation: Evaluation, state: TrainState, directions: Va
     }
 
 
-def outer_extra_args(evaluation: Evaluation, state: TrainState, new_inner: Any) -> dict:
+def outer_extra_args(evaluation: Evaluation, state: TrainState, new_inner: Any, d_z: Any) -> dict:
     """What x's optimiser may ask for: how z moves in this step, and what x does to it."""
-    z, v, new = (filter_inexact(tree) for tree in (*state.variables[:2], new_inner))
+    z, v, new, d_z = (filter_inexact(tree) for tree in (*state.variables[:2], new_inner, d_z))
     return {
         "value": evaluation.outer_loss,
         "adjoint_product": evaluation.product,
         "adjoint_length": norm(v),
         "inner_step_along_adjoint": dot(v, jax.tree.map(jnp.subtract, new, z)),
+        "inner_gradient_along_adjoint": dot(v, d_z),
         "through_inner": evaluation.through_inner,
     }

@@ -133,14 +133,39 @@ def test_the_same_from_an_nnx_module_and_grain(swapped):
     assert ((cleaned.wrong_probability > 0.5) == wrong).mean() > 0.97
 
 
+def test_what_the_network_never_saw_is_no_prediction(swapped):
+    _, _, cleaned = swapped
+    assert cleaned.predict(X[:0]).shape == (0, CLASSES)
+    for inputs, words in (
+        (X[0], r"shape \[4\], predict of \[\]"),
+        (X.astype(int), "scale both alike"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cleaned.predict(inputs)
+
+
 def test_an_example_that_stands_on_both_sides_is_judged_by_its_clean_label_with_a_warning():
     both = np.concatenate([X, CLEAN[0][:3]])
     wrong_there = np.append(TRUE, (CLEAN[1][:3] + 1) % CLASSES).astype(np.int32)
-    with pytest.warns(UserWarning, match="3 training examples also stand in clean"):
-        cleaned = run(None, train={"image": both, "label": wrong_there})
+    # Clean examples that contradict each other decide nothing; of another precision they are the
+    # same all the same.
+    clean = np.concatenate([CLEAN[0], X[:1], X[:1]]).astype(np.float64)
+    labels = np.concatenate([CLEAN[1], (TRUE[:1] + 1) % CLASSES, TRUE[:1]])
+    with pytest.warns(UserWarning) as warned:
+        cleaned = run(None, train={"image": both, "label": wrong_there}, clean=(clean, labels))
+    first, second = (str(warning.message) for warning in warned if "clean" in str(warning.message))
+    assert first.startswith("1 examples of clean") and "clean[41]" in first
+    assert second.startswith("3 training examples also stand in clean")
+    assert cleaned.wrong_probability[0] < 0.5
     assert cleaned.wrong_probability[-3:].tolist() == [1, 1, 1]
     assert cleaned.suggested_label[-3:].tolist() == CLEAN[1][:3].tolist()
     assert "also stand in clean" in cleaned.report()
+
+
+def with_nan(inputs):
+    inputs = inputs.copy()
+    inputs[3, 0] = np.nan
+    return inputs
 
 
 MISTAKES = {
@@ -164,6 +189,37 @@ MISTAKES = {
     "a path": (lambda: run(None, train="data.csv"), "train is str|train holds str"),
     "a class, not a module": (lambda: run(TRUE, Mlp), "the class Mlp is no classifier"),
     "a step, not an optimiser": (lambda: run(TRUE, optimizer=0.1), "optimizer=optax.sgd"),
+    "bytes beside numbers": (
+        lambda: run(TRUE, clean=(CLEAN[0].astype(np.uint8), CLEAN[1])),
+        "train has inputs of float32, clean of uint8: scale both alike",
+    ),
+    "a hole": (lambda: run(None, train=(with_nan(X), TRUE)), "has 1 rows .*not finite.* at 3"),
+    "words": (lambda: run(None, train=(TRUE.astype(str), TRUE)), "must hold real numbers, got <U"),
+    "complex numbers": (lambda: run(None, train=(X * 1j, TRUE)), "real numbers, got complex64"),
+    "names of classes": (lambda: run(TRUE.astype(str)), "integers.*pass class numbers"),
+    "a label that is no int32": (
+        lambda: run(np.where(np.arange(600) == 5, 2**33, TRUE.astype(np.int64))),
+        r"train's labels\[5\] is 8589934592, out of range",
+    ),
+    "a label for what is ignored": (
+        lambda: run(np.where(np.arange(600) == 5, 255, TRUE)),
+        r"class 4, 5, 6, 7, 8 ... \(252 in all\), and labels go up to 255",
+    ),
+    "nothing to judge": (lambda: run(None, train=CLEAN), "every training example also stands in"),
+    "rows without labels": (
+        lambda: run(None, train=[{"image": row} for row in X]),
+        "train has no \"label\", it has 'image'",
+    ),
+    "fewer logits": (
+        lambda: run(TRUE, nn.Dense(2)),
+        r"model returns \[2, 2\] .* 0 to 3.*\[batch, 4\]",
+    ),
+    "an optimiser without its step": (
+        lambda: run(TRUE, optimizer=optax.adam),
+        r"optimizer=<function adam.*call it",
+    ),
+    "a penalty that is a number": (lambda: run(TRUE, penalty=0.1), "penalty=0.1 is no function"),
+    "a seed below 0": (lambda: run(TRUE, seed=-1), "seed must be a non-negative integer, got -1"),
     "no steps": (lambda: bf.recipes.clean(Mlp(), (X, TRUE), CLEAN, steps=0), "steps must be"),
 }
 

@@ -115,6 +115,49 @@ def test_dense_x_waits_for_z_wherever_z_starts(inner, steps, near):
     assert float(path.max()) < 6
 
 
+DECAYED = optax.chain(optax.add_decayed_weights(0.5, {"a": True, "b": False}), optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("inner", "right"),
+    [
+        (optax.sgd(optax.linear_schedule(0.0, 0.1, 100)), 2.75),
+        (optax.partition({"a": optax.sgd(0.1), "b": optax.adam(0.01)}, {"a": "a", "b": "b"}), 2.75),
+        (DECAYED, 4.25),
+    ],
+    ids=["a warm-up", "a slow part", "decay"],
+)
+def test_x_does_not_wait_for_z_that_has_long_followed(inner, right):
+    """Where z's way from its start hid what x had moved, x kept a hundredth of its pace: .75."""
+    problem = bf.Problem(
+        lambda z, x, _: 0.5 * (z["a"] - x) ** 2 + 0.5 * (z["b"] - 1) ** 2 + 0.5 * z["a"] * z["b"],
+        lambda z, x, _: 0.5 * (z["a"] - 3.0) ** 2,
+    )
+    solver = bf.auto(problem, inner=inner, steps=4000)
+    step = lambda s, _: (solver.update(s, bf.Batch(0.0, 0.0))[0], None)
+    state = solver.init({"a": jnp.zeros(()), "b": jnp.zeros(())}, jnp.zeros(()))
+    state = jax.jit(lambda s: jax.lax.scan(step, s, None, length=4000)[0])(state)
+    assert abs(float(state.outer_params) - right) < 0.05
+
+
+def test_nor_does_it_under_noise():
+    """Z comes from 5 by .002 a step; a mean of |⟨v, D_z⟩| would be noise, and x end at 1.2."""
+    noisy = lambda about: lambda z, x, e: 0.5 * jnp.sum((z - about(x) - e) ** 2)
+    problem = bf.Problem(noisy(lambda x: x), noisy(lambda x: 3.0))
+    solver = bf.auto(problem, inner=optax.adam(2e-3), steps=10_000)
+
+    def step(state, key):
+        noise = 0.5 * jax.random.normal(key, (2, 2))
+        return solver.update(state, bf.Batch(*noise))[0], None
+
+    state, keys = (
+        solver.init(jnp.full(2, 5.0), jnp.zeros(2)),
+        jax.random.split(jax.random.key(0), 10_000),
+    )
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))(state)
+    np.testing.assert_allclose(state.outer_params, 3.0, atol=0.15)
+
+
 # Steps as long as parameters, steps that shrink with what was summed up, nearly linear ones.
 NEARLY_LINEAR = {
     "lamb": lambda steps: optax.lamb(optax.cosine_decay_schedule(0.05, steps)),

@@ -11,7 +11,10 @@ kept beside x: of the gap x - y, every step takes the share of it that Δz makes
 
     y += min(1, pull / |⟨∇²₂₁G v, x - y⟩|) · (x - y)
 
-and the lag, in whole steps of x, is how far x is ahead of y in the direction in which it walks now,
+and, where z has other reasons to move, too (its start, a warm-up), so that the two cancel, what its
+own gradient shows: z that is behind by x - y has ⟨v, D_z⟩ = ⟨∇²₂₁G v, x - y⟩. Where its mean over
+50 steps, with two standard errors, is less, y goes to x as far as it is, within some τ steps. The
+lag, in whole steps of x, is how far x is ahead of y in the direction in which it walks now,
 less than 0 where it has turned back. The pace holds the lag below τ + `max_lag`:
 
     m ← min(1, growth · m, pull / push + 1 + (max_lag - lag) / τ)
@@ -32,7 +35,8 @@ from bilevel_flax.base import Table
 from bilevel_flax.per_sample import RowTransformation
 from bilevel_flax.tree import dot
 
-_DECAY = 0.9
+_DECAY, _SLOW = 0.9, 0.98
+_SURE = 2.0  # standard errors
 _GROWTH = 1.1
 _START, _SLOWEST = 0.1, 0.01
 
@@ -47,6 +51,9 @@ class PacedState(NamedTuple):
     shift: jax.Array  # ⟨∇²₂₁G v, x - y⟩
     push: jax.Array
     pull: jax.Array
+    behind: jax.Array  # what `shift` would be in truth, ⟨v, D_z⟩; with the next two over 50 steps
+    behind_squared: jax.Array
+    slow_shift: jax.Array
     curvature: jax.Array  # ‖Hv‖ / ‖v‖ when it was last known
     inner: Any  # the state of the transformation
 
@@ -66,9 +73,9 @@ def paced(
 
     Returns:
         A transformation whose `update` needs the extra arguments `adjoint_product` (‖Hv‖),
-        `adjoint_length` (‖v‖), `inner_step_along_adjoint` (⟨v, Δz⟩) and `through_inner`
-        (`Evaluation.through_inner`), as `single_loop` hands them on. Without dense leaves it is
-        `transform`.
+        `adjoint_length` (‖v‖), `inner_step_along_adjoint` (⟨v, Δz⟩),
+        `inner_gradient_along_adjoint` (⟨v, D_z⟩) and `through_inner` (`Evaluation.through_inner`),
+        as `single_loop` hands them on. Without dense leaves it is `transform`.
 
     Raises:
         TypeError: from `update`, without the extra arguments.
@@ -81,7 +88,8 @@ def paced(
         >>> for _ in range(100):  # z stands still, and so does x after a while
         ...     step, state = outer.update(
         ...         jnp.ones(2), state, x, adjoint_product=one, adjoint_length=one,
-        ...         inner_step_along_adjoint=0 * one, through_inner=one,
+        ...         inner_step_along_adjoint=0 * one, inner_gradient_along_adjoint=100 * one,
+        ...         through_inner=one,
         ...     )
         ...     x += step
         >>> [round(float(value), 4) for value in step]
@@ -100,24 +108,31 @@ def paced(
         reached = jax.tree.map(
             lambda node: None if is_table(node) else jnp.array(node), params, is_leaf=is_table
         )
-        means = zero, zero, zero, zero, zero, zero
-        return PacedState(jnp.float32(_START), reached, *means, inner)
+        return PacedState(jnp.float32(_START), reached, *[zero] * 9, inner)
 
     def update(updates, state, params=None, **extra_args):
         if not isinstance(state, PacedState):
             return transform.update(updates, state, params, **extra_args)
-        names = ("adjoint_product", "adjoint_length", "inner_step_along_adjoint", "through_inner")
+        names = (
+            "adjoint_product",
+            "adjoint_length",
+            "inner_step_along_adjoint",
+            "inner_gradient_along_adjoint",
+            "through_inner",
+        )
         missing = [name for name in names if extra_args.get(name) is None]
         if missing:
             raise TypeError(
                 f"an optimiser of x lacks {', '.join(missing)}: use it as the outer= of a "
                 "single-loop solver, which passes them"
             )
-        product, length, along, through = (extra_args[name].astype(jnp.float32) for name in names)
+        product, length, along, gradient, through = (
+            extra_args[name].astype(jnp.float32) for name in names
+        )
         steps, inner = transform.update(updates, state.inner, params, **extra_args)
 
-        def running(old, new):
-            return _DECAY * old + (1 - _DECAY) * new.astype(jnp.float32)
+        def running(old, new, decay=_DECAY):
+            return decay * old + (1 - decay) * new.astype(jnp.float32)
 
         known = (product > 0) & (length > 0)
         curvature = jnp.where(known, product / jnp.where(known, length, 1.0), state.curvature)
@@ -133,7 +148,13 @@ def paced(
         ahead, shift = running(state.ahead, along_gap), running(state.shift, along_gap * through)
         push = running(state.push, jnp.abs(dot(d_x, rows.dense_leaves(steps))) * through)
         pull = running(state.pull, curvature * jnp.abs(along) * update_every)
-        share = jnp.minimum(_quotient(pull, jnp.abs(shift)), 1.0)
+        behind = running(state.behind, gradient, _SLOW)
+        squared = running(state.behind_squared, gradient**2, _SLOW)
+        slow_shift = running(state.slow_shift, along_gap * through, _SLOW)
+        noise = jnp.sqrt(jnp.maximum(squared - behind**2, 0.0) * (1 - _SLOW) / (1 + _SLOW))
+        at_most = _quotient(jnp.abs(behind) + _SURE * noise, jnp.abs(slow_shift))
+        found = (1 - _DECAY) * jnp.maximum(1 - at_most, 0.0)
+        share = jnp.minimum(_quotient(pull, jnp.abs(shift)) + found, 1.0)
         reached = jax.tree.map(lambda y, g: y + share.astype(g.dtype) * g, state.reached, gap)
         lag = jnp.where(slope < 0, ahead / jnp.where(slope < 0, slope, 1.0), 0.0)
         limit = _quotient(pull, push) + 1 + (1 - _DECAY) * (max_lag - lag)
@@ -143,7 +164,8 @@ def paced(
             return node if rows.is_rows(node) else node * pace.astype(node.dtype)
 
         steps = jax.tree.map(slowed, steps, is_leaf=rows.is_rows)
-        return steps, PacedState(pace, reached, ahead, slope, shift, push, pull, curvature, inner)
+        means = ahead, slope, shift, push, pull, behind, squared, slow_shift, curvature
+        return steps, PacedState(pace, reached, *means, inner)
 
     return RowTransformation(init, update)
 
