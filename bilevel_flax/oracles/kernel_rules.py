@@ -11,15 +11,21 @@ kept, and whatever is differentiated once more is the reference's.
 
 Two primitives carry them. A `jax.custom_jvp` would not do: where a loop is differentiated twice,
 JAX evaluates it partially and drops the rule, and `linear_call` knows no tangent of its residuals.
+
+Kernels that say how they are partitioned (cuDNN's attention) are lowered for certain devices, and
+JAX decides by the primitives that it sees in a program whether lowering is told of any. Kernels
+are out of sight here, so each `kernel_with_reference` carries a program in sight that asks for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
@@ -51,7 +57,7 @@ class Opaque:
 
     def __call__(self, *leaves: Any) -> list:
         """The outputs."""
-        return opaque_p.bind(*leaves, function=self)
+        return opaque_p.bind(*leaves, function=self, devices=_asks_for_devices())
 
     def batched(self, axes: tuple, size: int) -> Opaque:
         """Of arrays with one more axis."""
@@ -91,6 +97,14 @@ class Linear:
             return lambda at, along: by_axis(tuple(at), tuple(along))
 
         return Linear(mapped(self.push), mapped(self.pull), batched(self.shapes, size), self.points)
+
+
+@functools.cache
+def _asks_for_devices() -> Any:
+    """A jaxpr that is lowered for certain devices; it is never run."""
+    partitioned = custom_partitioning(lambda a: a)
+    partitioned.def_partition(None, sharding_rule="i -> i")
+    return jax.make_jaxpr(partitioned)(jax.ShapeDtypeStruct((1,), "int32"))
 
 
 def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Shapes) -> Opaque:
@@ -197,13 +211,15 @@ def _along(primals: Sequence, tangents: Sequence) -> list:
     return [ad.instantiate_zeros(t) if is_inexact(leaf) else None for leaf, t in pairs]
 
 
-def _opaque_jvp(primals, tangents, *, function):
+def _opaque_jvp(primals, tangents, *, function, devices):
+    del devices
     outs, moved = function.jvp(primals, _along(primals, tangents))
     zero = lambda out: ad.Zero(jax.typeof(out).to_tangent_aval())
     return outs, [zero(o) if t is None else t for o, t in zip(outs, moved, strict=True)]
 
 
-def _opaque_batched(operands, axes, *, function):
+def _opaque_batched(operands, axes, *, function, devices):
+    del devices
     function = function.batched(tuple(axes), _axis_size(operands, axes))
     return function(*operands), [0] * len(function.shapes)
 
@@ -236,7 +252,8 @@ def _pushed_batched(operands, axes, *, map):
     return map(operands[:points], along), [0] * len(map.shapes)
 
 
-def _run_opaque(*leaves, function):
+def _run_opaque(*leaves, function, devices):
+    del devices
     return list(function.run(*leaves))
 
 
@@ -245,7 +262,7 @@ def _run_pushed(*operands, map):
 
 
 opaque_p.def_impl(_run_opaque)
-opaque_p.def_abstract_eval(lambda *avals, function: list(function.shapes))
+opaque_p.def_abstract_eval(lambda *avals, function, devices: list(function.shapes))
 mlir.register_lowering(opaque_p, mlir.lower_fun(_run_opaque, multiple_results=True))
 ad.primitive_jvps[opaque_p] = _opaque_jvp
 batching.primitive_batchers[opaque_p] = _opaque_batched

@@ -154,7 +154,9 @@ def by_reference(closed: Any) -> Any:
 
     def change(eqn):
         instead = eqn.params["function"].instead if eqn.primitive is opaque_p else None
-        return eqn if instead is None else eqn.replace(params={"function": instead})
+        if instead is None:
+            return eqn
+        return eqn.replace(params={**eqn.params, "function": instead})
 
     return rewritten(closed, change)
 

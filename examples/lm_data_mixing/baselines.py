@@ -235,7 +235,7 @@ def compare(run: Run, state: bf.TrainState, names: list[str]) -> dict[str, Any]:
 
     @functools.cache
     def direct(share):
-        few = round(share * per_step)
+        few = max(1, round(share * per_step))
         rest = uniform()
 
         def windows(start, stop):
