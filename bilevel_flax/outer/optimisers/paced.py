@@ -108,7 +108,7 @@ def paced(
         reached = jax.tree.map(
             lambda node: None if is_table(node) else jnp.array(node), params, is_leaf=is_table
         )
-        return PacedState(jnp.float32(_START), reached, *[zero] * 9, inner)
+        return PacedState(jnp.float32(_START), reached, *[zero] * 9, inner=inner)
 
     def update(updates, state, params=None, **extra_args):
         if not isinstance(state, PacedState):
