@@ -45,8 +45,9 @@ def check_finite(info: Info, step: Any = None) -> None:
         )
     elif not np.all(info.finite.inner):
         causes = (
-            "batch.inner_id or outer_id outside the method's minibatches, a loss without a finite "
-            "derivative (sqrt or log at 0), or too long an inner step"
+            "batch.inner_id or outer_id outside the method's minibatches, a method whose full pass "
+            "has not been made (solver.refresh, SRBA's), a loss without a finite derivative (sqrt "
+            "or log at 0), or too long an inner step"
         )
     elif not np.all(info.finite.adjoint):
         causes = (
