@@ -14,6 +14,8 @@ from bilevel_flax.tree import norm, ratio
 
 # δ between 1e-26 and 1e26: ρδ stays a float32.
 _LOG_LIMIT = 60.0
+# Of the first ‖Hv‖ / ‖v‖: where that falls below, v lies in directions without curvature.
+_FLAT = 1e-4
 
 
 def needed(extra_args: dict, *names: str) -> list:
@@ -92,7 +94,9 @@ def self_damped(
         log δ += η · clip(log(r / target), ±1)
 
     A noiseless convex problem drives δ to 0, and v to the exact adjoint; deep networks end where
-    δ is about ‖Hv‖ / ‖v‖.
+    δ is about ‖Hv‖ / ‖v‖. Where H is singular ∇₁F may have a part that no v can meet, and v would
+    grow along it until its other digits are lost: what ‖Hv‖ / ‖v‖ lacks of 1e-4 of what it was
+    first is added to H (D_x needs none of that part of v).
 
     Args:
         transform: the optimiser; it sees D_v.
@@ -135,16 +139,22 @@ def self_damped(
     def update(updates, state, params=None, **extra_args):
         (residual,) = needed(extra_args, "adjoint_residual")
         product = extra_args.get("adjoint_product")
-        moved, inner = step.update(updates, state.inner, params, **extra_args)
-        # Momentum goes on where D_v is 0, and says nothing about ρ there.
-        length = norm(updates)
-        rho = jnp.where(length > 0, ratio(norm(moved), length), 0.0)
         if product is None:
             unit = jnp.float32(1.0)
         else:
             size = norm(params)
-            curvature = product / jnp.where(size > 0, size, 1.0)
-            unit = jnp.where(state.unit > 0, state.unit, curvature.astype(jnp.float32))
+            curvature = (product / jnp.where(size > 0, size, 1.0)).astype(jnp.float32)
+            unit = jnp.where(state.unit > 0, state.unit, curvature)
+            least = _FLAT * unit
+            pull = jnp.where(size > 0, jnp.maximum(least - curvature, 0.0), 0.0)
+            updates = jax.tree.map(lambda d, v: d + pull.astype(d.dtype) * v, updates, params)
+            extra_args["adjoint_product"] = jnp.maximum(
+                product, (pull * size).astype(product.dtype)
+            )
+        moved, inner = step.update(updates, state.inner, params, **extra_args)
+        # Momentum goes on where D_v is 0, and says nothing about ρ there.
+        length = norm(updates)
+        rho = jnp.where(length > 0, ratio(norm(moved), length), 0.0)
         share = 1 - 1 / (1 + rho * unit * jnp.exp(state.log_damping))
 
         def take_back(u, v):

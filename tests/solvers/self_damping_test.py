@@ -182,3 +182,18 @@ def test_the_spread_that_x_starts_with_is_no_distance_gone():
     index = jnp.arange(400)
     step, _ = outer.update(bf.Rows(index, jnp.ones(400)), outer.init(bf.Table(x)), x)
     np.testing.assert_allclose(step.values, -0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [optax.adam(0.01), optax.adamw(0.01), optax.sgd(0.2)])
+def test_where_h_is_singular_v_keeps_the_digits_that_matter(inner):
+    """∇₁F along (1, -1) is out of H's range: v grew along it to 1e5, under Lion to 1e12."""
+    problem = bf.Problem(
+        lambda z, x, _: 0.5 * (z.sum() - x) ** 2,
+        lambda z, x, _: 0.5 * jnp.sum((z - jnp.array([3.0, 1.0])) ** 2),
+    )
+    solver = bf.auto(problem, inner=inner, steps=3000)
+    step = lambda s, _: (solver.update(s, bf.Batch(0.0, 0.0))[0], jnp.abs(s.adjoint).max())
+    state = solver.init(jnp.zeros(2), jnp.zeros(()))
+    state, lengths = jax.jit(lambda s: jax.lax.scan(step, s, None, length=3000))(state)
+    assert abs(float(state.outer_params) - 4.0) < 0.02
+    assert float(lengths.max()) < 1e4
