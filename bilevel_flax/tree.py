@@ -150,10 +150,9 @@ def dot(tree: PyTree, other: PyTree) -> jax.Array:
 
 
 def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
-    """Top / bottom; 0/0 is 0."""
-    return jnp.where(
-        bottom > 0, top / jnp.where(bottom > 0, bottom, 1.0), jnp.where(top > 0, jnp.inf, 0.0)
-    )
+    """Top / bottom of two lengths; 0/0 is 0, and what is NaN stays so."""
+    whole = top / jnp.where(bottom == 0, 1.0, bottom)
+    return jnp.where(bottom == 0, jnp.where(top == 0, 0.0, jnp.inf), whole)
 
 
 def check_gatherable(index: jax.Array) -> None:

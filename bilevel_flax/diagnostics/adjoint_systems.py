@@ -127,6 +127,8 @@ def gmres(problem, moving, max_iterations, *args):
 def solve_nonsymmetric(rows: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shortest least-squares solution, and the eigenvalues' real parts."""
     exact = rows.astype(np.float64)  # row i: Jᵀ e_i
+    if not np.isfinite(exact).all():
+        return np.full(len(exact), np.nan), np.full(len(exact), np.nan)
     rounding = max(len(exact), 30) * np.finfo(rows.dtype).eps
     solution = np.linalg.lstsq(exact.T, target.astype(np.float64), rcond=rounding)[0]
     return solution, np.sort(np.linalg.eigvals(exact).real)
@@ -135,6 +137,8 @@ def solve_nonsymmetric(rows: np.ndarray, target: np.ndarray) -> tuple[np.ndarray
 def solve_symmetric(matrix: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shortest least-squares solution, and the eigenvalues."""
     exact = matrix.astype(np.float64)
+    if not np.isfinite(exact).all():
+        return np.full(len(exact), np.nan), np.full(len(exact), np.nan)
     values, vectors = np.linalg.eigh((exact + exact.T) / 2)
     # The products themselves are rounded, however few the parameters are.
     eps = max(len(values), 30) * np.finfo(matrix.dtype).eps

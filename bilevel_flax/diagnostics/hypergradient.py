@@ -144,7 +144,8 @@ def hypergradient_check(
         tolerance: the relative residual at which MINRES stops, and that `converged` asks for.
 
     Raises:
-        ValueError: `method` is unknown, or MINRES for a condition; a side has no data.
+        ValueError: `method` is unknown, or MINRES for a condition; `damping` < 0; a side has no
+            data, or minibatches of several sizes.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -163,6 +164,9 @@ def hypergradient_check(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+    checks.check_count("max_iterations", max_iterations)
+    for each in jax.tree.leaves(damping):
+        checks.at_least("damping", np.min(each, initial=np.inf))
     nonsymmetric = is_condition(problem.inner_loss)
     if method == "minres" and nonsymmetric:
         raise ValueError('method="minres" needs a symmetric H, and a condition has none: "gmres"')
@@ -220,11 +224,22 @@ def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
         raise ValueError(
             f"{name}={side!r} holds no data: pass a FiniteSum, a list of minibatches or one of them"
         )
+    if isinstance(side, Batch):
+        raise ValueError(
+            f"{name} is a Batch: hand its two sides over by themselves, "
+            "hypergradient_check(problem, point, batch.inner, batch.outer)"
+        )
     if isinstance(side, FiniteSum):
         return side.batches, jnp.asarray(side.weights)
     minibatches = side if isinstance(side, list) else [side]
     masks = [example_mask(minibatch) for minibatch in minibatches]
     counts = np.array([1.0 if mask is None else float(jnp.sum(mask)) for mask in masks])
+    shapes = {str(jax.tree.map(jnp.shape, minibatch)) for minibatch in minibatches}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name} holds minibatches of several shapes ({' and '.join(sorted(shapes)):.120}): "
+            "bf.data.partition pads them and adds a mask"
+        )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *minibatches)
     return stacked, jnp.asarray(counts / counts.sum())
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel_flax import checks
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.data import FiniteSum, partition
 from bilevel_flax.diagnostics.hypergradient import hypergradient_check
@@ -85,6 +86,7 @@ def influence(
         tolerance: the relative residual at which MINRES stops.
 
     Raises:
+        TypeError: `train` or `clean` is no dict of arrays.
         ValueError: `losses` does not return one number an example; `damping` < 0; the arrays of a
             side differ in length.
 
@@ -98,8 +100,7 @@ def influence(
         >>> [round(float(change), 3) for change in influence.change]  # the 7 harms
         [1.333, 1.333, -2.667]
     """
-    if not damping >= 0:
-        raise ValueError(f"damping={damping} must be >= 0")
+    checks.at_least("damping", damping)
     sides = (_parts(train, batch_size), _parts(clean, batch_size))
 
     def one_each(params: PyTree, batch: Any):
@@ -134,5 +135,6 @@ def influence(
 
 
 def _parts(arrays: Mapping[str, Any], batch_size: int) -> FiniteSum:
-    rows = len(next(iter(arrays.values()))) if arrays else 1
+    # What is no dict of arrays `partition` names.
+    rows = len(next(iter(arrays.values()))) if isinstance(arrays, Mapping) and arrays else 1
     return partition(arrays, min(batch_size, rows), shuffle=False)

@@ -41,6 +41,9 @@ def full_oracles(
     Returns:
         Means over the samples; per-sample leaves are dense, [n, ...].
 
+    Raises:
+        TypeError: a side is no `FiniteSum`.
+
     Example:
         >>> import numpy as np, jax.numpy as jnp, bilevel_flax as bf
         >>> problem = bf.Problem(
@@ -53,6 +56,12 @@ def full_oracles(
         >>> float(oracles.inner_grad), float(oracles.outer_grad_inner)
         (0.0, 1.5)
     """
+    for name, side in (("inner", inner), ("outer", outer)):
+        if not isinstance(side, FiniteSum):
+            raise TypeError(
+                f"{name} is a {type(side).__name__}, but must be all of the data: "
+                "bf.data.partition(arrays, batch_size, seed=0)"
+            )
     z, _, x = variables
     visible = rows.map_prefix(problem.per_sample, lambda _: None, jnp.zeros_like, x)
     zeros = jax.tree.map(jnp.zeros_like, Oracles(z, z, x, z, None))._replace(

@@ -301,12 +301,31 @@ def test_batch_norm_and_dropout_are_as_in_training_and_always_the_same():
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
-    [({"method": "cg"}, "method='cg' is unknown"), ({"outer": []}, "outer=.* holds no data")],
+    [
+        ({"method": "cg"}, "method='cg' is unknown"),
+        ({"outer": []}, "outer=.* holds no data"),
+        ({"damping": -1.0}, "damping=-1.0 must be >= 0"),
+        ({"max_iterations": 0}, "max_iterations must be an integer >= 1, got 0"),
+        ({"outer": bf.Batch(1.0, 2.0)}, "outer is a Batch: hand its two sides over"),
+        ({"inner": [{"a": jnp.ones(2)}, {"a": jnp.ones(3)}]}, "inner holds .*several shapes"),
+    ],
 )
 def test_mistakes_are_named(source: Any, keywords: dict, message: str):
     sides = {"inner": source.inner_batches, "outer": source.outer_batches} | keywords
     with pytest.raises(ValueError, match=message):
         check(source.problem, source.random_variables(), **sides)
+
+
+@pytest.mark.parametrize("method", ["dense", "minres"])
+def test_what_is_not_finite_is_not_called_solved(method: str):
+    """A residual of NaN was reported as 0: perfect."""
+    problem = bf.Problem(
+        lambda z, x, _: jnp.sum((z - x) ** 4), lambda z, x, _: jnp.sum((z - 1) ** 2)
+    )
+    point = bf.Variables(jnp.full(2, jnp.nan), jnp.ones(2), jnp.zeros(()))
+    found = check(problem, point, 0.0, 0.0, method=method)
+    assert np.isnan([found.adjoint_residual, found.reference_residual, found.cosine]).all()
+    assert not found.converged
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

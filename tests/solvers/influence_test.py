@@ -93,6 +93,8 @@ def test_mistakes():
         influence(lambda p, b: losses(p, b).mean(), params, data, data)
     with pytest.raises(ValueError, match="damping=-1"):
         influence(losses, params, data, data, damping=-1.0)
+    with pytest.raises(TypeError, match="arrays must be a dict of arrays, got tuple"):
+        influence(losses, params, tuple(data.values()), data)
 
 
 def test_the_name_is_public():

@@ -236,8 +236,13 @@ def minres(
 
 
 def ritz_values(solution: Solution) -> np.ndarray:
-    """Eigenvalues of A as the Krylov space sees them, ascending; the outer ones are the best."""
+    """Eigenvalues of A as the Krylov space sees them, ascending; the outer ones are the best.
+
+    NaN where A is not finite.
+    """
     k = int(solution.iterations)
     diagonal = np.asarray(solution.diagonal, np.float64)[:k]
     beside = np.asarray(solution.off_diagonal, np.float64)[: max(k - 1, 0)]
+    if not np.isfinite([*diagonal, *beside]).all():
+        return np.full(k, np.nan)
     return np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
