@@ -26,7 +26,7 @@ from bilevel_flax.train.metrics.scalars import number
 _messages: Any = event_pb2  # made at run time, so a type checker knows none of its classes
 # That a run waits for its writers, all of them together: twice, it is still less than the ten
 # seconds in which a run ends after SIGTERM.
-_SECONDS = 3.0
+_SECONDS = 2.0
 _FLUSH_SECONDS = 10.0  # between two times that TensorBoard's events reach the disk
 _PENDING = 1000  # calls that a writer may lag behind
 
@@ -129,7 +129,7 @@ class MultiWriter:
     """Hands every call to each of several writers; what they do never stops or hangs a run.
 
     Each writer works in a thread of its own. A call returns when all of them are done with it, or
-    after three seconds: a writer that has not answered by then is no longer waited for (its calls
+    after two seconds: a writer that has not answered by then is no longer waited for (its calls
     queue up, and are made once it answers). A writer that raises, or lags 1,000 calls behind, is
     left out from there on. Either is said once.
 
@@ -164,7 +164,7 @@ class MultiWriter:
         self._call("flush")
 
     def close(self) -> None:
-        """Closes each writer, in three seconds at most; a second call does nothing."""
+        """Closes each writer, in two seconds at most; a second call does nothing."""
         self._call("close")
         self._workers = []
 
