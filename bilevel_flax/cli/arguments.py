@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "The same command again resumes; Ctrl-C saves first.",
     )
     train.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
-    train.add_argument("--workdir", required=True, type=Path, metavar="DIR")
+    train.add_argument("--workdir", required=True, type=_path, metavar="DIR")
     together = train.add_argument_group("many processes, one run (docs/multi_host.md)")
     together.add_argument(
         "--distributed", action="store_true", help="the cluster says how many and who (TPU, SLURM)"
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     together.add_argument("--num-processes", type=int, metavar="N")
     together.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
     report = commands.add_parser("report", help="write report.html anew from a run's files")
-    report.add_argument("workdir", type=Path, metavar="DIR")
+    report.add_argument("workdir", type=_path, metavar="DIR")
     report.add_argument(
         "--trust",
         action="store_true",
@@ -70,6 +70,12 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _path(given: str) -> Path:
+    if not given:  # a shell's variable that was not set; Path("") is where one stands
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    return Path(given)
+
+
 def _add_mixture(commands: Any) -> None:
     mixture = commands.add_parser(
         "mixture",
@@ -77,9 +83,9 @@ def _add_mixture(commands: Any) -> None:
         description="Write the mixture that a run learned, its end point and its curriculum, in a "
         "reader's format. Nothing in the run's folder is executed.",
     )
-    mixture.add_argument("workdir", type=Path, metavar="RUN")
+    mixture.add_argument("workdir", type=_path, metavar="RUN")
     mixture.add_argument("--to", required=True, metavar="maxtext|levanter|datasets|json")
-    mixture.add_argument("--out", required=True, type=Path, metavar="FILE")
+    mixture.add_argument("--out", required=True, type=_path, metavar="FILE")
     mixture.add_argument(
         "--reader",
         type=Path,
@@ -120,7 +126,7 @@ def _add_bench(commands: Any) -> None:
         metavar="N",
         help="each method chooses from N pairs of steps (up to 63); 0, the default: recorded ones",
     )
-    bench.add_argument("--out", type=Path, metavar="DIR", help="default: runs/bench/TASK")
+    bench.add_argument("--out", type=_path, metavar="DIR", help="default: runs/bench/TASK")
     bench.add_argument("--manual-dir", metavar="DIR", help="folder of original data files")
     bench.add_argument(
         "--clock", default="wall", metavar="wall|cpu", help="what S is counted in; default: wall"

@@ -122,6 +122,7 @@ COMMANDS: list[tuple[list[str], str]] = [
     (train("--config.data.splits=120,60,0"), "no test examples"),
     # --- the folder
     (train(workdir="FOLDER/taken"), r"--workdir=.*taken: the folder is not empty.*choose another"),
+    (train(workdir=""), "--workdir: it is empty: give a path"),
     (train(workdir="/dev/null/x"), "--workdir=/dev/null/x: Not a directory"),
     # --- report
     (["report"], "required: DIR"),
@@ -137,6 +138,8 @@ COMMANDS: list[tuple[list[str], str]] = [
     (mixture("FOLDER/list"), "summary.json is damaged"),
     (mixture("FOLDER/none"), "is no mixture.*these sum to 1.8"),
     (mixture("FOLDER/fine", "--stages", "0"), "--stages must be an integer >= 1, got 0"),
+    (mixture("FOLDER/fine", "--stages", "1000000000"), "--stages=1000000000: give 1000 or fewer"),
+    (mixture("FOLDER/fine", "--stage", "2"), "--stage=2: --to json takes all stages"),
     (mixture("FOLDER/fine", "--tokens", "-3"), "--tokens must be an integer >= 1, got -3"),
     # --- bench
     (["bench", "quadratic"], 'did you mean "quadratics"'),

@@ -10,8 +10,10 @@ from typing import Any
 from bilevel_flax.checks import check_count
 from bilevel_flax.train.errors import ConfigError, nearest
 from bilevel_flax.train.mixture.learned import LearnedMixture, load
-from bilevel_flax.train.mixture.readers import READERS, Plan
+from bilevel_flax.train.mixture.readers import ONE_MIXTURE, READERS, Plan
 from bilevel_flax.train.workdir import read_json, write_json
+
+_MOST_STAGES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ def export(options: Options) -> str:
     """Writes the file; returns the lines to print.
 
     Raises:
-        ConfigError: an unknown reader, a run without a mixture, domains that differ from the
-            reader's, a file that is there already.
+        ConfigError: an unknown reader, a stage for one that takes all, a run without a mixture,
+            domains that differ from the reader's, a file that is there already.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -81,8 +83,15 @@ def export(options: Options) -> str:
     for name, value in counts.items():
         if value is not None:
             check_count(name, value)
+    if options.stages > _MOST_STAGES:
+        raise ConfigError(f"--stages={options.stages}: give {_MOST_STAGES} or fewer")
     if options.stage is not None:
         check_count("--stage", options.stage, 0)
+        if options.to not in ONE_MIXTURE:
+            raise ConfigError(
+                f"--stage={options.stage}: --to {options.to} takes all stages; one alone is for "
+                f"{' and '.join(ONE_MIXTURE)}"
+            )
     mixture = load(options.workdir)
     content, notes = READERS[options.to](mixture, _plan(mixture, options))
     if options.out.exists() or options.out.is_symlink():

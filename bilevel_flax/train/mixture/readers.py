@@ -132,3 +132,4 @@ READERS: dict[str, Callable[[LearnedMixture, Plan], Written]] = {
     "datasets": datasets,
     "json": as_json,
 }
+ONE_MIXTURE = ("maxtext", "datasets")  # of them, those that may be handed a stage's
