@@ -117,7 +117,7 @@ def test_the_files_are_there(finished: tuple[Path, dict[str, Any]]):
     assert set(lines[0]) >= {"inner_loss", "outer_loss", "norm_inner", "oracle_units"}
     assert set(lines[1]) >= {"validation_error", "wrong_label_auc"}
     probed = [line["step"] for line in lines if "health/outer_size" in line]
-    assert probed == list(range(100, STEPS + 1, 100))
+    assert probed == [300, 600]  # two cost 3 % of the run
     assert "hypergradient_cosine" in lines[-1]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     rows = (workdir / "suspicious.csv").read_text().splitlines()
