@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bilevel_flax import data, diagnostics
+from bilevel_flax import __version__, data, diagnostics
 from bilevel_flax.base import TrainState
 from bilevel_flax.checkpoints import arrays_file
 from bilevel_flax.checkpoints.best import BestCheckpoint
@@ -20,7 +20,7 @@ from bilevel_flax.train.run_config import RunConfig
 from bilevel_flax.train.task import Task
 from bilevel_flax.train.train_loop import Trained
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "bilevel-flax")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _OF_A_STREAM = 32  # minibatches that stand for all of them at the end
 
 
@@ -119,4 +119,4 @@ def versions() -> dict[str, str]:
             numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             numbers[name] = "not installed"
-    return numbers
+    return numbers | {"bilevel-flax": __version__}  # of the code that runs, not what pip noted
