@@ -8,7 +8,8 @@ point is v* whatever the preconditioner, and where D_v explodes its own statisti
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,9 @@ def scale_free_like(
         inner: z's optimiser.
         time_constant: as in `in_own_units`.
 
+    Raises:
+        ValueError: from `init`, for `optax.contrib.mechanize`.
+
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
         >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
@@ -255,7 +259,17 @@ def scale_free_like(
     of_inner = tolerant(inner)
 
     def init(params):
-        return (plain if is_linear(of_inner, params) else grafted).init(params)
+        if is_linear(of_inner, params):
+            return plain.init(params)
+        state = grafted.init(params)
+        contrib: Any = sys.modules.get("optax.contrib")  # not imported: no state of it
+        is_tuner = lambda node: contrib is not None and isinstance(node, contrib.MechanicState)
+        if any(map(is_tuner, jax.tree.leaves(state, is_leaf=is_tuner))):
+            raise ValueError(
+                "inner=mechanize(...) tunes its step to where parameters have gone, and v, whose "
+                "solution moves with x, stops for long: pass adjoint=, e.g. the optimiser in it"
+            )
+        return state
 
     def update(updates, state, params=None, **extra_args):
         step = grafted if isinstance(state, OwnUnitsState) else plain

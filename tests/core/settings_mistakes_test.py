@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from mistakes import assert_one_line
+from optax.contrib import mechanize
 
 import bilevel_flax as bf
 from bilevel_flax import contrib, data, oracles, outer
@@ -80,6 +81,11 @@ MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
     "steps as a bool": (auto(steps=True), ValueError, r"steps must be an integer.*got True"),
     "no steps": (auto(steps=None), ValueError, r"steps must be an integer.*got None"),
     "warmup before the start": (auto(warmup=-0.1), ValueError, r"warmup=-0.1 must be >= 0"),
+    "a tuner of steps": (
+        lambda: auto(inner=mechanize(optax.adam(0.1)))().init(jnp.ones(3), jnp.ones(())),
+        ValueError,
+        r"inner=mechanize\(...\) tunes its step.*pass adjoint=",
+    ),
     # --- other methods
     "a loss in the place of the problem": (
         make(problem=inner),
