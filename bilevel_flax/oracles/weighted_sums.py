@@ -17,9 +17,11 @@ import jax.numpy as jnp
 
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree
-from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.condition import Condition, is_condition
 from bilevel_flax.base.wrapped_loss import WrappedLoss
-from bilevel_flax.minibatches import counted, example_mask, repeat_real
+from bilevel_flax.minibatches import MASKS, counted, entries, example_mask, name_of, repeat_real
+from bilevel_flax.oracles import losses
+from bilevel_flax.oracles.normalisers import divides_by_data
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
 
@@ -128,11 +130,14 @@ def amount(
         A scalar: the loss's own weight, or else the sum of `minibatches.example_mask`.
 
     Raises:
-        ValueError: the weight depends on more than the minibatch, or as `example_mask`.
+        ValueError: the weight depends on more than the minibatch; the loss has none and is a mean
+            over something else than examples; or as `example_mask`.
     """
     pair = weighted_sum(getattr(problem, side))
     if pair is None:
         mask = example_mask(batch, splits)
+        if "example_mask" not in entries(batch) and not is_condition(getattr(problem, side)):
+            _refuse_means_of_other_things(problem, side, point, batch, context, splits)
         return None if mask is None else jnp.sum(counted(mask))
     z, x = point
     if side == "inner_loss":
@@ -149,6 +154,41 @@ def amount(
             "losses, number of tokens)"
         )
     return weight(z, x, context)
+
+
+def _refuse_means_of_other_things(
+    problem: Problem,
+    side: str,
+    point: tuple[PyTree, PyTree],
+    batch: PyTree,
+    context: tuple,
+    splits: str,
+) -> None:
+    """Raises where a loss divides by what it counts in the minibatch: tokens, weights."""
+    leaves, treedef = jax.tree.flatten_with_path(batch)
+    is_data = [
+        jnp.ndim(leaf) > 0 and name_of(path) not in (*MASKS, "index") for path, leaf in leaves
+    ]
+    wrap = losses.inner if side == "inner_loss" else losses.outer
+
+    def loss(data, point):
+        values = iter(data)
+        filled = [
+            next(values) if flag else leaf for flag, (_, leaf) in zip(is_data, leaves, strict=True)
+        ]
+        (z, x), (model_state, rng) = point, context
+        value, z_split, x_split, *_ = wrap(
+            problem, z, x, treedef.unflatten(filled), model_state, rng
+        )
+        return value(z_split.leaves, x_split.leaves)[0]
+
+    data = [leaf for flag, (_, leaf) in zip(is_data, leaves, strict=True) if flag]
+    if divides_by_data(loss, data, point):
+        raise ValueError(
+            f"{side} divides by what it counts in the minibatch (tokens, weights), so {splits} "
+            "cannot tell how much each part counts: return (sum, weight) under "
+            'bf.oracles.weighted_sums, or add batch["example_mask"], how much each example counts'
+        )
 
 
 def _wide(leaf: Any) -> jax.Array:

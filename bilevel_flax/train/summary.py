@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bilevel_flax import __version__, data, diagnostics
+from bilevel_flax import data, diagnostics
 from bilevel_flax.base import TrainState
 from bilevel_flax.checkpoints import arrays_file
 from bilevel_flax.checkpoints.best import BestCheckpoint
@@ -113,10 +113,14 @@ def _hypergradient(
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
+    import bilevel_flax
+
     numbers = {"python": platform.python_version(), "platform": jax.default_backend()}
     for name in _PACKAGES:
         try:
             numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             numbers[name] = "not installed"
-    return numbers | {"bilevel-flax": __version__}  # of the code that runs, not what pip noted
+    return numbers | {
+        "bilevel-flax": bilevel_flax.__version__
+    }  # of the code that runs, not what pip noted

@@ -180,6 +180,43 @@ def test_mistakes_are_told_in_one_line():
         oracles.evaluate_all(wide, at, batch)
 
 
+TOKEN_LOSSES = {  # of losses [batch, tokens] and a mask of them
+    "a quotient": lambda e, m: jnp.sum(e * m) / jnp.sum(m),
+    "a quotient before the sum": lambda e, m: jnp.sum(e * m / jnp.maximum(jnp.sum(m), 1)),
+    "a reciprocal": lambda e, m: jnp.sum(e * m) * jnp.sum(m) ** -1.0,
+    "mean(where)": lambda e, m: jnp.mean(e, where=m > 0),
+    "average": lambda e, m: jnp.average(e, weights=m),
+    "weights of classes": lambda e, m: jnp.sum(e[:, 0] * W[m[:, 0]]) / jnp.sum(W[m[:, 0]]),
+}
+W = jnp.array([1.0, 3.0])
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_a_mean_over_something_else_than_examples_is_not_cut(name):
+    """The mean of the parts' means was taken, off by a third."""
+    mean = lambda z, x, b: TOKEN_LOSSES[name]((z - b["tokens"]) ** 2, b["visible"]) * x
+    plain = lambda z, x, b: jnp.mean((z - b["tokens"]) ** 2)
+    side, at = jax.tree.map(jnp.asarray, BATCH), bf.Variables(*map(jnp.float32, (1.0, 1.0, 2.0)))
+
+    def evaluate(problem, **more):
+        cut = oracles.microbatched(problem, 2)
+        jax.eval_shape(lambda: oracles.evaluate_all(cut, at, bf.Batch(side | more, side)).oracles)
+
+    with pytest.raises(ValueError, match="inner_loss divides by what it counts.*microbatches=2"):
+        evaluate(bf.Problem(mean, plain))
+    evaluate(bf.Problem(mean, plain), example_mask=jnp.sum(side["visible"], axis=1))
+
+
+def test_a_mean_over_examples_may_divide_within_each():
+    each = lambda b: jnp.sum(b["tokens"] ** 2 * b["visible"], 1) / (1 + jnp.sum(b["visible"], 1))
+    scale = lambda z, b: jnp.tanh(z * b["tokens"]) / jnp.sum((z * b["tokens"]) ** 2)
+    loss = lambda z, x, b: jnp.mean(z * each(b) / b["unit"]) * x + jnp.mean(scale(z, b)) / len(W)
+    side, at = jax.tree.map(jnp.asarray, BATCH), bf.Variables(*map(jnp.float32, (1.0, 1.0, 2.0)))
+    side = side | {"unit": jnp.float32(2.0)}
+    cut = oracles.microbatched(bf.Problem(loss, loss), 2)
+    jax.eval_shape(lambda: oracles.evaluate_all(cut, at, bf.Batch(side, side)).oracles)
+
+
 def test_domains_of_tokens():
     batch = jax.tree.map(jnp.asarray, BATCH)
     x = jnp.log(jnp.array([1.0, 2.0, 5.0]))
