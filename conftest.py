@@ -3,6 +3,7 @@
 It lies at the root, not in tests/, because pytest hands fixtures downwards only.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -46,6 +47,13 @@ collect_ignore += ["tests/trainers/scripts"]  # programs that a test runs
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Meshes need devices; whatever asks for none of them runs on the first, as ever.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture

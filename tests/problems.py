@@ -57,7 +57,7 @@ def _partition(samples: dict, num: int, batch: int, ragged: bool, padding: float
     mask = (np.arange(room) < count).reshape(num, batch)
     if ragged:
         out["mask"] = mask.astype(np.float64)
-    return jax.tree.map(jnp.asarray, out), mask.sum(1) / count
+    return jax.device_put(out), mask.sum(1) / count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,10 @@ class Quadratics:
 
     def batch(self, i, j) -> bf.Batch:
         """Minibatches i and j with their ids; traced i, j are fine."""
-        pick = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)
+        # NumPy's indexing compiles nothing.
+        host = isinstance(i, int) and isinstance(j, int)
+        leaf_at = lambda leaf, k: jax.device_put(np.asarray(leaf)[k]) if host else leaf[k]
+        pick = lambda tree, k: jax.tree.map(lambda leaf: leaf_at(leaf, k), tree)
         return bf.Batch(
             pick(self.inner_batches, i),
             pick(self.outer_batches, j),
@@ -106,10 +109,10 @@ class Quadratics:
         )
 
     def _as_inner(self, vector):
-        return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), _tree(vector, self.inner_shapes))
+        return jax.device_put(_tree(np.asarray(vector, self.dtype), self.inner_shapes))
 
     def _as_outer(self, vector):
-        return jax.tree.map(lambda a: jnp.asarray(a, self.dtype), _tree(vector, self.outer_shapes))
+        return jax.device_put(_tree(np.asarray(vector, self.dtype), self.outer_shapes))
 
     def _solve(self, x):
         m = self.means
@@ -248,7 +251,7 @@ def quadratics(
         "r": rng.normal(size=(m, d)),
     }
     # What the losses see is rounded to dtype; the closed forms must use the same numbers.
-    as_dtype = lambda values: np.asarray(jnp.asarray(values, dtype))
+    as_dtype = lambda values: np.asarray(values, dtype)
     inner, outer = ({k: as_dtype(a) for k, a in side.items()} for side in (inner, outer))
     means = {k: a.astype(np.float64).mean(0) for k, a in (inner | outer).items()}
     inner["index"], outer["index"] = np.arange(n, dtype=np.int32), np.arange(m, dtype=np.int32)
@@ -346,12 +349,12 @@ def logistic(
         inner_weights=sides[0][1],
         outer_weights=sides[1][1],
         inner_params={
-            "w": jnp.asarray(rng.normal(size=features)),
-            "b": jnp.asarray(rng.normal()),
+            "w": jax.device_put(rng.normal(size=features)),
+            "b": jax.device_put(np.float64(rng.normal())),
         },
         outer_params={
-            "logits": jnp.asarray(rng.normal(size=num_samples)),
-            "penalty": jnp.asarray(-1.0, jnp.result_type(float)),
+            "logits": jax.device_put(rng.normal(size=num_samples)),
+            "penalty": jax.device_put(np.float64(-1.0)),
         },
         num_samples=num_samples,
         declared=per_sample,

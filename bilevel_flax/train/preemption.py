@@ -42,7 +42,8 @@ class PreemptionGuard:
         """The first signal since entering; None while there was none."""
         self._signals = tuple(signals)
         self._grace = grace_seconds
-        self._deadline = float("inf")
+        self._deadline = 0.0
+        self._lock = threading.Lock()
         self._previous: dict[signal.Signals, Any] = {}
         self._interrupts = 0
         self._left = threading.Event()
@@ -71,8 +72,8 @@ class PreemptionGuard:
 
     def extend(self, seconds: float) -> None:
         """Moves the end of the grace to `seconds` from now, if that is later."""
-        end = time.monotonic() + seconds
-        self._deadline = end if self._deadline == float("inf") else max(self._deadline, end)
+        with self._lock:
+            self._deadline = max(self._deadline, time.monotonic() + seconds)
 
     def _watch(self, grace: float) -> None:
         # A Python handler runs only between two instructions of the main thread, which may be
@@ -81,7 +82,7 @@ class PreemptionGuard:
         os.set_blocking(writer, False)
         self._pipe = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._left.clear()
-        self._deadline = float("inf")
+        self._deadline = 0.0
         watched = {int(number) for number in self._previous}
 
         def wait() -> None:
@@ -92,8 +93,7 @@ class PreemptionGuard:
                     os.close(reader)
                     return
                 number = byte[0]
-            if self._deadline == float("inf"):
-                self.extend(grace)
+            self.extend(grace)  # a loop that was quicker has asked for less
             while not self._left.wait(min(1.0, max(0.01, self._deadline - time.monotonic()))):
                 if time.monotonic() >= self._deadline:
                     name = signal.Signals(number).name

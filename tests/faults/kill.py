@@ -28,9 +28,8 @@ ROOT = Path(__file__).parents[2]
 PHASES = ("step", "refresh", "save")
 STARTED = "a new session\n"
 PATIENCE = 120.0  # seconds for the survivor of a pair to notice
-SINGLE = ("--config.steps=1000",)
+PAIR_STEPS = 120
 PAIR = (
-    "--config.steps=120",
     "--config.log_every=20",
     "--config.eval_every=60",
     "--config.checkpoint.every=20",
@@ -174,28 +173,30 @@ def resumed(workdir: Path) -> list[int | None]:
     return found
 
 
-def start(workdir: Path, count: int, flags: Flags | None = None) -> list[int]:
+def start(workdir: Path, count: int, steps: int, flags: Flags | None = None) -> list[int]:
     """The processes of a run: one, or two that train together."""
     with workdir.with_suffix(".log").open("a") as file:
         file.write(STARTED)
+    length = f"--config.steps={steps}"
     if count == 1:
-        return [child(workdir, list(SINGLE), 1, flags)]
+        return [child(workdir, [length], 1, flags)]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     joined = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
     return [
-        child(workdir, [*PAIR, *joined, f"--process-id={i}"], 2, flags if i == 0 else None)
+        child(workdir, [length, *PAIR, *joined, f"--process-id={i}"], 2, flags if i == 0 else None)
         for i in range(count)
     ]
 
 
-def campaign(folder: Path, kills: int, count: int, draw: random.Random) -> dict[str, Any]:
+def campaign(
+    folder: Path, kills: int, count: int, steps: int, draw: random.Random
+) -> dict[str, Any]:
     """So many kills of runs of `count` processes each; says what was seen."""
     flags = Flags()
-    steps = int((SINGLE if count == 1 else PAIR)[0].partition("steps=")[2])
     whole = folder / f"whole{count}"
-    codes = [exit_code(pid) for pid in start(whole, count)]
+    codes = [exit_code(pid) for pid in start(whole, count, steps)]
     assert codes == [0] * count, whole.with_suffix(".log").read_text()
     reference = fingerprint(whole, steps)
     seen: dict[str, Any] = {"kills": 0, "runs": 0, "lost": 0, "different": 0, "other_failures": []}
@@ -207,7 +208,7 @@ def campaign(folder: Path, kills: int, count: int, draw: random.Random) -> dict[
         committed = []
         for _ in range(draw.randint(3, 7)):
             flags.clear()
-            pids = start(workdir, count, flags)
+            pids = start(workdir, count, steps, flags)
             victim = draw.randrange(count)
             doing = kill(pids[victim], workdir, draw, flags, steps)
             began = time.monotonic()
@@ -226,7 +227,7 @@ def campaign(folder: Path, kills: int, count: int, draw: random.Random) -> dict[
             seen["elsewhere"] += not doing
             if seen["kills"] == kills:
                 break
-        codes = [exit_code(pid) for pid in start(workdir, count)]
+        codes = [exit_code(pid) for pid in start(workdir, count, steps)]
         log = workdir.with_suffix(".log").read_text()
         if codes != [0] * count or (count == 1 and "Traceback" in log) or "damaged" in log:
             seen["other_failures"].append(f"{workdir.name}: {codes}")
@@ -243,6 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="of single processes")
     parser.add_argument("--pairs", type=int, default=10, help="kills of one of two processes")
+    parser.add_argument("--steps", type=int, default=1000, help="of a single process")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -257,9 +259,12 @@ def main() -> int:
 
         draw = random.Random(options.seed)
         found = {}
-        for name, kills, count in (("single", options.kills, 1), ("pair", options.pairs, 2)):
+        for name, kills, count, steps in (
+            ("single", options.kills, 1, options.steps),
+            ("pair", options.pairs, 2, PAIR_STEPS),
+        ):
             if kills:
-                found[name] = campaign(Path(folder), kills, count, draw)
+                found[name] = campaign(Path(folder), kills, count, steps, draw)
     print(json.dumps(found))
     bad = [seen["lost"] or seen["different"] or seen["other_failures"] for seen in found.values()]
     return int(any(bad))

@@ -11,16 +11,14 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("kills", "pairs"),
-    [(2, 0), pytest.param(20, 4, marks=pytest.mark.slow)],
+    ("kills", "pairs", "steps"),
+    [(1, 0, 300), pytest.param(20, 4, 1000, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
-def test_no_kill_shows_in_the_results(kills: int, pairs: int):
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "kill.py", f"--kills={kills}", f"--pairs={pairs}"],
-        capture_output=True,
-        text=True,
-    )
+def test_no_kill_shows_in_the_results(kills: int, pairs: int, steps: int):
+    program, counts = Path(__file__).parent / "kill.py", {"kills": kills, "pairs": pairs}
+    arguments = [f"--{name}={value}" for name, value in (counts | {"steps": steps}).items()]
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["single"]["kills"] == kills

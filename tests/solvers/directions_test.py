@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
@@ -22,11 +21,8 @@ from bilevel_flax.solvers.directions import HostState
 from bilevel_flax.solvers.saba import estimator as saba_estimator
 from bilevel_flax.solvers.srba import estimator as srba_estimator
 
-# Without fusions (which round differently in two programs) the same operations give the same bits;
-# the emitters that conftest.py chooses fuse at any level.
-OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if "fusion_emitters" in os.environ["XLA_FLAGS"]:
-    OPTIONS["xla_cpu_use_fusion_emitters"] = True
+# Without fusions (which round differently in two programs) the same operations give the same bits.
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
 quick = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 N, M, STEPS = 2, 2, 5

@@ -89,7 +89,7 @@ import ctypes, os, runpy, signal, sys, threading, time
 PreemptionGuard = runpy.run_path(sys.argv[3])["PreemptionGuard"]  # without importing JAX
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with PreemptionGuard(grace_seconds=0.5) as guard:
+with PreemptionGuard(grace_seconds=30 if sys.argv[2] == "asked early" else 0.5) as guard:
     threading.Timer(0.2, os.kill, (os.getpid(), getattr(signal, sys.argv[1]))).start()
     if sys.argv[2] == "python":
         while True:
@@ -99,6 +99,11 @@ with PreemptionGuard(grace_seconds=0.5) as guard:
             time.sleep(0.01)
         guard.extend(30)
         time.sleep(1.5)
+    elif sys.argv[2] == "asked early":
+        guard.extend(0.0)
+        while guard.received is None:
+            time.sleep(0.01)
+        time.sleep(1.0)
     elif sys.argv[2] == "pipe":
         while True:  # with nobody at its other end
             print("x" * 1000, file=sys.stderr)
@@ -118,6 +123,7 @@ print("left in peace")
         (signal.SIGTERM, "c", 143),
         (signal.SIGINT, "c", 130),
         (signal.SIGTERM, "extended", 0),
+        (signal.SIGTERM, "asked early", 0),
     ],
 )
 def test_whoever_reaches_no_safe_point_is_ended(number: signal.Signals, where: str, code: int):

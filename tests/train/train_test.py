@@ -25,13 +25,8 @@ from bilevel_flax.train.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "mnist_hypercleaning.py")
 STEPS = 600
-SMALL = (
-    "data.splits=600,200,200",
-    f"steps={STEPS}",
-    "log_every=50",
-    "eval_every=100",
-    "checkpoint.every=50",
-)
+OFTEN = (f"steps={STEPS}", "log_every=50", "eval_every=100", "checkpoint.every=50")
+SMALL = ("data.splits=600,200,200", *OFTEN)
 # What issue and design promise of summary.json.
 SUMMARY = {
     "test_error",
@@ -255,9 +250,7 @@ class Runner:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # The check at the end has nothing to do with how a run got there.
-        shorter = (*SMALL, "baselines=false", "health.summary=false")
-        overrides = [f"--config.{override}" for override in shorter]
+        overrides = [f"--config.{override}" for override in OFTEN]
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).parent / "killed_runs.py", *overrides],
             stdin=subprocess.PIPE,
