@@ -97,10 +97,14 @@ class Quadratics:
 
     def batch(self, i, j) -> bf.Batch:
         """Minibatches i and j with their ids; traced i, j are fine."""
-        # NumPy's indexing compiles nothing.
-        host = isinstance(i, int) and isinstance(j, int)
-        leaf_at = lambda leaf, k: jax.device_put(np.asarray(leaf)[k]) if host else leaf[k]
-        pick = lambda tree, k: jax.tree.map(lambda leaf: leaf_at(leaf, k), tree)
+
+        def pick(tree, k):
+            if isinstance(k, jax.core.Tracer):
+                return jax.tree.map(lambda leaf: leaf[k], tree)
+            # NumPy's indexing compiles nothing.
+            at = np.asarray(k)
+            return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[at]), tree)
+
         return bf.Batch(
             pick(self.inner_batches, i),
             pick(self.outer_batches, j),

@@ -97,7 +97,8 @@ METHODS = {
     "darts2": Method(contrib.darts2, units=4, response=0.3),
 }
 
-SGD = optax.sgd(0.1)
+# One optimiser for one rate: what is asked of each is compiled for each.
+sgd = functools.cache(functools.partial(optax.sgd, momentum=0.1))
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -161,8 +162,8 @@ class Run:
         self.traces = 0
         self.solver = self.method.make(
             nested_problem(),
-            inner=optax.sgd(self.method.inner, momentum=0.1),
-            outer=optax.sgd(self.method.outer, momentum=0.1),
+            inner=sgd(self.method.inner),
+            outer=sgd(self.method.outer),
         )
         like = self.init(), self.batch(0)
         _, info = jax.eval_shape(self.solver.update, *like)
@@ -254,8 +255,7 @@ def test_leaves_that_are_no_floats_stay_as_they_are(name):
     problem = nested_problem()
     among = lambda loss: lambda z, x, batch: loss(z["floats"], x["floats"], batch)
     problem = bf.Problem(among(problem.inner_loss), among(problem.outer_loss))
-    sgd = optax.sgd(0.1, momentum=0.1)
-    solver = run.method.make(problem, inner=sgd, outer=sgd)
+    solver = run.method.make(problem, inner=sgd(0.1), outer=sgd(0.1))
     found = data(False)
     z, x = nest(found.inner_params, INNER), nest(found.outer_params, OUTER)
     start = {"floats": z, "others": others}, {"floats": x, "others": others}
@@ -271,7 +271,7 @@ def test_leaves_that_are_no_floats_keep_their_values(name):
     loss = lambda z, x, batch: jnp.mean((z["w"] - x["w"] * batch) ** 2)
     kind = {"num_inner_batches": 2, "num_outer_batches": 2} if name == "saba" else {}
     kind |= {"inner_steps": 1} if name == "f2sa" else {}
-    solver = getattr(bf, name)(bf.Problem(loss, loss), inner=SGD, outer=SGD, **kind)
+    solver = getattr(bf, name)(bf.Problem(loss, loss), inner=sgd(0.1), outer=sgd(0.1), **kind)
     start = {"w": jnp.ones(2), **others}
     batch = bf.Batch(
         *(jnp.ones((k, 2)) for k in solver.batches), jnp.zeros(2, int)[0], jnp.int32(0)
@@ -403,7 +403,7 @@ def test_missing_outer_gradient_is_refused(name):
     """An outer leaf that the inner loss cannot see: one clear line, from every solver."""
     method = METHODS[name]
     blind = lambda loss: lambda z, x, batch: loss(z, jax.tree.map(jnp.zeros_like, x), batch)
-    solver = method.make(nested_problem(blind), inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    solver = method.make(nested_problem(blind), inner=sgd(0.1), outer=sgd(0.1))
     state = run_of(name).init()
     state = solver.init(state.inner_params, state.outer_params)
     with pytest.raises(ValueError, match="never uses outer_params"):

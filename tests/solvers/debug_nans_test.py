@@ -38,6 +38,7 @@ PROBLEM = bf.Problem(
     lambda z, x, batch: 0.5 * jnp.mean((z - batch) ** 2) + 0.05 * jnp.sum(x**2),
 )
 DATA = jnp.arange(6.0).reshape(2, 3)
+SGD = optax.sgd(0.1)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def debug_nans():
 @pytest.mark.usefixtures("debug_nans")
 @pytest.mark.parametrize("name", [row.name for row in table.ROWS])
 def test_five_steps_hand_on_no_nan(name):
-    optimisers = {"inner": optax.sgd(0.1), "outer": optax.sgd(0.1)}
+    optimisers = {"inner": SGD, "outer": SGD}
     if name == "inner_only":
         del optimisers["outer"]
     solver = table.method(name)(PROBLEM, **optimisers, **SETTINGS.get(name, {}))
@@ -77,7 +78,7 @@ def test_five_steps_hand_on_no_nan(name):
 
 
 def test_srba_moves_nothing_before_its_pass_or_in_it():
-    solver = bf.srba(PROBLEM, inner=optax.sgd(0.1), outer=optax.sgd(0.1), **SETTINGS["srba"])
+    solver = bf.srba(PROBLEM, inner=SGD, outer=SGD, **SETTINGS["srba"])
     start = solver.init(jnp.zeros(3), jnp.ones(3))
     batch = bf.Batch(DATA[0], DATA[1], 0, 1)
     for state in (start, solver.refresh(start, bf.Batch(inner=DATA[0], inner_id=0))):

@@ -72,8 +72,13 @@ OPTIMISERS = {
 }
 
 
+@functools.cache
+def made(optimiser):
+    return OPTIMISERS[optimiser]()
+
+
 def after(problem, model_state, optimiser):
-    solver = bf.soba(problem, inner=OPTIMISERS[optimiser](), outer=bf.outer.lazy_sgd(1.0))
+    solver = bf.soba(problem, inner=made(optimiser), outer=bf.outer.lazy_sgd(1.0))
     state = solver.init(START, jnp.zeros(N), model_state=model_state)
     step = jax.jit(solver.update)
     for _ in range(STEPS):
