@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,14 @@ class TrainState(struct.PyTreeNode):
     def params(self) -> PyTree:
         """Z under the name that it has in Flax's TrainState: code that evaluates stays as it is."""
         return self.inner_params
+
+
+def complete_by_state(point: Any, model_state: PyTree, rng: Any) -> tuple[Any, PyTree, Any]:
+    """`(variables, model_state, rng)`; of a `TrainState` what is not given (None) beside it."""
+    if not isinstance(point, TrainState):
+        return point, model_state, rng
+    model_state = point.model_state if model_state is None else model_state
+    return point.variables, model_state, point.rng if rng is None else rng
 
 
 class Finite(Variables):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from bilevel_flax.base import Problem, PyTree, TrainState, Variables
+from bilevel_flax.base.solver import complete_by_state
 
 
 class Place(NamedTuple):
@@ -28,10 +29,7 @@ def place(
         model_state: None: the state's.
         rng: None: the state's.
     """
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
+    variables, model_state, rng = complete_by_state(point, model_state, rng)
     if not problem.stateful:
-        return Place(point, model_state, None)
-    return Place(point, model_state, jax.random.PRNGKey(0) if rng is None else rng)
+        return Place(variables, model_state, None)
+    return Place(variables, model_state, jax.random.PRNGKey(0) if rng is None else rng)

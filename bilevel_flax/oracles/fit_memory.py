@@ -17,6 +17,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, TrainState, Variables
+from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import flops
 from bilevel_flax.oracles.evaluate import evaluate_all
 from bilevel_flax.oracles.gradients import (
@@ -150,10 +151,7 @@ def fit_memory(
         raise ValueError("problem is microbatched already: hand fit_memory what it was made from")
     if not factor > 0:
         raise ValueError(f"factor={factor!r} must be a positive number, e.g. 1.5")
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
+    point, model_state, rng = complete_by_state(point, model_state, rng)
     context = (point, batch, model_state, rng)
     plain = jax.jit(
         lambda point, batch, state, rng: inner_value_and_grad(

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, TrainState, Variables
 from bilevel_flax.oracles.evaluate import Evaluation, evaluate_all, residual, through_inner
-from bilevel_flax.oracles.gradients import (
-    inner_value_and_grad,
-)
+from bilevel_flax.oracles.gradients import inner_value_and_grad
 from bilevel_flax.oracles.importance import importance_weighted
 from bilevel_flax.oracles.residual_codes import evaluate_linear
 from bilevel_flax.tree import (

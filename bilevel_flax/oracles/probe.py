@@ -11,6 +11,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
+from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
 from bilevel_flax.oracles.kernel_rules import opaque_p
@@ -90,10 +91,7 @@ def probe(
         >>> bf.oracles.probe(bf.Problem(loss, loss), point, jnp.ones(2)).mode
         'forward_over_reverse'
     """
-    if isinstance(point, TrainState):
-        model_state = point.model_state if model_state is None else model_state
-        rng = point.rng if rng is None else rng
-        point = point.variables
+    point, model_state, rng = complete_by_state(point, model_state, rng)
     if not isinstance(point, Variables):
         raise TypeError(
             f"point is a {type(point).__name__}, but must be a TrainState (solver.init), or "
