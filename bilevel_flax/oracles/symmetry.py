@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.extend import core
 from jax.extend.core.primitives import copy_p, stop_gradient_p
 
@@ -39,10 +39,7 @@ def gradient_defects(problem: Problem, z, x, batch, model_state=None, rng=None):
         grad = inner_grad(problem, floats.merge(leaves), x, batch, model_state, rng)
         return split(grad).leaves
 
-    u, v = (
-        optax.tree.random_like(jax.random.PRNGKey(seed), floats.leaves, jax.random.normal)
-        for seed in (0, 1)
-    )
+    u, v = _two_normals(floats.leaves)
     jaxpr = jax.make_jaxpr(field)(floats.leaves)
     moving = core.jaxpr_as_fun(_moving(jaxpr))
 
@@ -57,6 +54,18 @@ def gradient_defects(problem: Problem, z, x, batch, model_state=None, rng=None):
     scale = norm(u) * norm(image_v) + norm(v) * norm(image_u)
     stopped = norm(jax.tree.map(jnp.subtract, true_v, image_v))
     return _share(skew, scale), _share(stopped, norm(true_v)), 3 * coarsest(jaxpr) ** 0.5
+
+
+def _two_normals(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Two random trees, as one draw that is cut up: XLA compiles each generator on its own."""
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    drawn = jax.random.normal(jax.random.PRNGKey(0), (2, ends[-1]))
+
+    def like(flat):
+        parts = zip(jnp.split(flat, ends[:-1]), leaves, strict=True)
+        return [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in parts]
+
+    return like(drawn[0]), like(drawn[1])
 
 
 def _dot(tree, other):
