@@ -254,8 +254,11 @@ def main() -> int:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
-        import tests.faults.small_run  # noqa: F401  imported once, before the forks
-        from bilevel_flax import cli  # noqa: F401
+        import grain  # noqa: F401  imported once, before the forks
+        import orbax.checkpoint  # noqa: F401
+
+        import bilevel_flax.train.experiment  # noqa: F401
+        import tests.faults.small_run  # noqa: F401
 
         draw = random.Random(options.seed)
         found = {}

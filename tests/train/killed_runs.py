@@ -14,8 +14,12 @@ import time
 from pathlib import Path
 
 # Imported before the forks.
+import grain  # noqa: F401
+import orbax.checkpoint  # noqa: F401
+
+import bilevel_flax.train.experiment  # noqa: F401
 import tests.faults.small_run  # noqa: F401
-from bilevel_flax import cli  # noqa: F401
+from bilevel_flax import cli
 from bilevel_flax.train import train_loop
 from bilevel_flax.train.step_runner import StepRunner
 

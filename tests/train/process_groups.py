@@ -20,12 +20,12 @@ import sys
 import time
 import traceback
 
-import flax.linen  # noqa: F401  imported before the forks
+import grain  # noqa: F401  imported before the forks
 import jax
-import optax  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 
-from bilevel_flax import cli  # noqa: F401
+import bilevel_flax.train.experiment  # noqa: F401
+import tests.faults.small_run  # noqa: F401
 from bilevel_flax.checkpoints import checkpointer as checkpoint
 from bilevel_flax.train import multihost as distributed
 
