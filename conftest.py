@@ -41,7 +41,9 @@ collect_ignore = [
     for name in ("datasets", "kauldron", "levanter", "tunix")
     if getattr(importlib.util.find_spec(name), "origin", None) is None
 ]
-collect_ignore += ["tests/trainers/scripts"]  # programs that a test runs
+# Programs that tests run: looking for doctests would run them, too.
+collect_ignore += ["tests/trainers/scripts"]
+collect_ignore_glob = ["examples/plug_in/*_before.py", "examples/plug_in/*_after.py"]
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
 jax.config.update("jax_numpy_rank_promotion", "raise")
