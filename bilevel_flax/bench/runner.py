@@ -49,7 +49,7 @@ class Runner:
         """
         solver, step_runner = self._prepared(bench_task, key, pair)
         init_rng, run_rng = jax.random.split(jax.random.PRNGKey(key.seed))
-        start = bench_task.task.init(init_rng)
+        start = bench_task.task.start(init_rng)
         run = one_run.Run(
             bench_task=bench_task,
             key=key,

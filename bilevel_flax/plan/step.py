@@ -193,7 +193,7 @@ def reduces_once(run: RunConfig, mesh: Any) -> bool:
 
 
 def _start(task: Task, solver: BilevelSolver, rng: Any) -> TrainState:
-    start = task.init(rng)
+    start = task.start(rng)
     return solver.init(
         start.inner_params, start.outer_params, model_state=start.model_state, rng=rng
     )

@@ -112,7 +112,9 @@ def train_and_evaluate(
         log(f"warning: {trained.unsaved} Summary, report and network.npz are written.")
     numbers = configs.flatten(results)
     for name in task.headline:
-        log(f"{name:28s} {format_value(numbers[name], unit_of(name, task.units))}")
+        there = name in numbers  # else it is no reason to stop: all is written
+        value = format_value(numbers[name], unit_of(name, task.units)) if there else "not measured"
+        log(f"{name:28s} {value}")
     if "conclusion" in results:
         log(results["conclusion"])
     log(f"report: {workdir / 'report.html'}")

@@ -123,7 +123,7 @@ def _obstacle(run: RunConfig, task: Task, layout: sharding.Layout) -> str:
         return "tensor parallelism"
     if run.reduction is not None:
         return "" if run.reduction == "shard_map" else "--config.reduction=gspmd"
-    initial = task.init(jax.random.split(jax.random.PRNGKey(run.seed))[0])
+    initial = task.start(jax.random.split(jax.random.PRNGKey(run.seed))[0])
     mesh = layout.mesh
     try:
         specs = sharding.param_specs(initial.inner_params, mesh, layout.rules)

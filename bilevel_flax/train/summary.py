@@ -56,7 +56,7 @@ def summarize(
         "adjoint_residual": _adjoint_residual(run, task, trained),
         **_hypergradient(run, trained, workdir, log),
         "selected_step": step,
-        **task.final_metrics(chosen, workdir, log),
+        **task.conclusion(chosen, workdir, log),
         "headline": list(task.headline),
         "versions": versions(),
     }

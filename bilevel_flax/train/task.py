@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bilevel_flax import deprecated
 from bilevel_flax.base import Problem, PyTree, TrainState
@@ -114,10 +116,89 @@ class Task:
     domains: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("inner", "outer", "held_out"):
+            side = getattr(self, name)
+            if not isinstance(side, FiniteSum) and (name, side) != ("held_out", None):
+                raise UserError(
+                    f"{name} of the task is a {type(side).__name__}, but must be minibatches: "
+                    "bf.data.partition(arrays, batch_size)"
+                )
+        for name, arguments in _CALLED_WITH.items():
+            _check_function(name, getattr(self, name), arguments)
+        for name in ("headline", "domains"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"{name}={getattr(self, name)!r} must be a list of names")
+        if not isinstance(self.units, Mapping):
+            raise UserError(
+                f'units={self.units!r:.40} must be a dict, name -> unit, such as "nats"'
+            )
         wrong = {name: unit for name, unit in self.units.items() if not isinstance(unit, str)}
         if wrong:
             name, unit = next(iter(wrong.items()))
             raise UserError(f'units: {name!r} has the unit {unit!r}; write a text, such as "nats"')
+
+    def start(self, rng: jax.Array) -> InitialValues:
+        """What `init` returns.
+
+        Raises:
+            UserError: it is no `InitialValues`.
+        """
+        values = self.init(rng)
+        if not isinstance(values, InitialValues):
+            raise UserError(
+                f"init of the task returned a {type(values).__name__}; return "
+                "InitialValues(inner_params, outer_params)"
+            )
+        return values
+
+    def conclusion(
+        self, state: TrainState, workdir: Path, log: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """What `final_metrics` returns, arrays as lists.
+
+        Raises:
+            UserError: it is no dict of what JSON holds.
+        """
+        values = self.final_metrics(state, workdir, log)
+        if not isinstance(values, Mapping):
+            raise UserError(f"final_metrics returned {values!r:.40}; return a dict by name")
+        return _plain("final_metrics", values)
+
+
+_CALLED_WITH = {
+    "init": ("rng",),
+    "evaluate": ("state",),
+    "final_metrics": ("state", "workdir", "log"),
+}
+
+
+def _check_function(name: str, function: Any, arguments: Sequence[str]) -> None:
+    call = f"{name}({', '.join(arguments)})"
+    if not callable(function):
+        raise UserError(f"{name} of the task is {function!r:.40}; give a function, {call}")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise UserError(f"{name} of the task is called as {call}, but: {error}") from None
+    except ValueError:  # nothing is known of what it takes
+        return
+
+
+def _plain(name: str, value: Any) -> Any:
+    """As JSON holds it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufU":
+        raise UserError(
+            f"{name} is no value of JSON ({type(value).__name__}): return numbers, texts, arrays, "
+            "and lists and dicts of them"
+        )
+    return array.tolist()
 
 
 Task.__init__ = deprecated.renamed_arguments(finish="final_metrics", select="best_metric")(

@@ -201,7 +201,7 @@ def _initial(
 ) -> tuple[TrainState, Any]:
     """The state at step 0, and x as the task gave it."""
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(run.seed))
-    initial = task.init(init_rng)
+    initial = task.start(init_rng)
     state = solver.init(
         initial.inner_params, initial.outer_params, model_state=initial.model_state, rng=run_rng
     )

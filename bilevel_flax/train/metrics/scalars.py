@@ -8,6 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+_OF_THE_RUN = (
+    "step",
+    "inner_loss",
+    "outer_loss",
+    "norm_inner",
+    "norm_adjoint",
+    "norm_outer",
+    "oracle_units",
+    "adjoint_residual",
+    "hypergradient_cosine",
+)
+
 
 def number(name: str, value: ArrayLike) -> int | float:
     """The one number that a scalar of any array library holds.
@@ -37,7 +49,8 @@ def as_scalars(results: Any) -> dict[str, float]:
 
     Raises:
         TypeError: it is neither.
-        ValueError: a value is no single number; a name is empty, no text, or `step`.
+        ValueError: a value is no single number; a name is empty, no text, or one of the run's own
+            (`step`, `inner_loss` ...).
 
     Example:
         >>> as_scalars({"validation_error": np.float32(0.1)})
@@ -50,7 +63,7 @@ def as_scalars(results: Any) -> dict[str, float]:
             "clu.metrics.Collection"
         )
     for name in results:
-        if not isinstance(name, str) or not name.strip() or name == "step":
+        if not isinstance(name, str) or not name.strip() or name in _OF_THE_RUN:
             raise ValueError(f"evaluate: a metric has the name {name!r}: give it another one")
     return {name: float(number(name, _computed(value))) for name, value in results.items()}
 
