@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from diagnostics_test import flat, whole
+from diagnostics_test import flat
 from jax.flatten_util import ravel_pytree
 from problems import finite_sums, logistic, quadratics
 
@@ -19,6 +19,15 @@ from bilevel_flax import data, diagnostics
 
 pytestmark = pytest.mark.usefixtures("x64")
 check = diagnostics.hypergradient_check
+
+
+def whole(source: Any) -> bf.Batch:
+    """All data as one batch, padding and mask included."""
+    merged = [
+        {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in side.items()}
+        for side in (source.inner_batches, source.outer_batches)
+    ]
+    return bf.Batch(*merged)
 
 
 @pytest.fixture(scope="module")
