@@ -58,14 +58,21 @@ def mean_over(function, side, rng):
     return total
 
 
-def key_of_outer(rng):
-    """F's key, from which those of its minibatches are drawn."""
-    return None if rng is None else jax.random.fold_in(rng, 2**31 - 1)
+# By itself, and handed on: each program that holds it would compile it once more.
+@functools.partial(jax.jit, static_argnums=0)
+def outer_gradients(problem, point, outer, model_state, rng):
+    """(∇₁F, ∇₂F), means over a side, with keys of F's own."""
+    z, _, x = point
+
+    def gradients(batch, key):
+        return oracles.outer_grads(problem, z, x, batch, model_state, key)
+
+    return mean_over(gradients, outer, None if rng is None else jax.random.fold_in(rng, 2**31 - 1))
 
 
-def _system(problem, moving, point, inner, outer, model_state, rng, diagonal):
+def _system(problem, moving, point, inner, gradients, model_state, rng, diagonal):
     """(v -> (H + damping) v, -∇₁F), on flat vectors."""
-    z, v, x = point
+    v = point.adjoint
 
     def product(vector):
         at = point._replace(adjoint=unflat(vector, v, moving))
@@ -75,10 +82,7 @@ def _system(problem, moving, point, inner, outer, model_state, rng, diagonal):
 
         return mean_over(one, inner, rng) + diagonal * vector
 
-    def gradient(batch, key):
-        return flat(oracles.outer_grads(problem, z, x, batch, model_state, key)[0], moving)
-
-    return product, -mean_over(gradient, outer, key_of_outer(rng))
+    return product, -flat(gradients[0], moving)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

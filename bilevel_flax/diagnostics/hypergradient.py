@@ -26,7 +26,7 @@ from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.diagnostics import adjoint_systems as systems
-from bilevel_flax.diagnostics.adjoint_systems import flat, key_of_outer, mean_over, unflat
+from bilevel_flax.diagnostics.adjoint_systems import flat, mean_over, unflat
 from bilevel_flax.diagnostics.place import place
 from bilevel_flax.diagnostics.residual import moving_leaves
 from bilevel_flax.diagnostics.symmetry import SymmetryCheck, check_symmetry
@@ -184,7 +184,8 @@ def hypergradient_check(
     vector = flat(point.adjoint, moving)
     by_leaf = not np.isscalar(damping) and jax.tree.leaves(damping)
     diagonal = jnp.asarray(flat(damping, moving) if by_leaf else damping)
-    held = (point, *sides, model_state, rng, diagonal)
+    gradients = systems.outer_gradients(problem, point, sides[1], model_state, rng)
+    held = (point, sides[0], gradients, model_state, rng, diagonal)
     if method == "dense" or (method == "auto" and vector.size <= _DENSE_BELOW):
         method, iterations = "dense", vector.size
         solve = systems.solve_nonsymmetric if nonsymmetric else systems.solve_symmetric
@@ -245,13 +246,9 @@ def _stacked(name: str, side: Any) -> tuple[PyTree, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compared(problem, moving, point, inner, outer, model_state, rng, diagonal, solution):
-    z, v, x = point
-
-    def gradients(batch, key):
-        return oracles.outer_grads(problem, z, x, batch, model_state, key)
-
-    grad_z, grad_x = mean_over(gradients, outer, key_of_outer(rng))
+def _compared(problem, moving, point, inner, gradients, model_state, rng, diagonal, solution):
+    v, x = point.adjoint, point.outer
+    grad_z, grad_x = gradients
 
     def at(adjoint):
         def products(batch, key):
