@@ -164,7 +164,7 @@ def test_prototypes_are_the_means_of_the_supports():
     features = lambda x, images: x["w"] * images.reshape(len(images), -1)
     logits = task.by_prototypes(features, jnp.asarray(PIXELS))
     one = {"support": 8 * jnp.array([[0, 1], [2, 3]]), "query": 8 * jnp.array([[4], [5]])}
-    found = logits({"w": 2.0, "temperature": 3.0}, one)
+    found = jax.jit(logits)({"w": 2.0, "temperature": 3.0}, one)
     flat = 2 * PIXELS.reshape(12, 4) / 255
     means = flat[:4].reshape(2, 2, 4).mean(1)
     wanted = -3 * ((flat[4:6, None] - means) ** 2).mean(-1)

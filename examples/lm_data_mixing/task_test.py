@@ -278,10 +278,11 @@ def test_half_of_the_sample_is_fs_until_x_is_learned(files: Path):
     batch = {"domain": jnp.array([0, 1, 2, 2]), "part": jnp.array([0, 0, 0, 1])}
     batch["tokens"] = jnp.asarray(np.stack([half.all()[0] for half in sources.inner]))
     x = sources.mixture.init()
+    weights_at, shares_at = jax.jit(sources.mixture.weights), jax.jit(sources.mixture.shares)
     for at in (0.0, 0.3, 0.49, 0.5, 0.8, 1.0):
-        weights = np.asarray(sources.mixture.weights(x, {**batch, "progress": at})) / 4
+        weights = np.asarray(weights_at(x, {**batch, "progress": at})) / 4
         assert weights[2 if at >= 0.5 else 3] == 0
-        shares = np.asarray(sources.mixture.shares(x, {**batch, "progress": at}))
+        shares = np.asarray(shares_at(x, {**batch, "progress": at}))
         np.testing.assert_allclose(np.bincount([0, 1, 2, 2], weights), shares, atol=1e-4)
     weights = sources.plain.weights(sources.plain.init(), batch)
     np.testing.assert_allclose(np.asarray(weights) / 4, [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-5)

@@ -36,7 +36,7 @@ def test_a_product_of_pixels_is_the_convolution():
 def test_a_network_of_skips_uses_no_kernel_of_an_edge_and_one_of_convolutions_all():
     images = jnp.asarray(RNG.normal(size=(4, 7, 7, 1)), jnp.float32)
     batch = {"image": images, "label": jnp.arange(4)}
-    z = space.init(jax.random.key(0))
+    z = jax.jit(space.init)(jax.random.key(0))
     gradient = jax.jit(jax.grad(space.cross_entropy))
     for name, used in ((SKIP, 0), (CONVOLUTION, 6)):
         kernels = gradient(z, space.one_hot((name,) * 6), batch)["edges"]
