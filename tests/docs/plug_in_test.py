@@ -102,10 +102,11 @@ problem = bf.Problem(
     per_sample=True,
 )
 solver = bf.auto(problem, inner=optax.sgd(0.1), steps=10)
+update = jax.jit(solver.update)
 
 
 def step(inner, outer):
-    return solver.update(solver.init(jnp.zeros((3, 2)), weights.init()), bf.Batch(inner, outer))
+    return update(solver.init(jnp.zeros((3, 2)), weights.init()), bf.Batch(inner, outer))
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -141,7 +142,7 @@ def test_an_index_beyond_the_last_row():
     _, info = step(indexed, train)
     bf.check_finite(info)
     before = solver.init(jnp.zeros((3, 2)), weights.init())
-    after, info = solver.update(before, bf.Batch({**indexed, "index": np.arange(4) + 1}, train))
+    after, info = update(before, bf.Batch({**indexed, "index": np.arange(4) + 1}, train))
     with pytest.raises(
         FloatingPointError, match=r"step 7: not finite.*outside the n rows"
     ) as error:
@@ -185,13 +186,14 @@ def test_model_state_is_missing(make):
 
     stateful = bf.Problem(inner_loss, outer_loss, stateful=True, per_sample=True)
     normed = make(stateful, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
+    update = jax.jit(normed.update)
     variables = net.init(jax.random.key(0), train["image"], train=False)
     many = lambda tree, count: jax.tree.map(lambda leaf: np.stack([leaf] * count), tree)
     batch = bf.Batch(indexed, train)
     if normed.batches != (1, 1):
         batch = bf.Batch(many(indexed, normed.batches[0]), many(train, normed.batches[1]))
     with pytest.raises(ValueError, match="given {}: pass solver.init.*model_state") as error:
-        normed.update(normed.init(variables["params"], weights.init()), batch)
+        update(normed.init(variables["params"], weights.init()), batch)
     one_line(error)
     stats = {"batch_stats": variables["batch_stats"]}
-    normed.update(normed.init(variables["params"], weights.init(), model_state=stats), batch)
+    update(normed.init(variables["params"], weights.init(), model_state=stats), batch)
