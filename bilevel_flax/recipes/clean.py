@@ -11,8 +11,11 @@
    steps are many for so few data: in three parts, each by the word of the network before.)
 4. That once more, shorter and without mixup, from which a network that would not have learned
    labels by heart, a linear one, gains nothing: the network to hand over. With the second, which
-   was not taught the corrected labels, it says which labels are wrong; where both are wrong more
-   often than right, so does the first (`_verdict`).
+   was not taught the corrected labels, it says which labels are wrong.
+
+Where the first expects more labels to be right as they are than as a later one would have them,
+3 and 4 train on all examples by its word and the later one's, and so labels are judged
+(`first_word.py`).
 
 Together they cost about four plain trainings of the full length, or fewer. Why no learned weights:
 started from them, or with them on top of the matrix, instance noise ended with more errors
@@ -41,6 +44,7 @@ from bilevel_flax.checks import as_count
 from bilevel_flax.checks import optimizer as checked_optimizer
 from bilevel_flax.data.draws import check_seed
 from bilevel_flax.recipes import checks, noise_model, sources
+from bilevel_flax.recipes.first_word import FirstWord, mean
 from bilevel_flax.recipes.networks import as_network
 from bilevel_flax.recipes.through_noise import ThroughNoise
 from bilevel_flax.recipes.training import Start, Trainer
@@ -338,18 +342,30 @@ def _trainings(
     state = trainer.fit(rows, labels, length, start=Start(found.state, _FRESH))
     said = second = judged(state, length, "2: on the labels that the first keeps")
 
+    word, left_alone = FirstWord(first, given, held), False
     shares = _SHARES_OF_MANY_PASSES if steps > passes else _SHARES
     for number, share in enumerate(shares, 3):
         posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
-        rows = np.append(np.flatnonzero(usable & (posterior.max(1) > _SURE)), clean_rows)
-        sure = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
+        taken = posterior.max(1) > _SURE
+        left_alone = word.prefers_given(said, posterior)
+        if left_alone:
+            posterior, taken = word.posterior(said), np.ones(len(given), bool)
+        rows = np.append(np.flatnonzero(usable & taken), clean_rows)
+        likeliest = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
         length = max(1, int(share * steps))
         mixed = number < 2 + len(shares)
-        state = trainer.fit(rows, sure, length, start=Start(state), mixed=mixed)
-        said = judged(state, length, f"{number}: on the labels that are sure now")
+        state = trainer.fit(rows, likeliest, length, start=Start(state), mixed=mixed)
+        said = judged(state, length, f"{number}: on the likeliest labels now")
 
     noise = _noise(said, given, kept)
-    posterior, both, note = _verdict(first, second, said, given, noise, held)
+    posterior = noise_model.posterior(said, given, *noise)
+    both = noise_model.posterior(mean(second, said), given, *noise)
+    if left_alone or word.prefers_given(said, posterior):
+        posterior, both = word.posterior(), word.posterior(second, said)
+        notes += (
+            "more labels are expected to be right as they are than as the network would have them: "
+            "suggested labels are mostly the given ones",
+        )
     for probabilities in (posterior, both):
         probabilities[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
     doubt = 1 - both[np.arange(len(given)), given]
@@ -361,38 +377,9 @@ def _trainings(
         confusion=noise_model.confusion(posterior, given),
         resemblance=noise[1],
         plain_step_equivalents=spent,
-        notes=(*notes, *note),
+        notes=notes,
         _predict=lambda inputs: trainer.probabilities(state, inputs),
     )
-
-
-def _verdict(
-    first: np.ndarray,
-    second: np.ndarray,
-    last: np.ndarray,
-    given: np.ndarray,
-    noise: tuple[np.ndarray, float],
-    held: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Posteriors for what is suggested and for what is doubted, and what to tell the user.
-
-    The later networks are surer than they are right, since they were taught their own word. That
-    does no harm where they are mostly right; where they are not, a given label is better evidence.
-    Which it is says the first, by a matrix from labels that it has not seen.
-    """
-    posterior = noise_model.posterior(last, given, *noise)
-    doubted, note = noise_model.posterior(_mean(second, last), given, *noise), ()
-    if len(held):
-        matrix = noise_model.likeliest(first[held], given[held])
-        honest = noise_model.posterior(first, given, matrix, 0.0)
-        if honest[np.arange(len(given)), last.argmax(1)].mean() < 0.5:
-            posterior = honest
-            doubted = noise_model.posterior(_mean(first, second, last), given, matrix, 0.0)
-            note = (
-                "the network is expected to be wrong about most of the training set: suggested "
-                "labels are mostly the given ones",
-            )
-    return posterior, doubted, note
 
 
 def _noise(said: np.ndarray, given: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
@@ -400,9 +387,3 @@ def _noise(said: np.ndarray, given: np.ndarray, kept: np.ndarray) -> tuple[np.nd
     matrix, likeliest = noise_model.confusion(said, given), said.argmax(1)
     wrong = ~kept & (likeliest != given) & (said.max(1) > _CLEARLY)
     return matrix, noise_model.resemblance(said[wrong], given[wrong], matrix)
-
-
-def _mean(*networks: np.ndarray) -> np.ndarray:
-    """The geometric mean of probabilities, which sums to 1 again."""
-    mean = np.exp(np.mean([np.log(one + 1e-6) for one in networks], axis=0))
-    return mean / mean.sum(1, keepdims=True)

@@ -1,0 +1,63 @@
+"""What the first network says of the later ones, and of the given labels: when to leave them alone.
+
+The later networks were taught their own word, so they are surer than they are right. Where classes
+can be told apart that does no harm: they are mostly right, and get better. Where they cannot, or
+few labels are wrong, the given labels are better evidence than any network's word, and to replace
+them, or to train on those alone that a network is sure of, makes things worse. Which it is says the
+first network at labels that it has not seen, with the confusion matrix under which these are
+likeliest (`noise_model.likeliest`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bilevel_flax.recipes import noise_model
+
+_SURE = 2.0  # standard errors
+
+
+class FirstWord:
+    """The first network's, at each training example.
+
+    Args:
+        probabilities: float [n, K], the first network's.
+        given: int [n], the labels.
+        held: int [h], those that it was not trained on; none: the later networks are trusted.
+    """
+
+    def __init__(self, probabilities: np.ndarray, given: np.ndarray, held: np.ndarray):
+        self._probabilities, self._given, self._held = probabilities, given, held
+        self._rows = np.arange(len(given))
+        if len(held):
+            self._matrix = noise_model.likeliest(probabilities[held], given[held])
+            self._right = self.posterior()
+
+    def posterior(self, *others: np.ndarray) -> np.ndarray:
+        """Float [n, K], of the true labels: by this network, in the mean with others ([n, K])."""
+        said = mean(self._probabilities, *others)
+        return noise_model.posterior(said, self._given, self._matrix, 0.0)
+
+    def prefers_given(self, said: np.ndarray, posterior: np.ndarray) -> bool:
+        """Whether labels are better left as they are than taken from a later network.
+
+        That is, whether it expects the network to be wrong about most of the examples, or, of the
+        labels that it has not seen, more to be right as they are than as suggested.
+
+        Args:
+            said: float [n, K], the later network's probabilities.
+            posterior: float [n, K], with the given labels, whose largest entries are suggested.
+        """
+        if not len(self._held):
+            return False
+        if self._right[self._rows, said.argmax(1)].mean() < 0.5:
+            return True
+        rows = self._held
+        lost = self._right[rows, self._given[rows]] - self._right[rows, posterior[rows].argmax(1)]
+        return bool(lost.mean() > _SURE * lost.std() / np.sqrt(len(rows)))
+
+
+def mean(*networks: np.ndarray) -> np.ndarray:
+    """The geometric mean of probabilities [n, K], whose rows sum to 1 again."""
+    of_all = np.exp(np.mean([np.log(one + 1e-6) for one in networks], axis=0))
+    return of_all / of_all.sum(1, keepdims=True)
