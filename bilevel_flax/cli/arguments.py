@@ -137,7 +137,9 @@ def _add_bench(commands: Any) -> None:
     cleaning = bench.add_argument_group("cleaning alone: lists, of which all pairs are run")
     cleaning.add_argument("--clean", metavar="N,...", help="clean examples; default: 500,100")
     cleaning.add_argument(
-        "--noise", metavar="A,...", help="symmetric, class, instance; default: all three"
+        "--noise",
+        metavar="A,...",
+        help="symmetric, class, instance, or symmetric:0.1; default: all three (half, .4, .4)",
     )
     cleaning.add_argument("--model", metavar="A,...", help="linear, mlp, cnn; default: cnn")
     cleaning.add_argument(

@@ -5,7 +5,9 @@ can be told apart that does no harm: they are mostly right, and get better. Wher
 few labels are wrong, the given labels are better evidence than any network's word, and to replace
 them, or to train on those alone that a network is sure of, makes things worse. Which it is says the
 first network at labels that it has not seen, with the confusion matrix under which these are
-likeliest (`noise_model.likeliest`).
+likeliest (`noise_model.likeliest`). It may be less sure, or surer, than it is right: a network that
+is hardly trained takes its doubt for evidence that the labels are right. So it has to say so at the
+temperature under which the held-out labels are likeliest, too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from bilevel_flax.recipes import noise_model
 
 _SURE = 2.0  # standard errors
+_TEMPERATURES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 
 
 class FirstWord:
@@ -32,6 +35,7 @@ class FirstWord:
         if len(held):
             self._matrix = noise_model.likeliest(probabilities[held], given[held])
             self._right = self.posterior()
+            self._right_tempered = _tempered(probabilities, given, held)
 
     def posterior(self, *others: np.ndarray) -> np.ndarray:
         """Float [n, K], of the true labels: by this network, in the mean with others ([n, K])."""
@@ -52,9 +56,29 @@ class FirstWord:
             return False
         if self._right[self._rows, said.argmax(1)].mean() < 0.5:
             return True
-        rows = self._held
-        lost = self._right[rows, self._given[rows]] - self._right[rows, posterior[rows].argmax(1)]
-        return bool(lost.mean() > _SURE * lost.std() / np.sqrt(len(rows)))
+        rows, given, suggested = (
+            self._held,
+            self._given[self._held],
+            posterior[self._held].argmax(1),
+        )
+        lost = [
+            right[rows, given] - right[rows, suggested]
+            for right in (self._right, self._right_tempered)
+        ]
+        return all(one.mean() > _SURE * one.std() / np.sqrt(len(rows)) for one in lost)
+
+
+def _tempered(probabilities: np.ndarray, given: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """The posterior at the temperature under which the held-out labels are likeliest."""
+    found = []
+    for temperature in _TEMPERATURES:
+        powers = (probabilities + 1e-6) ** (1 / temperature)
+        tempered = powers / powers.sum(1, keepdims=True)
+        matrix = noise_model.likeliest(tempered[held], given[held])
+        likelihoods = (tempered[held] * matrix[:, given[held]].T).sum(1)
+        found.append((np.log(likelihoods + 1e-9).mean(), tempered, matrix))
+    _, tempered, matrix = max(found, key=lambda one: one[0])
+    return noise_model.posterior(tempered, given, matrix, 0.0)
 
 
 def mean(*networks: np.ndarray) -> np.ndarray:

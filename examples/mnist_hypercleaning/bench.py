@@ -81,9 +81,16 @@ def _checked(options: Options, methods: Sequence[str]) -> dict[str, Any]:
         key: [part for part in chosen[key].split(",") if part]
         for key in ("noise", "model", "data", "clean")
     }
-    for key, known in (("noise", tables.NOISE), ("model", MODELS)):
-        for name in names[key]:
-            check_choice(f"--{key}={name}", name, known)
+    for name in names["model"]:
+        check_choice(f"--model={name}", name, MODELS)
+    for noise in names["noise"]:
+        check_choice(f"--noise={noise}", noise.partition(":")[0], tables.NOISE)
+        try:
+            fine = 0 < tables.kind_and_rate(noise)[1] < 1
+        except ValueError:
+            fine = False
+        if not fine:
+            raise ConfigError(f"--noise={noise}: a rate is a number between 0 and 1")
     sizes = {"clean": names["clean"], "steps": [chosen["steps"]]}
     for key, values in sizes.items():
         for value in values:
@@ -140,6 +147,7 @@ def _examples(options: Options, data: str, noise: str, clean: int, seed: int) ->
             "labels"
         )
     splits = (min(_MOST_TRAIN, left), clean, test)
+    kind, rate = tables.kind_and_rate(noise)
     config = ml_collections.ConfigDict(
         {
             "data": {
@@ -148,8 +156,8 @@ def _examples(options: Options, data: str, noise: str, clean: int, seed: int) ->
                 "data_dir": None,
                 "splits": splits,
             },
-            "noise": noise,
-            "corruption": tables.NOISE[noise],
+            "noise": kind,
+            "corruption": rate,
             "seed": seed,
         }
     )

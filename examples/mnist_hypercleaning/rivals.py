@@ -1,6 +1,7 @@
 """What people do about wrong labels, each in its best form, at the same number of steps a training.
 
     no_weights        all given labels, stopped where the error on the clean examples is lowest
+    as_given          all given labels and the clean ones, to the end
     clean_only        the clean examples alone
     pseudo_labels     what clean_only is surer of than .9, and the clean examples
     rounds_noisy      filter, train, relabel (> .9), train: from the early-stopped noisy network,
@@ -142,6 +143,10 @@ def _no_weights(bout: Bout) -> Outcome:
     return bout.outcome(*bout.start("noisy"), 1.0)
 
 
+def _as_given(bout: Bout) -> Outcome:
+    return bout.outcome(*bout.train(np.ones(len(bout.given), bool)), 1.0)
+
+
 def _clean_only(bout: Bout) -> Outcome:
     return bout.outcome(*bout.start("clean"), 1.0)
 
@@ -280,6 +285,7 @@ def _learned(bout: Bout, parametrisation: bf.outer.SampleWeights) -> Outcome:
 
 METHODS: dict[str, Callable[[Bout], Outcome]] = {
     "no_weights": _no_weights,
+    "as_given": _as_given,
     "clean_only": _clean_only,
     "pseudo_labels": _pseudo_labels,
     "rounds_noisy": _rounds_noisy,

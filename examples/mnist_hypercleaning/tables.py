@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Probability of a wrong label, by kind.
+# Probability of a wrong label, by kind; "symmetric:0.1" says another.
 NOISE = {"symmetric": 0.5, "class": 0.4, "instance": 0.4}
 HEADER = ("method", "test error", "AUC", "precision", "labels right", "trainings", "seconds")
 
@@ -37,6 +37,16 @@ class Row(NamedTuple):
         return (self.data, self.model, self.noise, self.clean)
 
 
+def kind_and_rate(noise: str) -> tuple[str, float]:
+    """Of a kind of noise as the command line has it, "class" or "class:0.1".
+
+    Raises:
+        ValueError: the rate is no number.
+    """
+    kind, _, rate = noise.partition(":")
+    return kind, float(rate) if rate else NOISE[kind]
+
+
 def by_setting(rows: Sequence[Row]) -> list[tuple[tuple, list[list[str]]]]:
     """For each setting its methods, the lowest test error first; means and spread over seeds."""
     tables = []
@@ -58,7 +68,7 @@ def by_noise(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]
         noises = list(dict.fromkeys(row.noise for row in here))
         seeds = len({row.seed for row in here})
         title = f"{data}, {model}, {clean:,} clean, {seeds} seed{'s' * (seeds > 1)}"
-        header = ["error, AUC, labels right", *(f"{name} {NOISE[name]}" for name in noises)]
+        header = ["error, AUC, labels right", *map(_noise_in_words, noises)]
         lines = []
         for method, group in _by_method(here):
             cells = [_cell([row for row in group if row.noise == noise]) for noise in noises]
@@ -70,7 +80,12 @@ def by_noise(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]
 def in_words(setting: tuple) -> str:
     """The title of a setting."""
     data, model, noise, clean = setting
-    return f"{data}, {model}, {noise} {NOISE[noise]}, {clean:,} clean"
+    return f"{data}, {model}, {_noise_in_words(noise)}, {clean:,} clean"
+
+
+def _noise_in_words(noise: str) -> str:
+    kind, rate = kind_and_rate(noise)
+    return f"{kind} {rate:g}"
 
 
 def _by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
