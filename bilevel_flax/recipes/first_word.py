@@ -17,6 +17,9 @@ import numpy as np
 from bilevel_flax.recipes import noise_model
 
 _SURE = 2.0  # standard errors
+# A later network is expected to be right less often than this: as the first one is, and at the
+# likeliest temperature, at which it is too sure where classes overlap.
+_MOSTLY_WRONG, _MOSTLY_WRONG_TEMPERED = 0.5, 0.7
 _TEMPERATURES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 
 
@@ -54,7 +57,8 @@ class FirstWord:
         """
         if not len(self._held):
             return False
-        if self._right[self._rows, said.argmax(1)].mean() < 0.5:
+        limits = (self._right, _MOSTLY_WRONG), (self._right_tempered, _MOSTLY_WRONG_TEMPERED)
+        if all(right[self._rows, said.argmax(1)].mean() < limit for right, limit in limits):
             return True
         rows, given, suggested = (
             self._held,
