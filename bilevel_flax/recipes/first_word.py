@@ -20,6 +20,9 @@ _SURE = 2.0  # standard errors
 # A later network is expected to be right less often than this: as the first one is, and at the
 # likeliest temperature, at which it is too sure where classes overlap.
 _MOSTLY_WRONG, _MOSTLY_WRONG_TEMPERED = 0.5, 0.7
+# A later network that doubts more labels than this may be right where the first one is not: noise
+# of the image's own making, where there is much of it, fools the first.
+_AGREED = 0.65
 _TEMPERATURES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 
 
@@ -48,8 +51,9 @@ class FirstWord:
     def prefers_given(self, said: np.ndarray, posterior: np.ndarray) -> bool:
         """Whether labels are better left as they are than taken from a later network.
 
-        That is, whether it expects the network to be wrong about most of the examples, or, of the
-        labels that it has not seen, more to be right as they are than as suggested.
+        That is, whether it expects the network to be wrong about most of the examples, or, where
+        that one doubts a third of the labels at most, more of those that it has not seen to be
+        right as they are than as suggested.
 
         Args:
             said: float [n, K], the later network's probabilities.
@@ -60,6 +64,8 @@ class FirstWord:
         limits = (self._right, _MOSTLY_WRONG), (self._right_tempered, _MOSTLY_WRONG_TEMPERED)
         if all(right[self._rows, said.argmax(1)].mean() < limit for right, limit in limits):
             return True
+        if (said.argmax(1) == self._given).mean() < _AGREED:
+            return False
         rows, given, suggested = (
             self._held,
             self._given[self._held],

@@ -36,7 +36,7 @@ HELD = np.arange(0, COUNT, 5)
 @pytest.mark.parametrize(
     ("apart", "sharpness", "wrong", "expected"),
     [
-        pytest.param(1.0, 1.0, 0.05, True, id="classes overlap, few labels are wrong"),
+        pytest.param(1.6, 1.0, 0.05, True, id="classes overlap, few labels are wrong"),
         pytest.param(0.5, 1.0, 0.4, True, id="the network is mostly wrong"),
         pytest.param(4.0, 1.0, 0.05, False, id="classes are apart, few labels are wrong"),
         pytest.param(4.0, 1.0, 0.5, False, id="classes are apart, half of the labels are wrong"),
