@@ -30,11 +30,10 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optax
@@ -44,6 +43,7 @@ from bilevel_flax.checks import as_count
 from bilevel_flax.checks import optimizer as checked_optimizer
 from bilevel_flax.data.draws import check_seed
 from bilevel_flax.recipes import checks, noise_model, sources
+from bilevel_flax.recipes.cleaned import SURE, Cleaned
 from bilevel_flax.recipes.first_word import FirstWord, mean
 from bilevel_flax.recipes.networks import as_network
 from bilevel_flax.recipes.through_noise import ThroughNoise
@@ -54,8 +54,6 @@ from bilevel_flax.recipes.training import Start, Trainer
 _PASSES, _LEAST_STEPS = 15, 300
 # Given labels that say when the first training stops: the share, and at most so many.
 _HELD_SHARE, _MOST_HELD = 0.1, 1000
-# A label is trained on if it is this sure.
-_SURE = 0.9
 # That the second network is this sure of another label makes the given one surely wrong.
 _CLEARLY = 0.8
 # The second network's start: this much of a new one.
@@ -65,126 +63,6 @@ _FRESH = 0.5
 _SHARES, _SHARES_OF_MANY_PASSES = (1.0, 0.5), (0.35, 0.35, 0.35, 0.5)
 _STEP = 1e-3  # AdamW's first, which falls to 0
 _DECAY = 1e-4
-
-
-class Suspicious(NamedTuple):
-    """Training examples, the likeliest wrong first.
-
-    Attributes:
-        index: int [n], positions in the training set.
-        probability: float32 [n], that the given label is wrong.
-        suggested: int32 [n], the likeliest true label.
-
-    Example:
-        >>> import numpy as np, bilevel_flax as bf
-        >>> found = bf.recipes.Suspicious(  # as `Cleaned.suspicious` gives it
-        ...     np.array([7, 2]), probability=np.array([0.99, 0.3]), suggested=np.array([5, 1])
-        ... )
-        >>> found.index[found.probability > 0.5].tolist()
-        [7]
-    """
-
-    index: np.ndarray
-    probability: np.ndarray
-    suggested: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Cleaned:
-    """What `clean` found.
-
-    Attributes:
-        params: the network to hand over.
-        model_state: its other variables (BatchNorm's statistics); {} where there are none.
-        wrong_probability: float32 [n], that each given label is wrong.
-        suggested_label: int32 [n], each example's likeliest label.
-        confusion: float [K, K], P(given label | true label).
-        resemblance: γ of `noise_model`: 0 for noise that ignores the example itself.
-        plain_step_equivalents: what was spent, in plain trainings of the same number of steps.
-        notes: sentences about the data that a user should know.
-
-    Example:
-        >>> import numpy as np, bilevel_flax as bf
-        >>> cleaned = bf.recipes.Cleaned(  # as `clean` returns it
-        ...     params={},
-        ...     model_state={},
-        ...     wrong_probability=np.array([0.1, 0.9], np.float32),
-        ...     suggested_label=np.array([3, 5]),
-        ...     confusion=np.eye(10),
-        ...     resemblance=0.0,
-        ...     plain_step_equivalents=3.2,
-        ...     notes=(),
-        ...     _predict=lambda inputs: inputs,
-        ... )
-        >>> cleaned.add_columns({"label": np.array([3, 1])})["suggested_label"].tolist()
-        [3, 5]
-    """
-
-    params: PyTree
-    model_state: PyTree
-    wrong_probability: np.ndarray
-    suggested_label: np.ndarray
-    confusion: np.ndarray
-    resemblance: float
-    plain_step_equivalents: float
-    notes: tuple[str, ...]
-    _predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
-
-    @property
-    def suspicious(self) -> Suspicious:
-        """All examples in the order in which a person should look at them."""
-        order = np.argsort(-self.wrong_probability, kind="stable")
-        return Suspicious(order, self.wrong_probability[order], self.suggested_label[order])
-
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """The network's class probabilities, float32 [m, K], of inputs [m, ...]."""
-        return self._predict(np.asarray(inputs))
-
-    def add_columns(self, dataset: Any) -> Any:
-        """`dataset` with the columns `wrong_probability` and `suggested_label`.
-
-        Args:
-            dataset: the training set as a Hugging Face `Dataset`, or a dict of columns.
-
-        Raises:
-            TypeError: it is neither.
-            ValueError: it has another length than the training set.
-        """
-        columns = {
-            "wrong_probability": self.wrong_probability,
-            "suggested_label": self.suggested_label,
-        }
-        if isinstance(dataset, dict):
-            length = len(next(iter(dataset.values()), ()))
-        elif hasattr(dataset, "add_column"):
-            length = len(dataset)
-        else:
-            raise TypeError(
-                f"dataset is {type(dataset).__name__}: pass a dict of columns or a datasets.Dataset"
-            )
-        if length != len(self.wrong_probability):
-            raise ValueError(
-                f"dataset has {length} rows, the training set had {len(self.wrong_probability)}: "
-                "pass the one that was cleaned"
-            )
-        if isinstance(dataset, dict):
-            return {**dataset, **columns}
-        for name, values in columns.items():
-            dataset = dataset.add_column(name, values.tolist())
-        return dataset
-
-    def report(self) -> str:
-        """A few lines: how many labels are wrong, how sure that is, what was spent."""
-        wrong = self.wrong_probability
-        expected, sure = float(wrong.sum()), int((wrong > _SURE).sum())
-        rate = 1 - float(np.diag(self.confusion).mean())
-        lines = [
-            f"{expected:,.0f} of {len(wrong):,} labels are expected to be wrong, {sure:,} of them "
-            f"with probability above {_SURE}",
-            f"a label of an average class is wrong with probability {rate:.2f}",
-            f"spent: {self.plain_step_equivalents:.2f} plain trainings of this length",
-        ]
-        return "\n".join((*lines, *self.notes))
 
 
 def clean(
@@ -346,7 +224,7 @@ def _trainings(
     shares = _SHARES_OF_MANY_PASSES if steps > passes else _SHARES
     for number, share in enumerate(shares, 3):
         posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
-        taken = posterior.max(1) > _SURE
+        taken = posterior.max(1) > SURE
         left_alone = word.prefers_given(said, posterior)
         if left_alone:
             posterior, taken = word.posterior(said), np.ones(len(given), bool)
