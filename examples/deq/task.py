@@ -21,7 +21,8 @@ import numpy as np
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.checks import check_count
+from bilevel_flax.checks import check_count, check_positive
+from bilevel_flax.distribution import extras
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.datasets import sources
@@ -29,6 +30,7 @@ from examples.deq import baselines, model
 from examples.deq.solvers import KEY
 
 STATES = ("example", "minibatch")
+DTYPES = ("float16", "float32")  # of z and v between visits
 
 
 def make_problem(
@@ -77,12 +79,17 @@ def make_task(config: Any) -> Task:
             and for these `unrolled_steps`, `inner_steps`, `adjoint_steps`, `learning_rate`.
 
     Raises:
-        ConfigError: an unknown `states`, a margin that is not positive.
-        UserError: a fixed point that does not converge (from `evaluate`).
+        ConfigError: an unknown `states` or `state_dtype`, a part without examples.
+        UserError: a number out of range; a fixed point that does not converge (from `evaluate`).
+        MissingExtra: optimistix is not installed.
     """
     check_choice(f"--config.states={config.states}", config.states, STATES)
-    if not config.margin > 0:
-        raise ConfigError(f"--config.margin={config.margin}: must be above 0")
+    check_choice(f"--config.state_dtype={config.state_dtype}", config.state_dtype, DTYPES)
+    for name in ("margin", "step", "tolerance"):
+        check_positive(f"--config.{name}", config[name])
+    for name in ("width", "iterations", "max_iterations"):
+        check_count(f"--config.{name}", config[name])
+    extras.require("fixed_point")  # not only where a network is first measured
     images = sources.load(
         config.data.name,
         manual_dir=config.data.manual_dir,
@@ -90,6 +97,12 @@ def make_task(config: Any) -> Task:
         splits=config.data.splits,
         seed=config.seed,
     )
+    for part in ("train", "validation", "test"):
+        if not len(getattr(images, f"{part}_labels")):
+            raise ConfigError(
+                f"--config.data.splits={config.data.splits}: no {part} examples of "
+                f"{config.data.name}; give the numbers of all three, (train, validation, test)"
+            )
     parts = data.standardize(images.train_images, images.validation_images, images.test_images)
     train, validation, test = (part.reshape(len(part), -1).astype(np.float32) for part in parts)
     examples = {
@@ -99,8 +112,6 @@ def make_task(config: Any) -> Task:
     }
     side = data.partition(examples, config.batch_size, seed=config.seed)
     rows = len(train) if config.states == "example" else config.batch_size
-    for name in ("iterations", "max_iterations"):
-        check_count(f"--config.{name}", config[name])
     settings = (config.step, config.tolerance, config.max_iterations)
     layer = (config.margin, config.step, config.iterations)
     problem = make_problem(*layer, config.states, config.decay)

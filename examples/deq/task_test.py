@@ -90,7 +90,8 @@ def test_padding_has_no_condition():
     assert not np.any(found[2])
 
 
-def test_paired_minibatches_have_the_same_numbers():
+def test_paired_minibatches_have_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(task.extras, "require", lambda extra: None)  # nothing is measured
     config = configs.load(str(CONFIG), ["data.splits=(60,10,10)", "batch_size=20", "width=4"])
     made = task.make_task(config)
     solver = solvers.tracked(made.problem, outer=optax.sgd(0.1))
@@ -114,11 +115,26 @@ def test_a_fixed_point_that_is_not_reached_is_named():
 
 @pytest.mark.parametrize(
     "setting, message",
-    [("states=batch", "--config.states=batch.*minibatch"), ("margin=0.0", "--config.margin=0.0")],
+    [
+        ("states=batch", "--config.states=batch.*minibatch"),
+        ("state_dtype=int8", "--config.state_dtype=int8.*float16"),
+        ("margin=0.0", "--config.margin must be a positive number .*, got 0.0"),
+        ("step=-0.5", "--config.step must be a positive number .*, got -0.5"),
+        ("tolerance=0.0", "--config.tolerance must be a positive number"),
+        ("width=0", "--config.width must be an integer >= 1, got 0"),
+        ("data.splits=(60,0,10)", "--config.data.splits=.*: no validation examples of mnist5k"),
+    ],
 )
-def test_a_mistake_in_the_config_is_named(setting, message):
-    with pytest.raises(configs.ConfigError, match=message):
+def test_a_mistake_in_the_config_is_named(setting, message, monkeypatch):
+    monkeypatch.setattr(task.extras, "require", lambda extra: None)
+    with pytest.raises(UserError, match=message):
         task.make_task(configs.load(str(CONFIG), [setting]))
+
+
+def test_a_missing_optimistix_is_named_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(task.extras, "EXTRAS", {"fixed_point": ("no_such_module",)})
+    with pytest.raises(ModuleNotFoundError, match=r"no_such_module .*bilevel-flax\[fixed_point\]"):
+        task.make_task(configs.load(str(CONFIG), []))
 
 
 @pytest.mark.slow

@@ -23,13 +23,15 @@ import optax
 
 import bilevel_flax as bf
 from bilevel_flax import data
-from bilevel_flax.checks import check_count
+from bilevel_flax.checks import check_count, check_positive
 from bilevel_flax.data import FiniteSum
 from bilevel_flax.train.config import ConfigError, check_choice
 from bilevel_flax.train.task import InitialValues, Task
 from examples.few_shot import model, omniglot
+from examples.few_shot.solvers import KEY
 
 METHODS = ("imaml", "tracked", "maml", "first_order", "prototypes")
+IMPLICIT = ("imaml", "tracked")
 ADAPTS = ("network", "head")  # all of the network, or its last layer
 _AT_ONCE = 20  # tasks, where a network is measured
 Apply = Callable[[Any, jax.Array], jax.Array]
@@ -60,12 +62,17 @@ def make_problem(
     def each(z, x, batch, part):
         return jax.vmap(losses, (0, None, 0))(z, x, batch[part])
 
+    def rows(z, batch):  # of all tasks' z, where they recur
+        return jax.tree.map(lambda leaf: leaf[batch[KEY]], z)
+
     def inner_loss(z, x, batch):
         x = jax.lax.stop_gradient(x) if first_order else x
+        z = rows(z, batch)
         squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(z))
         return jnp.sum(each(z, x, batch, "support")) + 0.5 * proximal * squares
 
     def outer_loss(z, x, batch):
+        z = rows(z, batch)
         if at_once is None:
             return jnp.mean(each(z, x, batch, "query"))
         # Without the checkpoint the loop would keep every task's activations for its way back.
@@ -101,7 +108,7 @@ def after_adaptation(
     problem = make_problem(apply, pixels, proximal)
 
     def logits(x, task):
-        one = jax.tree.map(lambda leaf: leaf[None], task)
+        one = jax.tree.map(lambda leaf: leaf[None], task | {KEY: jnp.array(0)})
         first = jax.tree.map(lambda leaf: leaf[None], start)
 
         def step(z, _):
@@ -167,9 +174,25 @@ def accuracies(logits: Logits) -> Callable[[Any, omniglot.Tasks], np.ndarray]:
 
 
 def minibatches(tasks: omniglot.Tasks, batch_size: int, seed: int) -> FiniteSum:
-    """Tasks in minibatches; `task` is each one's position."""
-    arrays = tasks._asdict() | {"task": np.arange(len(tasks.query), dtype=np.int32)}
+    """Tasks in minibatches; `task` is each one's position, its row of z."""
+    arrays = tasks._asdict() | {KEY: np.arange(len(tasks.query), dtype=np.int32)}
     return data.partition(arrays, batch_size, seed=seed)
+
+
+def _check_numbers(config: Any) -> None:
+    least = dict.fromkeys(("ways", "train_ways"), 2) | {"copies": 0}
+    counts = ("shots", "queries", "width", "tasks", "batch_size", "tasks_at_once", "evaluated")
+    for name in (*least, *counts, *(("adapt_steps",) if config.method != "prototypes" else ())):
+        check_count(f"--config.{name}", config[name], least.get(name, 1))
+    if config.tasks % config.batch_size:
+        raise ConfigError(
+            f"--config.tasks={config.tasks}: not a multiple of --config.batch_size="
+            f"{config.batch_size}"
+        )
+    if config.method != "prototypes":
+        check_positive("--config.inner_rate", config.inner_rate)
+    if config.method in IMPLICIT:
+        check_positive("--config.proximal", config.proximal)
 
 
 def make_task(config: Any) -> Task:
@@ -181,21 +204,14 @@ def make_task(config: Any) -> Task:
             `seed`, `data`.
 
     Raises:
-        ConfigError: alphabets that are in two parts, a λ that is not positive.
-        UserError: a missing archive or alphabet, too few characters or drawings.
+        ConfigError: alphabets that are in two parts, an unknown method.
+        UserError: a number out of range, a missing archive or alphabet, too few characters or
+            drawings.
     """
     check_choice(f"--config.method={config.method}", config.method, METHODS)
     check_choice(f"--config.adapts={config.adapts}", config.adapts, ADAPTS)
-    for name in ("ways", "shots", "queries", "width", "tasks", "evaluated", "tasks_at_once"):
-        check_count(f"--config.{name}", config[name])
-    if config.tasks % config.batch_size:
-        raise ConfigError(
-            f"--config.tasks={config.tasks}: not a multiple of --config.batch_size="
-            f"{config.batch_size}"
-        )
-    implicit = config.method in ("imaml", "tracked")
-    if implicit and not config.proximal > 0:
-        raise ConfigError(f"--config.proximal={config.proximal}: must be above 0")
+    _check_numbers(config)
+    implicit = config.method in IMPLICIT
     characters = omniglot.read(config.data.manual_dir)
     parts = {name: tuple(config.data[name]) for name in ("train", "validation", "test")}
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
@@ -206,19 +222,19 @@ def make_task(config: Any) -> Task:
             )
     characters = omniglot.distorted(characters, config.copies)
 
-    def tasks_of(part: str, count: int, seed: int, **more: bool) -> omniglot.Tasks:
-        shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    def tasks_of(part: str, count: int, seed: int, **more: Any) -> omniglot.Tasks:
+        shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries} | more
         key = f"--config.data.{part}"
-        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed, **more)
+        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed)
 
     seed = 3 * config.seed
-    train = tasks_of("train", config.tasks, seed, augment=True)
+    train = tasks_of("train", config.tasks, seed, ways=config.train_ways, augment=True)
     validation = tasks_of("validation", config.evaluated, seed + 1)
     test = tasks_of("test", config.evaluated, seed + 2)
     pixels = jnp.asarray(characters.images.reshape(-1, omniglot.SIDE, omniglot.SIDE))
-    start = model.head(config.width, config.ways)
-    if config.adapts == "network":
-        start |= jax.tree.map(jnp.zeros_like, model.init(jax.random.PRNGKey(0), config.width))
+    start, measured_start = (
+        model.start(config.width, ways, config.adapts) for ways in (config.train_ways, config.ways)
+    )
     if config.method == "prototypes":
         problem = prototypes_problem(model.features, pixels)
         accuracy = accuracies(by_prototypes(model.features, pixels))
@@ -227,7 +243,7 @@ def make_task(config: Any) -> Task:
         first_order = config.method == "first_order"
         problem = make_problem(model.apply, pixels, proximal, first_order, config.tasks_at_once)
         settings = (proximal, config.inner_rate, config.adapt_steps)
-        accuracy = accuracies(after_adaptation(model.apply, pixels, start, *settings))
+        accuracy = accuracies(after_adaptation(model.apply, pixels, measured_start, *settings))
     side = minibatches(train, config.batch_size, config.seed)
     rows = config.tasks if config.method == "tracked" else config.batch_size
 

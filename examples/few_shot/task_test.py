@@ -107,6 +107,18 @@ def test_maml_is_backprop_through_the_steps(first_order, x64):
     close(stepped(solvers.maml, x, z, 0.0, first_order, inner_steps=3), back(total))
 
 
+def test_losses_are_of_the_rows_of_their_tasks():
+    # The loop asks for derivatives on all of z before its first step, the solver on rows alone.
+    z, x = start(3)
+    z = jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape)), z)
+    rows = jax.tree.map(lambda leaf: leaf[BATCH["task"]], z)
+    problem = task.make_problem(apply, jnp.asarray(PIXELS), PROXIMAL, at_once=1)
+    for loss in (problem.inner_loss, problem.outer_loss):
+        alone = loss(rows, x, BATCH | {"task": jnp.arange(2)})
+        np.testing.assert_allclose(loss(z, x, BATCH), alone, rtol=1e-6)
+    assert bf.oracles.probe(problem, bf.Variables(z, z, x), BATCH).mode == "forward_over_reverse"
+
+
 def test_the_network_is_one_of_strided_convolutions():
     params = jax.jit(lambda key: model.init(key, 3) | model.head(3, 5))(jax.random.PRNGKey(0))
     images = jax.random.uniform(jax.random.PRNGKey(1), (2, omniglot.SIDE, omniglot.SIDE))
@@ -202,7 +214,12 @@ def test_tasks_with_different_numbers_of_ways_are_named(tmp_path):
     [
         ([], "--config.data.manual_dir is missing"),
         (["data.manual_dir=/nowhere"], "--config.data.manual_dir=/nowhere holds no images_"),
-        (["proximal=0.0"], "--config.proximal=0.0"),
+        (["ways=1"], "--config.ways must be an integer >= 2, got 1"),
+        (["batch_size=0"], "--config.batch_size must be an integer >= 1, got 0"),
+        (["copies=-1"], "--config.copies must be an integer >= 0, got -1"),
+        (["adapt_steps=0"], "--config.adapt_steps must be an integer >= 1, got 0"),
+        (["inner_rate=-0.1"], "--config.inner_rate must be a positive number .*, got -0.1"),
+        (["proximal=0.0"], "--config.proximal must be a positive number .*, got 0.0"),
         (["tasks=10"], "--config.tasks=10: not a multiple"),
         (["method=reptile"], "--config.method=reptile.*imaml"),
         (['data.test=("Greek",)'], "--config.data.test=Greek is in --config.data.train"),
