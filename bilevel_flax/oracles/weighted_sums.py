@@ -21,9 +21,13 @@ from bilevel_flax.base.condition import Condition, is_condition
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import MASKS, counted, entries, example_mask, name_of, repeat_real
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.normalisers import divides_by_data
+from bilevel_flax.oracles.growth import growth
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
+
+
+class NoMeanError(ValueError):
+    """A minibatch is to be cut into parts, and its loss is not their weighted mean."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,14 +134,16 @@ def amount(
         A scalar: the loss's own weight, or else the sum of `minibatches.example_mask`.
 
     Raises:
-        ValueError: the weight depends on more than the minibatch; the loss has none and is a mean
-            over something else than examples; or as `example_mask`.
+        NoMeanError: the loss is no mean, or has no weight and is one over something else than
+            examples.
+        ValueError: the weight depends on more than the minibatch; or as `example_mask`.
     """
     pair = weighted_sum(getattr(problem, side))
+    mask = example_mask(batch, splits) if pair is None else None
+    if not is_condition(getattr(problem, side)):
+        counts = pair is not None or "example_mask" in entries(batch)
+        _refuse_other_means(problem, side, point, batch, context, splits, counts)
     if pair is None:
-        mask = example_mask(batch, splits)
-        if "example_mask" not in entries(batch) and not is_condition(getattr(problem, side)):
-            _refuse_means_of_other_things(problem, side, point, batch, context, splits)
         return None if mask is None else jnp.sum(counted(mask))
     z, x = point
     if side == "inner_loss":
@@ -156,35 +162,40 @@ def amount(
     return weight(z, x, context)
 
 
-def _refuse_means_of_other_things(
+def _refuse_other_means(
     problem: Problem,
     side: str,
     point: tuple[PyTree, PyTree],
     batch: PyTree,
     context: tuple,
     splits: str,
+    counts: bool,
 ) -> None:
-    """Raises where a loss divides by what it counts in the minibatch: tokens, weights."""
+    """Raises where the parts' means are not the whole; `counts`: it is said how parts count."""
     leaves, treedef = jax.tree.flatten_with_path(batch)
-    is_data = [
-        jnp.ndim(leaf) > 0 and name_of(path) not in (*MASKS, "index") for path, leaf in leaves
-    ]
+    is_data = [name_of(path) not in (*MASKS, "index") for path, leaf in leaves if jnp.ndim(leaf)]
     wrap = losses.inner if side == "inner_loss" else losses.outer
 
-    def loss(data, point):
-        values = iter(data)
-        filled = [
-            next(values) if flag else leaf for flag, (_, leaf) in zip(is_data, leaves, strict=True)
-        ]
+    def loss(arrays, point):
+        values = iter(arrays)
+        filled = [next(values) if jnp.ndim(leaf) else leaf for _, leaf in leaves]
         (z, x), (model_state, rng) = point, context
         value, z_split, x_split, *_ = wrap(
             problem, z, x, treedef.unflatten(filled), model_state, rng
         )
         return value(z_split.leaves, x_split.leaves)[0]
 
-    data = [leaf for flag, (_, leaf) in zip(is_data, leaves, strict=True) if flag]
-    if divides_by_data(loss, data, point):
-        raise ValueError(
+    arrays = [leaf for _, leaf in leaves if jnp.ndim(leaf)]
+    twice = [jnp.concatenate([leaf, leaf]) for leaf in arrays]
+    power, divides_by_data = growth(loss, arrays, twice, point, is_data)
+    if power:
+        raise NoMeanError(
+            f"{side} is no mean over the minibatch's examples: of twice as many a term is "
+            f"{2.0**power:.3g} times as large, so {splits} would change it; return the mean, or "
+            "(sum, weight) under bf.oracles.weighted_sums"
+        )
+    if divides_by_data and not counts:
+        raise NoMeanError(
             f"{side} divides by what it counts in the minibatch (tokens, weights), so {splits} "
             "cannot tell how much each part counts: return (sum, weight) under "
             'bf.oracles.weighted_sums, or add batch["example_mask"], how much each example counts'

@@ -9,6 +9,7 @@ serves them all, however many there are.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Aux, PyTree
-from bilevel_flax.checks import UserError, check_positive
+from bilevel_flax.checks import UserError
 from bilevel_flax.minibatches import example_mask
 
 
@@ -58,8 +59,8 @@ def goals(
         `oracles.microbatched` refuses it.
 
     Raises:
-        UserError: no goals, names that differ, weights or a temperature that are not positive; at
-            trace time a batch without one of the names, or padding.
+        UserError: no goals, names that differ, weights or a temperature that are not positive,
+            floors that are no numbers; at trace time a batch without one of the names, or padding.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -68,8 +69,14 @@ def goals(
         >>> float(loss(0.0, None, {"near": jnp.ones(2), "far": jnp.full(2, 2.0)}))
         1.75
     """
+    for name, given in (("losses", losses), ("weights", weights), ("floors", floors)):
+        if not isinstance(given, Mapping | None):
+            raise UserError(f"{name}={given!r:.60} must be a mapping by the goals' names")
     if not losses:
         raise UserError("losses={}: name at least one goal, {'name': loss}")
+    for name, loss in losses.items():
+        if not callable(loss):
+            raise UserError(f"losses[{name!r}] must be a function, got {loss!r:.60}")
     for name, given in (("weights", weights), ("floors", floors)):
         unknown = sorted(set(given or {}) - set(losses))
         missing = sorted(set(losses) - set(given)) if name == "weights" and given else []
@@ -80,9 +87,11 @@ def goals(
             )
     shares = dict.fromkeys(losses, 1.0) if weights is None else dict(weights)
     for name, weight in shares.items():
-        check_positive(f"weights[{name!r}]", weight)
+        _number(f"weights[{name!r}]", weight, 0.0)
+    for name, floor in (floors or {}).items():
+        _number(f"floors[{name!r}]", floor)
     if temperature is not None:
-        check_positive("temperature", temperature)
+        _number("temperature", temperature, 0.0)
     total = math.fsum(shares.values())
 
     def evaluate(z: PyTree, x: PyTree, batch: Any, *context: Any) -> Any:
@@ -104,6 +113,13 @@ def goals(
         return (whole, Aux(context[0], metrics)) if stateful else whole
 
     return Goals(evaluate, is_mean=not floors and temperature is None)
+
+
+def _number(name: str, value: Any, above: float = -math.inf) -> None:
+    fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not fine or not above < float(value) < math.inf:
+        kind = "a finite number" if above == -math.inf else "a positive number"
+        raise UserError(f"{name} must be {kind}, got {value!r}")
 
 
 def _minibatch(batch: Any, name: str) -> Any:

@@ -16,7 +16,7 @@ from bilevel_flax.base import Batch, Problem, PyTree
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import inner_grad, losses
 from bilevel_flax.oracles.mixed_precision import is_lowered
-from bilevel_flax.oracles.weighted_sums import amount
+from bilevel_flax.oracles.weighted_sums import NoMeanError, amount
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
 from bilevel_flax.sharding.named_axes import bound
 from bilevel_flax.tree import filter_inexact, is_inexact
@@ -91,7 +91,10 @@ def decomposition(
 
     for name, side in (("inner_loss", batch.inner), ("outer_loss", batch.outer)):
         run = jax.jit(evaluated, static_argnums=0)
-        whole, mean = map(float, run(name, side, inner_params, outer_params, model_state, rng))
+        try:
+            whole, mean = map(float, run(name, side, inner_params, outer_params, model_state, rng))
+        except NoMeanError as error:
+            return str(error)
         coarse = is_lowered(getattr(problem, name)) or any(
             leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(inner_params) if is_inexact(leaf)
         )

@@ -59,7 +59,16 @@ def interleaved(
 
     Returns:
         What `datasets.interleave_datasets` makes of them, until all were read once.
+
+    Raises:
+        ValueError: a probability is not positive, so that its domain would never be read.
     """
+    for name, share in zip(domains, [] if probabilities is None else probabilities, strict=False):
+        if not share > 0:
+            raise ValueError(
+                f"probabilities: {name!r} has {share!r}, and reading would never end: give it a "
+                "positive one, or leave the domain out"
+            )
     numbered = [
         part.map(lambda row, number=number: {"domain": number})
         for number, part in enumerate(domains.values())

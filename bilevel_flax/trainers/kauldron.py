@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 from kauldron import kd
 from kauldron.train import train_step as kd_step
@@ -19,12 +20,20 @@ from bilevel_flax.base import Aux, Batch, BilevelSolver, Problem, PyTree
 from bilevel_flax.trainers.optimizer import SolverOptimizer, solver_optimizer, train_step
 
 
+@flax.struct.dataclass
+class Context(kd.train.Context):
+    """Kauldron's context of a step, with the solver's `Info` for metrics: key "info.outer_loss"."""
+
+    info: Any = None
+
+
 @dataclasses.dataclass(kw_only=True, eq=False, frozen=True)
 class TrainStep(kd_step.TrainStep):
     """Kauldron's step with hyperparameters that are learned: `Trainer(trainstep=TrainStep(...))`.
 
     z is moved by the trainer's own `optimizer`; v, x and the moments are its optimiser's state,
-    which Kauldron saves and shards (`state.opt_state.outer_params` is x).
+    which Kauldron saves and shards (`state.opt_state.outer_params` is x). Metrics find what a step
+    reported at "info.outer_loss", "info.norms.inner", "info.adjoint_residual" ...
 
     Attributes:
         solver: `solver(problem, inner=optimizer) -> BilevelSolver`, e.g.
@@ -81,11 +90,11 @@ class TrainStep(kd_step.TrainStep):
         inner = {name: leaf for name, leaf in batch.items() if name != "outer"}
         kept = {"step": state.step, "collections": state.collections}
         pair = Batch(inner, batch["outer"])
-        params, opt_state, kept, _ = train_step(
+        params, opt_state, kept, info = train_step(
             self._optimizer.solver, state.params, state.opt_state, pair, kept
         )
         # Metrics are of the old point, as Kauldron's; where none are asked for this costs nothing.
-        context = kd.train.Context.from_state_and_batch(state=state, batch=batch)
+        context = Context.from_state_and_batch(state=state, batch=batch)
         _, context = kd_step.forward_with_loss(
             context,
             model=self.model,
@@ -94,7 +103,7 @@ class TrainStep(kd_step.TrainStep):
             is_training=True,
         )
         updates = jax.tree.map(lambda new, old: new - old, params, state.params)
-        context = context.replace(updates=updates, opt_state=state.opt_state)
+        context = context.replace(updates=updates, opt_state=state.opt_state, info=info)
         next_state = state.replace(
             step=state.step + 1,
             params=params,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bilevel_flax as bf
@@ -62,13 +63,25 @@ def test_mistakes_are_told_in_one_line():
     both = {"a": error, "b": error}
     for arguments, says in (
         (({},), "name at least one goal"),
+        (([error, error],), r"losses=\[.*must be a mapping"),
+        (({"a": 3},), r"losses\['a'\] must be a function, got 3"),
         ((both, {"a": 1.0}), "use the same names"),
+        ((both, [1, 2]), r"weights=\[1, 2\] must be a mapping"),
         ((both, {"a": 1.0, "b": 0.0}), r"weights\['b'\] must be a positive number"),
+        ((both, {"a": 1.0, "b": optax.constant_schedule(1.0)}), "must be a positive number"),
     ):
         with pytest.raises(ValueError, match=says):
             bf.outer.goals(*arguments)
-    with pytest.raises(ValueError, match="temperature must be a positive"):
-        bf.outer.goals(both, temperature=0.0)
+    for settings, says in (
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0"),
+        ({"temperature": float("nan")}, "temperature must be a positive number, got nan"),
+        ({"floors": 0.5}, "floors=0.5 must be a mapping"),
+        ({"floors": {"c": 0.5}}, "use the same names"),
+        ({"floors": {"a": float("nan")}}, r"floors\['a'\] must be a finite number, got nan"),
+        ({"floors": {"a": None}}, r"floors\['a'\] must be a finite number, got None"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            bf.outer.goals(both, **settings)
     with pytest.raises(ValueError, match="goal 'b' needs a minibatch of that name"):
         bf.outer.goals(both)(0.0, None, {"a": TARGETS["a"]})
     padded = {"a": {"x": jnp.ones(2), "mask": jnp.ones(2)}}

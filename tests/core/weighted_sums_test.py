@@ -209,7 +209,7 @@ def test_a_mean_over_something_else_than_examples_is_not_cut(name):
 
 def test_a_mean_over_examples_may_divide_within_each():
     each = lambda b: jnp.sum(b["tokens"] ** 2 * b["visible"], 1) / (1 + jnp.sum(b["visible"], 1))
-    scale = lambda z, b: jnp.tanh(z * b["tokens"]) / jnp.sum((z * b["tokens"]) ** 2)
+    scale = lambda z, b: jnp.tanh(z * b["tokens"]) / jnp.mean((z * b["tokens"]) ** 2)
     loss = lambda z, x, b: jnp.mean(z * each(b) / b["unit"]) * x + jnp.mean(scale(z, b)) / len(W)
     side, at = jax.tree.map(jnp.asarray, BATCH), bf.Variables(*map(jnp.float32, (1.0, 1.0, 2.0)))
     side = side | {"unit": jnp.float32(2.0)}

@@ -95,6 +95,21 @@ def test_grain_mixes_what_maxtext_reads(export, tmp_path: Path):
     assert content["a"]["weight"] == pytest.approx(0.75 / 3 + 0.25 * 0.1)
 
 
+def test_what_is_never_read_is_no_trap_for_its_readers(export, folder: Path):
+    (folder / "metrics.jsonl").unlink()
+    (folder / "summary.json").write_text(json.dumps({"mixture": {**END, "b": 0.9, "c": 0.0}}))
+    content, printed = export("maxtext")
+    assert list(content) == ["a", "b"]
+    assert "note: 'c' has weight 0 and is left out" in printed
+    sources = {n: grain.MapDataset.source([n]).repeat().to_iter_dataset() for n in content}
+    next(iter(grain.IterDataset.mix(sources, {n: e["weight"] for n, e in content.items()})))
+    content, printed = export("datasets", out="2.json")
+    assert content["probabilities"] == [0.1, 0.9, 0.0]
+    assert "note: 'c' has probability 0" in printed
+    content, _ = export("levanter", out="3.json")
+    assert content["data"]["train_weights"][0][1]["c"] == 0
+
+
 def test_levanters_stages_begin_at_blocks(export):
     content, printed = export("levanter")
     assert content["data"]["mixture_block_size"] == 2048
@@ -147,6 +162,7 @@ def test_without_logs_the_end_is_all_there_is(export, folder: Path):
         (["--tokens=3"], "--tokens=3 are less than one sequence of 64"),
         (["--out=RUN/summary.json"], "is there already: choose another name or remove it"),
         (["--out=RUN/no/file.json"], "there is no folder"),
+        ([f"--out={'n' * 300}"], "n cannot be written: File name too long"),
         (["--reader=RUN/none.json"], "--reader=RUN/none.json: No such file"),
         (["--reader=RUN/other.json"], "only in the run: 'c'; only in the reader: 'd'"),
         (["--reader=RUN/twice.json"], "its domains differ from the run's"),

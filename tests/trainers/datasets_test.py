@@ -51,6 +51,8 @@ def test_domains_have_numbers_and_two_streams_are_pairs():
         assert pair["outer"]["x"].max() < 5
         seen.append(pair["inner"]["domain"])
     assert np.mean(np.concatenate(seen)) == pytest.approx(0.75, abs=0.1)
+    with pytest.raises(ValueError, match="'b' has 0.0, and reading would never end"):
+        interleaved({"a": of(range(5)), "b": of(range(5))}, [1.0, 0.0])
 
 
 def test_the_reader_draws_what_was_learned(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import runpy
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Source:
         return jax.tree.map(lambda leaf: leaf[i], self.rows)
 
 
+REPORTED = ("inner_loss", "outer_loss", "norms.outer")
 SOLVER = functools.partial(bf.soba, adjoint=optax.sgd(0.1), outer=optax.sgd(0.5))
 
 
@@ -76,6 +78,9 @@ def trainer(folder, steps):
         stop_after_steps=steps,
         log_metrics_every=10,
         train_losses={"nats": Nats()},
+        train_metrics={
+            key: kd.metrics.SingleDimension(tensor=f"info.{key}", index=None) for key in REPORTED
+        },
         optimizer=optax.adam(0.05),
         checkpointer=kd.ckpts.Checkpointer(save_interval_steps=25),
         trainstep=TrainStep(solver=SOLVER, outer_params=lm.MIXTURE.init(), inner_loss=inner_loss),
@@ -97,10 +102,15 @@ def test_fifty_steps_are_ours_and_a_resumed_run_is_an_uninterrupted_one(tmp_path
     start = run.trainstep.init(run.train_ds.element_spec)
     state = solver.init(start.params, lm.MIXTURE.init())
     update = jax.jit(solver.update)
-    for batch in run.train_ds:
-        state, _ = update(state, bf.Batch(batch, batch["outer"]))
-
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for i, batch in enumerate(run.train_ds):
+        state, info = update(state, bf.Batch(batch, batch["outer"]))
+        if i == 0:
+            _, reported = run.trainstep.step(start, batch, return_metrics=True)
+            for key in REPORTED:
+                expected = operator.attrgetter(key)(info)
+                close(reported.metric_states[key].compute(), expected)
+
     jax.tree.map(close, whole.params, state.inner_params)
     close(whole.opt_state.outer_params, state.outer_params)
     jax.tree.map(close, whole.opt_state.adjoint, state.adjoint)

@@ -55,7 +55,8 @@ def export(options: Options) -> str:
 
     Raises:
         ConfigError: an unknown reader, a stage for one that takes all, a run without a mixture,
-            domains that differ from the reader's, a file that is there already.
+            domains that differ from the reader's, a file that is there already or cannot be
+            written.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -94,12 +95,19 @@ def export(options: Options) -> str:
             )
     mixture = load(options.workdir)
     content, notes = READERS[options.to](mixture, _plan(mixture, options))
-    if options.out.exists() or options.out.is_symlink():
-        raise ConfigError(f"--out={options.out} is there already: choose another name or remove it")
-    if not options.out.parent.is_dir():
-        raise ConfigError(f"--out={options.out}: there is no folder {options.out.parent}")
-    write_json(options.out, content)
+    try:
+        _write(options.out, content)
+    except OSError as error:
+        raise ConfigError(f"--out={options.out} cannot be written: {error.strerror}") from error
     return "\n".join([str(options.out), *(f"note: {note}" for note in notes)])
+
+
+def _write(out: Path, content: Any) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"--out={out} is there already: choose another name or remove it")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out={out}: there is no folder {out.parent}")
+    write_json(out, content)
 
 
 def _plan(mixture: LearnedMixture, options: Options) -> Plan:

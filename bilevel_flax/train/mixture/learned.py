@@ -135,9 +135,9 @@ def _shares(given: Any, where: str) -> dict[str, float]:
     )
     total = math.fsum(given.values()) if fine else 0.0
     if not fine or len(given) < 2 or abs(total - 1) > _ROUNDING:
+        what = f", got {len(given)} with the sum {total:.6g}" if fine else ""
         raise ConfigError(
-            f"{where} is no mixture: at least two names with shares >= 0 that sum to 1"
-            + (f", these sum to {total:.6g}" if fine else "")
+            f"{where} is no mixture: at least two names with shares >= 0 that sum to 1{what}"
         )
     return _normalized(given)
 

@@ -74,8 +74,10 @@ def _one(mixture: LearnedMixture, plan: Plan) -> dict[str, float]:
 
 
 def maxtext(mixture: LearnedMixture, plan: Plan) -> Written:
-    """MaxText's Grain mixture: name -> path and weight."""
-    shares = _one(mixture, plan)
+    """MaxText's Grain mixture: name -> path and weight, which Grain wants to be positive."""
+    every = _one(mixture, plan)
+    shares = {name: share for name, share in every.items() if share > 0}
+    left_out = ", ".join(repr(name) for name in every if name not in shares)
     path = lambda name: plan.paths.get(name, name)
     content = {name: {"path": path(name), "weight": share} for name, share in shares.items()}
     missing = ", ".join(repr(name) for name in shares if name not in plan.paths)
@@ -83,7 +85,8 @@ def maxtext(mixture: LearnedMixture, plan: Plan) -> Written:
         f"the run does not say where {missing} lies: put the patterns of ArrayRecord files into "
         "`path`, or hand over a file that has them, --reader FILE"
     )
-    return Written(content, [note] if missing else [])
+    notes = [f"{left_out} has weight 0 and is left out"] if left_out else []
+    return Written(content, [*notes, note] if missing else notes)
 
 
 def levanter(mixture: LearnedMixture, plan: Plan) -> Written:
@@ -112,7 +115,13 @@ def datasets(mixture: LearnedMixture, plan: Plan) -> Written:
     for stage in stages:
         del stage["mixture"]
     probabilities = [shares[name] for name in names]
-    return Written({"datasets": names, "probabilities": probabilities, "stages": stages}, [])
+    unread = [name for name in names if not shares[name]]
+    note = (
+        f"{', '.join(map(repr, unread))} has probability 0: hand over the others alone, for with "
+        'stopping_strategy="all_exhausted" the stream would never end'
+    )
+    content = {"datasets": names, "probabilities": probabilities, "stages": stages}
+    return Written(content, [note] if unread else [])
 
 
 def as_json(mixture: LearnedMixture, plan: Plan) -> Written:
