@@ -182,7 +182,7 @@ class _Walk:
         for left in reversed(range(rounds + 2)):
             if left <= 1:  # once more for the flags of what depends on it
                 carry = [each._replace(powers=None) for each in carry]
-            outs = self.program(*body, [*consts, *carry, *slices])
+            outs = self.program(body[0], body[1], [*consts, *carry, *slices])
             after = [_after(old, new) for old, new in zip(carry, outs, strict=False)]
             if after == carry:
                 break
