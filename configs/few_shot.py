@@ -19,13 +19,19 @@ from ml_collections import config_dict
 
 from bilevel_flax.train.config import check_choice
 
-# λ, the step of gradient descent and how many of them, in training and where it is measured.
+# λ, the step of gradient descent and how many of them, in training and where it is measured; the
+# scale of the logits in F; Adam's step.
+_MAML = {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5}
+_MAML |= {"query_scale": 1.0, "learning_rate": 4e-3}
 SETTINGS = {
-    "imaml": {"proximal": 0.2, "inner_rate": 0.1, "inner_steps": 20, "adapt_steps": 20},
-    "tracked": {"proximal": 0.2, "inner_rate": 0.2, "inner_steps": 1, "adapt_steps": 20},
-    "maml": {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5},
-    "first_order": {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5},
-    "prototypes": {"proximal": 0.0, "inner_rate": 0.0, "inner_steps": 0, "adapt_steps": 0},
+    "imaml": {"proximal": 0.2, "inner_rate": 0.1, "inner_steps": 20, "adapt_steps": 20}
+    | {"query_scale": 4.0, "learning_rate": 8e-3},
+    "tracked": {"proximal": 0.2, "inner_rate": 0.2, "inner_steps": 1, "adapt_steps": 20}
+    | {"query_scale": 1.0, "learning_rate": 4e-3},
+    "maml": _MAML,
+    "first_order": _MAML,
+    "prototypes": {"proximal": 0.0, "inner_rate": 0.0, "inner_steps": 0, "adapt_steps": 0}
+    | {"query_scale": 1.0, "learning_rate": 8e-3},
 }
 SOLVERS = {
     "imaml": ("imaml", ("inner_rate", "inner_steps", "adjoint_steps")),
@@ -58,7 +64,6 @@ def get_config(method: str = "imaml") -> ml_collections.ConfigDict:
     config.evaluated = 400  # tasks of each part
     config.update(SETTINGS[method])
     config.adjoint_steps = 10
-    config.learning_rate = 4e-3
     config.health = {"summary": False, "every": 0}  # z and v are those of the last tasks alone
     config.data = {
         "manual_dir": config_dict.placeholder(str),

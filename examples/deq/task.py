@@ -79,7 +79,8 @@ def make_task(config: Any) -> Task:
             and for these `unrolled_steps`, `inner_steps`, `adjoint_steps`, `learning_rate`.
 
     Raises:
-        ConfigError: an unknown `states` or `state_dtype`, a part without examples.
+        ConfigError: an unknown `states` or `state_dtype`, a negative decay, a part without
+            examples.
         UserError: a number out of range; a fixed point that does not converge (from `evaluate`).
         MissingExtra: optimistix is not installed.
     """
@@ -89,6 +90,8 @@ def make_task(config: Any) -> Task:
         check_positive(f"--config.{name}", config[name])
     for name in ("width", "iterations", "max_iterations"):
         check_count(f"--config.{name}", config[name])
+    if not config.decay >= 0:
+        raise ConfigError(f"--config.decay={config.decay}: must be 0 or more")
     extras.require("fixed_point")  # not only where a network is first measured
     images = sources.load(
         config.data.name,

@@ -44,6 +44,7 @@ def make_problem(
     proximal: float,
     first_order: bool = False,
     at_once: int | None = None,
+    query_scale: float = 1.0,
 ) -> bf.Problem:
     """The two losses.
 
@@ -53,14 +54,16 @@ def make_problem(
         proximal: λ >= 0.
         first_order: G holds x fixed, so that no derivative goes through the adaptation.
         at_once: tasks whose query images are in memory at a time; None: all of them.
+        query_scale: F is the CE of the logits times this. What has fitted one image of a class is
+            less sure of the others than it is right about them.
     """
 
-    def losses(z, x, codes):
+    def loss(z, x, codes, scale):
         images, labels = omniglot.drawn(pixels, codes)
-        return cross_entropy(apply(adapted(x, z), images), labels)
+        return cross_entropy(scale * apply(adapted(x, z), images), labels)
 
-    def each(z, x, batch, part):
-        return jax.vmap(losses, (0, None, 0))(z, x, batch[part])
+    def each(z, x, codes, scale=1.0):
+        return jax.vmap(loss, (0, None, 0, None))(z, x, codes, scale)
 
     def rows(z, batch):  # of all tasks' z, where they recur
         return jax.tree.map(lambda leaf: leaf[batch[KEY]], z)
@@ -69,14 +72,14 @@ def make_problem(
         x = jax.lax.stop_gradient(x) if first_order else x
         z = rows(z, batch)
         squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(z))
-        return jnp.sum(each(z, x, batch, "support")) + 0.5 * proximal * squares
+        return jnp.sum(each(z, x, batch["support"])) + 0.5 * proximal * squares
 
     def outer_loss(z, x, batch):
         z = rows(z, batch)
         if at_once is None:
-            return jnp.mean(each(z, x, batch, "query"))
+            return jnp.mean(each(z, x, batch["query"], query_scale))
         # Without the checkpoint the loop would keep every task's activations for its way back.
-        one = jax.checkpoint(lambda task: losses(task[0], x, task[1]))
+        one = jax.checkpoint(lambda task: loss(task[0], x, task[1], query_scale))
         return jnp.mean(jax.lax.map(one, (z, batch["query"]), batch_size=at_once))
 
     return bf.Problem(inner_loss, outer_loss)
@@ -189,10 +192,9 @@ def _check_numbers(config: Any) -> None:
             f"--config.tasks={config.tasks}: not a multiple of --config.batch_size="
             f"{config.batch_size}"
         )
-    if config.method != "prototypes":
-        check_positive("--config.inner_rate", config.inner_rate)
-    if config.method in IMPLICIT:
-        check_positive("--config.proximal", config.proximal)
+    positive = ("inner_rate", "query_scale") if config.method != "prototypes" else ()
+    for name in (*positive, *(("proximal",) if config.method in IMPLICIT else ())):
+        check_positive(f"--config.{name}", config[name])
 
 
 def make_task(config: Any) -> Task:
@@ -200,8 +202,8 @@ def make_task(config: Any) -> Task:
 
     Args:
         config: keys `method`, `adapts`, `ways`, `shots`, `queries`, `width`, `tasks`, `copies`,
-            `proximal`, `inner_rate`, `adapt_steps`, `evaluated`, `batch_size`, `tasks_at_once`,
-            `seed`, `data`.
+            `proximal`, `inner_rate`, `adapt_steps`, `query_scale`, `evaluated`, `batch_size`,
+            `tasks_at_once`, `seed`, `data`.
 
     Raises:
         ConfigError: alphabets that are in two parts, an unknown method.
@@ -241,7 +243,8 @@ def make_task(config: Any) -> Task:
     else:
         proximal = config.proximal if implicit else 0.0
         first_order = config.method == "first_order"
-        problem = make_problem(model.apply, pixels, proximal, first_order, config.tasks_at_once)
+        more = {"at_once": config.tasks_at_once, "query_scale": config.query_scale}
+        problem = make_problem(model.apply, pixels, proximal, first_order, **more)
         settings = (proximal, config.inner_rate, config.adapt_steps)
         accuracy = accuracies(after_adaptation(model.apply, pixels, measured_start, *settings))
     side = minibatches(train, config.batch_size, config.seed)
