@@ -20,18 +20,14 @@ from ml_collections import config_dict
 from bilevel_flax.train.config import check_choice
 
 # λ, the step of gradient descent and how many of them, in training and where it is measured; the
-# scale of the logits in F; Adam's step.
-_MAML = {"proximal": 0.0, "inner_rate": 0.2, "inner_steps": 5, "adapt_steps": 5}
-_MAML |= {"query_scale": 1.0, "learning_rate": 4e-3}
+# scale of the logits in F, Adam's step.
+KEYS = ("proximal", "inner_rate", "inner_steps", "adapt_steps", "query_scale", "learning_rate")
 SETTINGS = {
-    "imaml": {"proximal": 0.2, "inner_rate": 0.1, "inner_steps": 20, "adapt_steps": 20}
-    | {"query_scale": 4.0, "learning_rate": 8e-3},
-    "tracked": {"proximal": 0.2, "inner_rate": 0.2, "inner_steps": 1, "adapt_steps": 20}
-    | {"query_scale": 1.0, "learning_rate": 4e-3},
-    "maml": _MAML,
-    "first_order": _MAML,
-    "prototypes": {"proximal": 0.0, "inner_rate": 0.0, "inner_steps": 0, "adapt_steps": 0}
-    | {"query_scale": 1.0, "learning_rate": 8e-3},
+    "imaml": (0.2, 0.1, 20, 20, 4.0, 8e-3),
+    "tracked": (0.2, 0.2, 1, 20, 1.0, 4e-3),
+    "maml": (0.0, 0.2, 5, 5, 1.0, 4e-3),
+    "first_order": (0.0, 0.2, 5, 5, 1.0, 4e-3),
+    "prototypes": (0.0, 0.0, 0, 0, 1.0, 8e-3),
 }
 SOLVERS = {
     "imaml": ("imaml", ("inner_rate", "inner_steps", "adjoint_steps")),
@@ -62,7 +58,7 @@ def get_config(method: str = "imaml") -> ml_collections.ConfigDict:
     config.tasks = 2000 if method == "tracked" else 12_000
     config.copies = 5  # distorted ones of each drawing, beside it
     config.evaluated = 400  # tasks of each part
-    config.update(SETTINGS[method])
+    config.update(dict(zip(KEYS, SETTINGS[method], strict=True)))
     config.adjoint_steps = 10
     config.health = {"summary": False, "every": 0}  # z and v are those of the last tasks alone
     config.data = {
