@@ -51,7 +51,6 @@ def get_config(method: str = "imaml") -> ml_collections.ConfigDict:
     config.log_every = 50
     config.adapts = "head" if method in ("imaml", "tracked") else "network"
     config.ways = 5
-    config.train_ways = config.get_oneway_ref("ways")
     config.shots = 1
     config.queries = 5
     config.width = 32

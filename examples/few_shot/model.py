@@ -39,12 +39,6 @@ def head(width: int, ways: int) -> Params:
     return {"head": jnp.zeros((4 * width, ways)), "head_bias": jnp.zeros(ways)}
 
 
-def start(width: int, ways: int, adapts: str) -> Params:
-    """What a task adds to x before it adapts, zeros: to its last layer ("head") or all of it."""
-    rest = jax.eval_shape(lambda: init(jax.random.PRNGKey(0), width)) if adapts == "network" else {}
-    return head(width, ways) | jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), rest)
-
-
 def features(params: Params, images: jax.Array) -> jax.Array:
     """What the last layer is handed, [batch, 4 width], of images [batch, 17 to 32, 17 to 32]."""
     hidden = images[..., None]

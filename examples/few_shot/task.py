@@ -183,7 +183,7 @@ def minibatches(tasks: omniglot.Tasks, batch_size: int, seed: int) -> FiniteSum:
 
 
 def _check_numbers(config: Any) -> None:
-    least = dict.fromkeys(("ways", "train_ways"), 2) | {"copies": 0}
+    least = {"ways": 2, "copies": 0}
     counts = ("shots", "queries", "width", "tasks", "batch_size", "tasks_at_once", "evaluated")
     for name in (*least, *counts, *(("adapt_steps",) if config.method != "prototypes" else ())):
         check_count(f"--config.{name}", config[name], least.get(name, 1))
@@ -224,19 +224,19 @@ def make_task(config: Any) -> Task:
             )
     characters = omniglot.distorted(characters, config.copies)
 
-    def tasks_of(part: str, count: int, seed: int, **more: Any) -> omniglot.Tasks:
-        shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries} | more
+    def tasks_of(part: str, count: int, seed: int, **more: bool) -> omniglot.Tasks:
+        shape = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
         key = f"--config.data.{part}"
-        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed)
+        return omniglot.draw(characters, parts[part], key, **shape, count=count, seed=seed, **more)
 
     seed = 3 * config.seed
-    train = tasks_of("train", config.tasks, seed, ways=config.train_ways, augment=True)
+    train = tasks_of("train", config.tasks, seed, augment=True)
     validation = tasks_of("validation", config.evaluated, seed + 1)
     test = tasks_of("test", config.evaluated, seed + 2)
     pixels = jnp.asarray(characters.images.reshape(-1, omniglot.SIDE, omniglot.SIDE))
-    start, measured_start = (
-        model.start(config.width, ways, config.adapts) for ways in (config.train_ways, config.ways)
-    )
+    start = model.head(config.width, config.ways)
+    if config.adapts == "network":
+        start |= jax.tree.map(jnp.zeros_like, model.init(jax.random.PRNGKey(0), config.width))
     if config.method == "prototypes":
         problem = prototypes_problem(model.features, pixels)
         accuracy = accuracies(by_prototypes(model.features, pixels))
@@ -246,7 +246,7 @@ def make_task(config: Any) -> Task:
         more = {"at_once": config.tasks_at_once, "query_scale": config.query_scale}
         problem = make_problem(model.apply, pixels, proximal, first_order, **more)
         settings = (proximal, config.inner_rate, config.adapt_steps)
-        accuracy = accuracies(after_adaptation(model.apply, pixels, measured_start, *settings))
+        accuracy = accuracies(after_adaptation(model.apply, pixels, start, *settings))
     side = minibatches(train, config.batch_size, config.seed)
     rows = config.tasks if config.method == "tracked" else config.batch_size
 

@@ -107,15 +107,28 @@ def test_maml_is_backprop_through_the_steps(first_order, x64):
     close(stepped(solvers.maml, x, z, 0.0, first_order, inner_steps=3), back(total))
 
 
-def test_losses_are_of_the_rows_of_their_tasks():
+def test_losses_are_of_the_rows_of_their_tasks_and_of_scaled_queries():
     # The loop asks for derivatives on all of z before its first step, the solver on rows alone.
-    z, x = start(3)
-    z = jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape)), z)
+    _, x = start(3)
+    z = jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=(3, *leaf.shape))), x)
     rows = jax.tree.map(lambda leaf: leaf[BATCH["task"]], z)
-    problem = task.make_problem(apply, jnp.asarray(PIXELS), PROXIMAL, at_once=1)
-    for loss in (problem.inner_loss, problem.outer_loss):
-        alone = loss(rows, x, BATCH | {"task": jnp.arange(2)})
-        np.testing.assert_allclose(loss(z, x, BATCH), alone, rtol=1e-6)
+    more: dict[str, Any] = {"at_once": 1, "query_scale": 3.0}
+    problem = task.make_problem(apply, jnp.asarray(PIXELS), PROXIMAL, **more)
+
+    def direct(row, codes):
+        images, labels = omniglot.drawn(jnp.asarray(PIXELS), codes)
+        params = task.adapted(x, jax.tree.map(lambda leaf: leaf[row], rows))
+        return task.cross_entropy(3 * apply(params, images), labels)
+
+    @jax.jit
+    def losses():
+        alone = BATCH | {"task": jnp.arange(2)}
+        inner = [problem.inner_loss(z, x, BATCH), problem.inner_loss(rows, x, alone)]
+        means = sum(direct(row, codes) for row, codes in enumerate(BATCH["query"])) / 2
+        return inner, [problem.outer_loss(z, x, BATCH), means]
+
+    for found, wanted in losses():
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert bf.oracles.probe(problem, bf.Variables(z, z, x), BATCH).mode == "forward_over_reverse"
 
 
