@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from bilevel_flax.checkpoints import directory as folders
 from bilevel_flax.checkpoints.errors import CheckpointError, CheckpointMismatch, reason
 from bilevel_flax.checkpoints.processes import Processes, SingleProcess
 from bilevel_flax.checkpoints.records import Record
+from bilevel_flax.checkpoints.restored import Restored
 from bilevel_flax.checkpoints.shards import host_copy, is_spread
 from bilevel_flax.checkpoints.template import Template
 
@@ -38,32 +39,6 @@ __all__ = ["CheckpointError", "CheckpointMismatch", "Checkpointer", "Restored"]
 
 _T = TypeVar("_T")
 _logger = logging.getLogger("bilevel_flax")
-
-
-class Restored(NamedTuple):
-    """What `Checkpointer.restore` returns.
-
-    Attributes:
-        state: with structure, dtypes and shardings of the template.
-        meta: as handed to `save`, after a round trip through JSON.
-        step: the step.
-
-    Example:
-        >>> import tempfile, jax.numpy as jnp, optax, bilevel_flax as bf
-        >>> problem = bf.Problem(lambda z, x, b: (z - x * b) ** 2, lambda z, x, b: (z - b) ** 2)
-        >>> solver = bf.soba(problem, inner=optax.sgd(0.1), outer=optax.sgd(0.1))
-        >>> state, directory = solver.init(jnp.array(0.5), jnp.array(2.0)), tempfile.mkdtemp()
-        >>> with bf.checkpoints.Checkpointer(directory) as checkpointer:
-        ...     checkpointer.save(3, state, {"epoch": 1})
-        >>> with bf.checkpoints.Checkpointer(directory) as checkpointer:
-        ...     restored = checkpointer.restore(state)
-        >>> restored.step, restored.meta["epoch"], float(restored.state.outer_params)
-        (3, 1, 2.0)
-    """
-
-    state: Any
-    meta: dict[str, Any]
-    step: int
 
 
 class Checkpointer:

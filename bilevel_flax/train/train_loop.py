@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,6 @@ from bilevel_flax.train import actions, multihost
 from bilevel_flax.train import metrics as writers
 from bilevel_flax.train.config import Config
 from bilevel_flax.train.errors import (
-    Diverged,
     FiniteCheck,
     Interrupted,
     raise_if_diverged,
@@ -38,6 +37,7 @@ from bilevel_flax.train.heartbeat import Heartbeat
 from bilevel_flax.train.metrics.progress_bar import Progress
 from bilevel_flax.train.preemption import PreemptionGuard
 from bilevel_flax.train.run_config import RunConfig
+from bilevel_flax.train.start import initial, restore
 from bilevel_flax.train.step_runner import StepRunner
 from bilevel_flax.train.task import Task
 from bilevel_flax.train.whole_state import OnWholeState, gather_to_host
@@ -92,7 +92,7 @@ def train_loop(
     """
     run = RunConfig.read(run)
     processes = multihost.Channel("train")
-    state, outer_params = _initial(run, task, solver, layout)
+    state, outer_params = initial(run, task, solver, layout)
     check = FiniteCheck(state)
     settings = {"seed": run.seed, "on_device": run.on_device, "layout": layout}
     runner = StepRunner(solver, task.inner, task.outer, paired=task.paired, **settings)
@@ -121,7 +121,7 @@ def train_loop(
             processes=multihost.Channel("checkpoints"),
         ) as checkpointer,
     ):
-        state, first, meta = _restore(workdir, checkpointer, state, runner, check, messages)
+        state, first, meta = restore(workdir, checkpointer, state, runner, check, messages)
         schedule = lambda every: actions.Schedule(every, run.steps)
         totals = actions.Totals(runner, meta.get("totals"))
         means = actions.StepMeans(schedule(run.log_every), totals, meta.get("window"))
@@ -194,47 +194,6 @@ def train_loop(
     if received is not None:  # after the last step
         raise Interrupted(f"{received.name}: trained; the same command goes on", received)
     return Trained(state, totals.now(), monitor, unsaved, obstacle)
-
-
-def _initial(
-    run: RunConfig, task: Task, solver: BilevelSolver, layout: Layout | None
-) -> tuple[TrainState, Any]:
-    """The state at step 0, and x as the task gave it."""
-    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(run.seed))
-    initial = task.start(init_rng)
-    state = solver.init(
-        initial.inner_params, initial.outer_params, model_state=initial.model_state, rng=run_rng
-    )
-    return state if layout is None else layout.place_state(state), initial.outer_params
-
-
-def _restore(
-    workdir: Path,
-    checkpointer: Checkpointer,
-    state: TrainState,
-    runner: StepRunner,
-    check: FiniteCheck,
-    messages: list[str],
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """State, step and position of the newest checkpoint, or of the start.
-
-    Raises:
-        Diverged: the checkpoint holds a NaN; every run that goes on from it would fail.
-    """
-    restored = checkpointer.restore(state)
-    if restored is None:
-        return state, 0, {}
-    for sampler, saved in zip(runner.samplers, restored.meta["samplers"], strict=True):
-        sampler.check(saved)
-    messages.append(f"resuming {workdir} at step {restored.step}")
-    lost = check.first_lost(restored.state)
-    if lost is not None:
-        raise Diverged(
-            f"{workdir / 'checkpoints' / str(restored.step)} holds {lost}, which is not finite: "
-            "delete that folder, and the same command goes on from the checkpoint before, or from "
-            "the start"
-        )
-    return restored.state, restored.step, restored.meta
 
 
 def _open_files(
