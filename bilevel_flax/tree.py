@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from bilevel_flax.base import PyTree, Rows, Table
+
+# FSDP keeps leaves below this whole (`sharding/rules.py`), so that putting them together moves
+# nothing between devices; rules of one's own that cut them cost their bytes.
+_SMALL = 2**10
 
 
 class Split(NamedTuple):
@@ -113,13 +117,24 @@ def norm(tree: PyTree) -> jax.Array:
     A finite direction whose square overflows float32 counts as infinite.
     """
     # A dot product, not sum(square(...)): XLA's CPU reductions are scalar loops, 5 times slower.
-    flat = [
-        leaf.astype(wide(leaf.dtype)).reshape(-1)
-        for leaf in jax.tree.leaves(tree)
-        if is_inexact(leaf)
-    ]
-    squares = [jnp.vdot(leaf, leaf) for leaf in flat]
-    return jnp.sqrt(total(squares))
+    leaves = [leaf.astype(wide(leaf.dtype)) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+    return jnp.sqrt(total([jnp.vdot(part, part) for (part,) in _together(leaves)]))
+
+
+def _together(*sides: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
+    """The leaves of trees of one kind, small ones of one dtype as one vector, for sums over them.
+
+    XLA's CPU backend compiles up to three kernels for the sum of a small leaf.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(sides[0]):
+        groups.setdefault(leaf.dtype if leaf.size < _SMALL else i, []).append(i)
+    for first, *others in groups.values():
+        if others:
+            both = first, *others
+            yield [jnp.concatenate([side[i].reshape(-1) for i in both]) for side in sides]
+        else:
+            yield [side[first] for side in sides]
 
 
 def total(scalars: Sequence[jax.Array]) -> jax.Array:
@@ -142,11 +157,13 @@ def masked(tree: PyTree, flags: PyTree) -> PyTree:
 
 def dot(tree: PyTree, other: PyTree) -> jax.Array:
     """Inner product of two trees of floats, in float32 at least."""
-
-    def product(a, b):
-        return jnp.vdot(a.astype(wide(a.dtype)), b.astype(wide(a.dtype)))
-
-    return total(jax.tree.leaves(jax.tree.map(product, tree, other)))
+    left, treedef = jax.tree.flatten(tree)
+    dtypes = [wide(leaf.dtype) for leaf in left]
+    left, right = (
+        [leaf.astype(dtype) for leaf, dtype in zip(side, dtypes, strict=True)]
+        for side in (left, treedef.flatten_up_to(other))
+    )
+    return total([jnp.vdot(*pair) for pair in _together(left, right)])
 
 
 def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:
