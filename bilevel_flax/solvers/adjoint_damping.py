@@ -10,6 +10,7 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import PyTree
+from bilevel_flax.solvers.adjoint_moves import from_plan, plan_of
 from bilevel_flax.tree import norm, ratio
 
 # δ between 1e-26 and 1e26: ρδ stays a float32.
@@ -130,51 +131,43 @@ def self_damped(
         raise ValueError(f"rate={rate} must lie in (0, 1]")
     if not initial > 0:
         raise ValueError(f"initial={initial} must be > 0")
-    step = optax.with_extra_args_support(transform)
+    inner_plan = plan_of(transform)
 
     def init(params):
         log_damping = jnp.log(jnp.float32(initial))
-        return SelfDampedState(log_damping, jnp.zeros((), jnp.float32), step.init(params))
+        return SelfDampedState(log_damping, jnp.zeros((), jnp.float32), transform.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def plan(updates, state, params=None, **extra_args):
         (residual,) = needed(extra_args, "adjoint_residual")
         product = extra_args.get("adjoint_product")
-        if product is None:
-            unit = jnp.float32(1.0)
-        else:
+        unit, pull = jnp.float32(1.0), 0.0
+        if product is not None:
             size = norm(params)
             curvature = (product / jnp.where(size > 0, size, 1.0)).astype(jnp.float32)
             unit = jnp.where(state.unit > 0, state.unit, curvature)
-            least = _FLAT * unit
-            pull = jnp.where(size > 0, jnp.maximum(least - curvature, 0.0), 0.0)
-            updates = jax.tree.map(lambda d, v: d + pull.astype(d.dtype) * v, updates, params)
+            pull = jnp.where(size > 0, jnp.maximum(_FLAT * unit - curvature, 0.0), 0.0)
             extra_args["adjoint_product"] = jnp.maximum(
                 product, (pull * size).astype(product.dtype)
             )
-        moved, inner = step.update(updates, state.inner, params, **extra_args)
+        move, inner = inner_plan(updates, state.inner, params, **extra_args)
         # Momentum goes on where D_v is 0, and says nothing about ρ there.
         length = norm(updates)
-        rho = jnp.where(length > 0, ratio(norm(moved), length), 0.0)
-        share = 1 - 1 / (1 + rho * unit * jnp.exp(state.log_damping))
-
-        def take_back(u, v):
-            return u - share.astype(u.dtype) * (v + u)
-
-        moved = jax.tree.map(take_back, moved, params)
+        rho = jnp.where(length > 0, ratio(move.factor * move.length, length), 0.0)
+        move = move.shortened(1 / (1 + rho * (unit * jnp.exp(state.log_damping) + pull)))
         usable = jnp.isfinite(residual) & (residual > 0)
         excess = jnp.log(jnp.where(usable, residual, target).astype(jnp.float32) / target)
         excess = jnp.where(residual == 0, -1.0, jnp.clip(excess, -1.0, 1.0))
         most = jnp.float32(_LOG_LIMIT)
         log_damping = jnp.clip(state.log_damping + rate * excess, -most, most)
-        return moved, SelfDampedState(log_damping, unit, inner)
+        return move, SelfDampedState(log_damping, unit, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_plan(init, plan)
 
 
 def bounded(
     transform: optax.GradientTransformation, limit: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps ‖v‖ <= limit · (1 + ‖z‖) by shortening v.
+    """Keeps ‖v‖ <= limit · (1 + ‖z‖) by shortening v where v and its step together are longer.
 
     Plain SGD on v diverges where the step exceeds 2 over the largest curvature; z bends away from
     such directions, v, which lives in a linear system, cannot.
@@ -191,19 +184,13 @@ def bounded(
     """
     if not limit > 0:
         raise ValueError(f"limit={limit} must be positive")
-    step = optax.with_extra_args_support(transform)
+    inner_plan = plan_of(transform)
 
-    def update(updates, state, params=None, **extra_args):
+    def plan(updates, state, params=None, **extra_args):
         (z,) = needed(extra_args, "inner_params")
-        moved, state = step.update(updates, state, params, **extra_args)
-        length = norm(jax.tree.map(jnp.add, params, moved))
+        move, state = inner_plan(updates, state, params, **extra_args)
+        length = move.keep * norm(params) + move.factor * move.length  # of v⁺, at most
         most = limit * (1 + norm(z))
-        shrink = jnp.where(length > most, most / length, 1.0)
+        return move.shortened(jnp.where(length > most, most / length, 1.0)), state
 
-        def shorten(u, v):
-            s = shrink.astype(u.dtype)
-            return jnp.where(length > most, s * (v + u) - v, u)
-
-        return jax.tree.map(shorten, moved, params), state
-
-    return optax.GradientTransformationExtraArgs(step.init, update)
+    return from_plan(transform.init, plan)

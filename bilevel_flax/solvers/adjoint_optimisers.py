@@ -24,6 +24,7 @@ from bilevel_flax.solvers.adjoint_damping import (
     needed,
     self_damped,
 )
+from bilevel_flax.solvers.adjoint_moves import Move, from_plan, plan_of
 from bilevel_flax.solvers.inner_optimiser import share_step_count
 from bilevel_flax.solvers.optimiser_probes import (
     applies_to_adjoint,
@@ -182,7 +183,7 @@ def in_own_units(
         means = size, product, length, jnp.float32(1.0)
         return OwnUnitsState(jnp.int32(0), *means, longest, step.init(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def plan(updates, state, params=None, **extra_args):
         product, residual = needed(extra_args, "adjoint_product", "adjoint_residual")
         count = jnp.asarray(optax.safe_increment(state.count))
 
@@ -199,7 +200,8 @@ def in_own_units(
         steps = jnp.maximum(time_constant * residual, jnp.minimum(time_constant, _FASTEST))
         scaled = functools.partial(_times, 1 / jnp.where(unit > 0, unit, 1.0))
         moved, inner = step.update(scaled(updates), state.inner, scaled(params), **extra_args)
-        own = norm(moved).astype(jnp.float32)  # as it was, where z is float64
+        length_of_step = norm(moved)
+        own = length_of_step.astype(jnp.float32)  # as it was, where z is float64
         # What a schedule or an accumulator took from z's steps long ago is nothing to v.
         longest = jnp.maximum((1 - 1 / (_MEMORY * steps)) * state.longest, own)
         # Of small D_v a larger share: the square of v itself must be a float32.
@@ -214,9 +216,9 @@ def in_own_units(
         )
         factor = far / jnp.where(longest > 0, longest, 1.0)
         state = OwnUnitsState(count, size, product, length, residual, longest, inner)
-        return _times(factor, moved), state
+        return Move(jnp.float32(1.0), factor, moved, length_of_step), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_plan(init, plan)
 
 
 def _least(tree: PyTree) -> float:
@@ -271,8 +273,8 @@ def scale_free_like(
             )
         return state
 
-    def update(updates, state, params=None, **extra_args):
+    def plan(updates, state, params=None, **extra_args):
         step = grafted if isinstance(state, OwnUnitsState) else plain
-        return step.update(updates, state, params, **extra_args)
+        return plan_of(step)(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return from_plan(init, plan)
