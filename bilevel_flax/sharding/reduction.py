@@ -77,13 +77,7 @@ def reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
         for j, leaf in enumerate(row):
             if not is_inexact(leaf):
                 continue
-            left = list(axes)
-            for axis, entry in enumerate(spec):
-                names = (entry,) if isinstance(entry, str) else entry or ()
-                names = tuple(name for name in names if name in left)
-                if names:
-                    leaf = lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
-                    left = [name for name in left if name not in names]
+            leaf, left = _scattered(leaf, spec, axes)
             put(("like_z", i, j), leaf, left)
     for i, leaf in enumerate(parts["rest"]):
         if is_inexact(leaf):
@@ -99,3 +93,24 @@ def reduced(parts: dict, like_z: list, axes: tuple[str, ...]) -> dict:
             else:
                 out["like_z"][place[1]][place[2]] = leaf
     return out
+
+
+def _scattered(leaf: jax.Array, spec: Any, axes: tuple[str, ...]) -> tuple[jax.Array, list[str]]:
+    """The parts that devices keep of a leaf's sum, and the axes over which it is still to be taken.
+
+    A sum over further axes is one to be scattered there, too, and gathered: in one with the first.
+    """
+    left = list(axes)
+    for axis, entry in enumerate(spec):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        names = tuple(name for name in names if name in left)
+        if not names:
+            continue
+        left = [name for name in left if name not in names]
+        others = tuple(left)
+        cut_later = any(other is not None for other in spec[axis + 1 :])
+        if others and not cut_later and leaf.shape[axis] % lax.axis_size((*names, *others)) == 0:
+            leaf = lax.psum_scatter(leaf, (*names, *others), scatter_dimension=axis, tiled=True)
+            return lax.all_gather(leaf, others, axis=axis, tiled=True), []
+        leaf = lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
+    return leaf, left
