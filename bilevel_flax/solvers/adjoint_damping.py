@@ -97,7 +97,7 @@ def self_damped(
     A noiseless convex problem drives δ to 0, and v to the exact adjoint; deep networks end where
     δ is about ‖Hv‖ / ‖v‖. Where H is singular ∇₁F may have a part that no v can meet, and v would
     grow along it until its other digits are lost: what ‖Hv‖ / ‖v‖ lacks of 1e-4 of what it was
-    first is added to H (D_x needs none of that part of v).
+    first is added to δ (D_x needs none of that part of v).
 
     Args:
         transform: the optimiser; it sees D_v.
