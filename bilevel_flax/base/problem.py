@@ -16,6 +16,18 @@ from bilevel_flax.base.variables import Metrics, PyTree
 DERIVATIVES = ("forward_over_reverse", "reverse_over_reverse", "finite_differences")
 
 
+def check_problem(value: Any) -> None:
+    """Raises unless `value` is a `Problem`.
+
+    Raises:
+        TypeError: a loss, a tuple of two, or anything else.
+    """
+    if not isinstance(value, Problem):
+        raise TypeError(
+            f"problem={value!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
+        )
+
+
 class Aux(NamedTuple):
     """What a stateful loss returns beside its value.
 

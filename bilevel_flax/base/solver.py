@@ -63,9 +63,18 @@ class TrainState(struct.PyTreeNode):
 
 
 def complete_by_state(point: Any, model_state: PyTree, rng: Any) -> tuple[Any, PyTree, Any]:
-    """`(variables, model_state, rng)`; of a `TrainState` what is not given (None) beside it."""
-    if not isinstance(point, TrainState):
+    """`(variables, model_state, rng)`; of a state what is not given (None) beside it.
+
+    Raises:
+        TypeError: `point` is something else.
+    """
+    if isinstance(point, Variables):
         return point, model_state, rng
+    if not hasattr(point, "variables"):  # of a host's state, too (bf.directions)
+        raise TypeError(
+            f"point is a {type(point).__name__}, but must be a TrainState (solver.init), or "
+            "bf.Variables(inner_params, adjoint, outer_params)"
+        )
     model_state = point.model_state if model_state is None else model_state
     return point.variables, model_state, point.rng if rng is None else rng
 

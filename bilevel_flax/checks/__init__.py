@@ -1,10 +1,12 @@
 """Mistakes of whoever calls, told in one line before anything is computed."""
 
+from bilevel_flax.base.problem import check_problem as problem
 from bilevel_flax.checks.arguments import (
     UserError,
     as_count,
     at_least,
     check_count,
+    check_number,
     check_partition,
     check_positive,
     key,
@@ -25,7 +27,6 @@ from bilevel_flax.checks.problems import (
     outer_loss_sees_all,
     parameters,
     per_sample,
-    problem,
     warn_unless_finite_sum,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "batch",
     "check_count",
     "check_finite",
+    "check_number",
     "check_partition",
     "check_positive",
     "check_sum",

@@ -116,6 +116,18 @@ def check_positive(name: str, value: Any) -> None:
         raise UserError(f"{name} must be a positive number or a schedule, got {value!r}")
 
 
+def check_number(name: str, value: Any, above: float = -math.inf) -> None:
+    """Raises unless `value` is a finite number above `above`.
+
+    Raises:
+        UserError: names the argument and the value.
+    """
+    fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not fine or not above < float(value) < math.inf:
+        kind = {-math.inf: "a finite number", 0.0: "a positive number"}.get(above, f"> {above:g}")
+        raise UserError(f"{name} must be {kind}, got {value!r}")
+
+
 def check_partition(count_name: str, count: Any, weights_name: str, weights: Any) -> None:
     """Raises unless there is a positive number of minibatches and a weight for each.
 

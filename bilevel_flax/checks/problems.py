@@ -73,18 +73,6 @@ def per_sample(problem: Problem, outer_params: PyTree) -> None:
     rows.map_prefix(problem.per_sample, check, lambda leaf: None, outer_params)
 
 
-def problem(value: Any) -> None:
-    """Raises unless `value` is a `Problem`.
-
-    Raises:
-        TypeError: a loss, a tuple of two, or anything else.
-    """
-    if not isinstance(value, Problem):
-        raise TypeError(
-            f"problem={value!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
-        )
-
-
 def host_moves_z(inner: Any, adjoint: Any) -> None:
     """Raises where z's optimiser is not known, and v has none of its own.
 

@@ -10,6 +10,7 @@ rarely the cheapest way to the same memory here, and the two are weighed against
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, TrainState, Variables
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import flops
 from bilevel_flax.oracles.evaluate import evaluate_all
@@ -136,6 +138,7 @@ def fit_memory(
     Raises:
         ValueError: nothing is within the budget; names the least that there is. Or the problem is
             microbatched already, or `factor` is no positive number.
+        TypeError: no problem, point or pair of minibatches.
 
     Example:
         >>> import jax, jax.numpy as jnp, bilevel_flax as bf
@@ -147,9 +150,14 @@ def fit_memory(
         >>> fit.temporary_bytes <= fit.budget, fit.flops < 4 * fit.plain_flops
         (True, True)
     """
+    check_problem(problem)
+    if not isinstance(batch, Batch) or batch.inner is None or batch.outer is None:
+        raise TypeError(
+            f"batch is a {type(batch).__name__}, but must be a pair, bf.Batch(inner, outer)"
+        )
     if in_parts(problem.inner_loss) or in_parts(problem.outer_loss):
         raise ValueError("problem is microbatched already: hand fit_memory what it was made from")
-    if not factor > 0:
+    if not (isinstance(factor, numbers.Real) and factor > 0):
         raise ValueError(f"factor={factor!r} must be a positive number, e.g. 1.5")
     point, model_state, rng = complete_by_state(point, model_state, rng)
     context = (point, batch, model_state, rng)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bilevel_flax.base import Problem
 from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import MASKS, name_of
 from bilevel_flax.oracles.microbatches import Microbatched
@@ -91,6 +92,7 @@ def mixed_precision(problem: Problem, compute_dtype: Any) -> Problem:
         >>> loss = lambda z, x, batch: ((z - x - batch) ** 2).mean()
         >>> problem = bf.oracles.mixed_precision(bf.Problem(loss, loss), "bfloat16")
     """
+    check_problem(problem)
     _check_dtype(compute_dtype, problem.derivatives)
 
     def lower(loss):

@@ -11,6 +11,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import Batch, Problem, PyTree, TrainState, Variables
 from bilevel_flax.base.condition import is_condition
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
@@ -82,7 +83,8 @@ def probe(
     Raises:
         TypeError: the loss cannot be differentiated even once; names what stops it. Or `point` is
             something else.
-        ValueError: a kernel and its reference compute different things; names the difference.
+        ValueError: a kernel and its reference compute different things; names the difference. Or
+            there is no inner minibatch.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -91,17 +93,15 @@ def probe(
         >>> bf.oracles.probe(bf.Problem(loss, loss), point, jnp.ones(2)).mode
         'forward_over_reverse'
     """
-    point, model_state, rng = complete_by_state(point, model_state, rng)
-    if not isinstance(point, Variables):
-        raise TypeError(
-            f"point is a {type(point).__name__}, but must be a TrainState (solver.init), or "
-            "bf.Variables(inner_params, adjoint, outer_params)"
-        )
+    check_problem(problem)
+    at, model_state, rng = complete_by_state(point, model_state, rng)
     if problem.stateful and rng is None:
         rng = jax.random.PRNGKey(0)
     minibatch = batch.inner if isinstance(batch, Batch) else batch
+    if minibatch is None:
+        raise ValueError("batch has no inner minibatch: hand probe one, or bf.Batch(inner, outer)")
     loss, z, x, _ = losses.inner(
-        problem, point.inner, point.outer, minibatch, model_state, rng if problem.stateful else None
+        problem, at.inner, at.outer, minibatch, model_state, rng if problem.stateful else None
     )
 
     if name := first_order_stop(loss, z.leaves, x.leaves):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import Condition
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.oracles.linear_models import LinearLoss
 from bilevel_flax.oracles.wrapped_loss import SIDES
@@ -61,6 +62,7 @@ def trainable(problem: Problem, mask: Any) -> Problem:
         >>> float(grad["base"]), float(grad["lora"])
         (0.0, 2.0)
     """
+    check_problem(problem)
 
     def moves(z: PyTree) -> PyTree:
         flags = mask(z) if callable(mask) else mask

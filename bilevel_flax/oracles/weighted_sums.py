@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import Condition, is_condition
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import MASKS, counted, entries, example_mask, name_of, repeat_real
 from bilevel_flax.oracles import losses
@@ -87,6 +88,7 @@ def weighted_sums(problem: Problem) -> Problem:
         >>> float(problem.inner_loss(0.0, 0.0, batch))
         1.0
     """
+    check_problem(problem)
 
     def wrapped(loss):
         if isinstance(loss, WeightedSum):

@@ -41,16 +41,16 @@ class WithReference:
     def __init__(self, fast: Callable[..., PyTree], reference: Callable[..., PyTree]):
         self.fast, self.reference = fast, reference
         self._traced: dict[Any, _Traced] = {}
-        self._checked = False
+        self._checked: set[_Call] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
-        """The kernel's value. The first call on numbers compares it with the reference.
+        """The kernel's value. The first call on numbers, with these settings, compares the two.
 
         Raises:
             ValueError: as `check`.
         """
         leaves, call = _arrays(args, kwargs)
-        if not (self._checked or any(isinstance(leaf, core.Tracer) for leaf in leaves)):
+        if call not in self._checked and not any(isinstance(a, core.Tracer) for a in leaves):
             self.check(*args, **kwargs)
         traced = self._trace(leaves, call)
         return jax.tree.unflatten(traced.tree, traced.kernel(*leaves))
@@ -74,7 +74,7 @@ class WithReference:
                 f"with_reference: {_name(self.fast)} and its reference differ: {found}; give both "
                 "the same scale, mask and layout"
             )
-        self._checked = True
+        self._checked.add(call)
 
     def _trace(self, leaves: list, call: _Call) -> _Traced:
         key = call, tuple(jax.typeof(leaf) for leaf in leaves)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilevel_flax.base import Problem
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 
 SIDES = ("inner_loss", "outer_loss")
@@ -41,10 +42,7 @@ def wrap_losses(
         >>> doubled.outer_loss(1.0, 0.0, 3.0)
         6.0
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"problem={problem!r:.60} is no bf.Problem: pass bf.Problem(inner_loss, outer_loss)"
-        )
+    check_problem(problem)
 
     def wrapped(loss):
         if isinstance(loss, WrappedLoss):

@@ -9,7 +9,6 @@ serves them all, however many there are.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_flax.base import Aux, PyTree
-from bilevel_flax.checks import UserError
+from bilevel_flax.checks import UserError, check_number
 from bilevel_flax.minibatches import example_mask
 
 
@@ -87,11 +86,11 @@ def goals(
             )
     shares = dict.fromkeys(losses, 1.0) if weights is None else dict(weights)
     for name, weight in shares.items():
-        _number(f"weights[{name!r}]", weight, 0.0)
+        check_number(f"weights[{name!r}]", weight, 0.0)
     for name, floor in (floors or {}).items():
-        _number(f"floors[{name!r}]", floor)
+        check_number(f"floors[{name!r}]", floor)
     if temperature is not None:
-        _number("temperature", temperature, 0.0)
+        check_number("temperature", temperature, 0.0)
     total = math.fsum(shares.values())
 
     def evaluate(z: PyTree, x: PyTree, batch: Any, *context: Any) -> Any:
@@ -113,13 +112,6 @@ def goals(
         return (whole, Aux(context[0], metrics)) if stateful else whole
 
     return Goals(evaluate, is_mean=not floors and temperature is None)
-
-
-def _number(name: str, value: Any, above: float = -math.inf) -> None:
-    fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not fine or not above < float(value) < math.inf:
-        kind = "a finite number" if above == -math.inf else "a positive number"
-        raise UserError(f"{name} must be {kind}, got {value!r}")
 
 
 def _minibatch(batch: Any, name: str) -> Any:

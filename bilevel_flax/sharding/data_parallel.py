@@ -31,6 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bilevel_flax import oracles
 from bilevel_flax import per_sample as rows
 from bilevel_flax.base import Batch, Oracles, Problem, PyTree, Rows, Variables
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.oracles.microbatches import check_scalars
 from bilevel_flax.oracles.weighted_sums import amount
 from bilevel_flax.sharding.mesh import BATCH_AXES, batch_share
@@ -65,7 +66,7 @@ def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
         `saba(memory="compact")`, evaluate it as any other problem on global arrays.
 
     Raises:
-        ValueError: the mesh has tensor > 1.
+        ValueError: the mesh has tensor > 1, or other axes than those of `make_mesh`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
@@ -81,6 +82,13 @@ def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
         >>> round(float(state.inner_params), 2)
         0.2
     """
+    check_problem(problem)
+    if missing := [name for name in (*BATCH_AXES, "tensor") if name not in mesh.shape]:
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}, but data_parallel needs {missing} as well: take "
+            'one of bf.sharding.make_mesh("data=4"), or leave a mesh of your own to XLA, '
+            "bf.sharding.state_shardings(state, mesh, shardings of z, problem)"
+        )
     if mesh.shape["tensor"] > 1:
         raise ValueError(
             f"data_parallel takes no mesh with tensor={mesh.shape['tensor']}: tensor parallelism "

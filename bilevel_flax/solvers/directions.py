@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from bilevel_flax import checks
 from bilevel_flax import per_sample as by_row
 from bilevel_flax.base import (
     NEVER,
@@ -139,7 +140,7 @@ def directions(
         `Directions`.
 
     Raises:
-        TypeError: `estimator` is none.
+        TypeError: `problem` or `estimator` is none; from a call, `state` is none.
         ValueError: weights that are no shares; at trace time whatever the solvers refuse, among it
             a v made for another z.
 
@@ -164,6 +165,7 @@ def directions(
         >>> [round(float(value), 2) for value in state.outer_params]
         [5.0, 5.0, 5.0]
     """
+    checks.problem(problem)
     estimator = of_minibatches() if estimator is None else estimator
     if not isinstance(estimator, Estimator):
         raise TypeError(
@@ -181,6 +183,11 @@ def directions(
         return HostState(jnp.int32(0), *point, memory, model_state, rng)
 
     def update(state, batch):
+        if not hasattr(state, "estimator_state"):
+            raise TypeError(
+                f"state is a {type(state).__name__}, but must be what directions.init returned, or "
+                "a TrainState, with its inner_params, adjoint and outer_params replaced"
+            )
         oracle = binder.step(state, batch)
         estimate = estimator.update(oracle, state.variables, batch, state.estimator_state)
         norms, finite = norms_and_finite(estimate)

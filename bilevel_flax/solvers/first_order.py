@@ -25,7 +25,7 @@ import optax
 
 from bilevel_flax import oracles
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem
-from bilevel_flax.checks import check_positive
+from bilevel_flax.checks import check_number
 from bilevel_flax.solvers.auto import auto
 from bilevel_flax.tree import is_inexact
 
@@ -41,7 +41,7 @@ def estimator(penalty: float | None = None) -> Estimator:
         ValueError: at trace time, v/λ would vanish beside z in z's dtype.
     """
     if penalty is not None:
-        check_positive("penalty", penalty)
+        check_number("penalty", penalty, 0.0)
     evaluate = functools.partial(oracles.evaluate_by_penalty, penalty=penalty)
 
     def update(oracle, variables, batch, state):

@@ -252,6 +252,10 @@ def test_a_reference_that_computes_something_else_is_refused():
         oracles.with_reference(fake_kernel(), lambda a, w, t: plain(a[:1], w, t))(
             a, w, jnp.int32(2)
         )
+    for_small = oracles.with_reference(jnp.multiply, lambda a, by: a * min(by, 2.0))
+    for_small(a, 1.0)
+    with pytest.raises(ValueError, match="and its reference differ"):  # a setting is a new kernel
+        for_small(a, 3.0)
     loss = loss_of(oracles.with_reference(fake_kernel(), wrong), jax.jit)
     point = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), POINT)
     with pytest.raises(ValueError, match="a kernel and its reference differ"):

@@ -51,6 +51,23 @@ def step(inner_loss: Callable = inner, batch: bf.Batch = BATCH, method=bf.soba, 
     return run
 
 
+POINT = bf.Variables(jnp.ones(3), jnp.zeros(3), jnp.ones(()))
+DIRECTIONS = bf.directions(PLAIN)
+# Whatever takes a problem, handed a loss.
+OF_PROBLEMS: dict[str, Callable] = {
+    "directions": bf.directions,
+    "remat": oracles.remat,
+    "microbatched": lambda problem: oracles.microbatched(problem, 2),
+    "mixed_precision": lambda problem: oracles.mixed_precision(problem, "bfloat16"),
+    "weighted_sums": oracles.weighted_sums,
+    "trainable": lambda problem: oracles.trainable(problem, True),
+    "probe": lambda problem: oracles.probe(problem, POINT, BATCH),
+    "fit_memory": lambda problem: oracles.fit_memory(problem, POINT, BATCH),
+    "data_parallel": lambda problem: bf.sharding.data_parallel(
+        problem, bf.sharding.make_mesh("data=1", jax.devices()[:1])
+    ),
+}
+
 MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
     # --- auto
     "ascent": (auto(learning_rate=-1.0), ValueError, r"learning_rate=-1.0 must be >= 0"),
@@ -96,6 +113,46 @@ MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
         make(bf.amigo, (inner, outer_loss), **TWO),
         TypeError,
         r"problem=\(<function inner.*bf.Problem\(inner_loss, outer_loss\)",
+    ),
+    **{
+        f"{name} of a loss": (
+            lambda take=take: take(inner),
+            TypeError,
+            r"problem=<function inner.* is no bf.Problem: pass bf.Problem",
+        )
+        for name, take in OF_PROBLEMS.items()
+    },
+    "a tuple in the place of a state": (
+        lambda: DIRECTIONS(tuple(POINT), BATCH),
+        TypeError,
+        r"state is a tuple, but must be what directions.init returned",
+    ),
+    "a tuple in the place of a point": (
+        lambda: oracles.fit_memory(PLAIN, tuple(POINT), BATCH),
+        TypeError,
+        r"point is a tuple, but must be a TrainState",
+    ),
+    "one minibatch in the place of two": (
+        lambda: oracles.fit_memory(PLAIN, POINT, BATCH.inner),
+        TypeError,
+        r"batch is a ArrayImpl, but must be a pair, bf.Batch\(inner, outer\)",
+    ),
+    "probe without a minibatch": (
+        lambda: oracles.probe(PLAIN, POINT, bf.Batch(None, BATCH.outer)),
+        ValueError,
+        r"batch has no inner minibatch: hand probe one",
+    ),
+    "a mesh of other axes": (
+        lambda: bf.sharding.data_parallel(
+            PLAIN, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+        ),
+        ValueError,
+        r"mesh has the axes \('x',\), but data_parallel needs \['data', 'fsdp', 'tensor'\]",
+    ),
+    "first_order: a schedule": (
+        make(bf.first_order, outer=None, steps=3, penalty=optax.constant_schedule(3.0)),
+        ValueError,
+        r"penalty must be a positive number, got <function",
     ),
     "no problem": (auto(problem=None), TypeError, r"problem=None is no bf.Problem"),
     "a seed as a key": (

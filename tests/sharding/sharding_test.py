@@ -272,8 +272,12 @@ def test_losses_that_do_not_decompose_are_found():
     def normalised(z, x, batch):
         return task.problem.outer_loss(z, x, batch) ** 2
 
-    wrong = bf.Problem(task.problem.inner_loss, normalised, per_sample=task.problem.per_sample)
-    assert "outer_loss of a minibatch is" in sharding.decomposition(wrong, mesh, *point)
+    def total(z, x, batch):
+        return task.problem.outer_loss(z, x, batch) * len(jax.tree.leaves(batch)[0])
+
+    for loss, says in ((normalised, "outer_loss of a minibatch is"), (total, "is no mean over")):
+        wrong = bf.Problem(task.problem.inner_loss, loss, per_sample=task.problem.per_sample)
+        assert says in sharding.decomposition(wrong, mesh, *point)
 
 
 def test_data_parallel_leaves_tensor_parallelism_alone():

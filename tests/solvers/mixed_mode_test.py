@@ -226,6 +226,8 @@ def test_maml_and_meta_sgd_learn_where_z_starts_and_how_fast_it_goes(x64):
     )
     with pytest.raises(ValueError, match=r"initial\(outer_params\) returned .* inner_params are"):
         d_x(other, jnp.zeros(3), {"initial": jnp.zeros(3)}, 3)
+    with pytest.raises(TypeError, match="initial=3 must be a function"):
+        bf.unrolled(bf.Problem(quadratic, square), inner=optax.sgd(0.1), initial=3)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_darts2_is_one_step_in_mixed_mode(x64):

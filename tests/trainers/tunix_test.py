@@ -65,14 +65,19 @@ def test_fifty_steps_are_ours_and_a_resumed_run_is_an_uninterrupted_one(tmp_path
     solver = solver_for(model)
     state = bf.nnx.init(solver, model, lm.MIXTURE.init(), wrt=nnx.LoRAParam)
     update = jax.jit(solver.update)
+    outer_losses = []
     for _, pair in zip(range(lm.STEPS), pairs(*lm.streams()), strict=False):
-        state, _ = update(state, bf.Batch(pair["inner"], pair["outer"]))
+        state, info = update(state, bf.Batch(pair["inner"], pair["outer"]))
+        outer_losses.append(info.outer_loss)
 
     trained = trainer(model, lm.STEPS)
     trained.train(pairs(*lm.streams()))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, bf.nnx.params(model, wrt=nnx.LoRAParam), state.inner_params)
     close(trained.outer_params, state.outer_params)
+    jax.tree.map(close, trained.info, info)
+    logger, prefix = trained.metrics_logger, trained.metrics_prefix
+    close(logger.get_metric_history(prefix, "outer_loss", "train"), outer_losses)
     assert lm.MIXTURE.shares(trained.outer_params)[0] > 0.6  # the target counts upwards
 
     half = Model(nnx.Rngs(0))

@@ -113,6 +113,7 @@ def unrolled(
 
     Raises:
         ValueError: `inner_steps` below 1, weights that are no shares.
+        TypeError: `initial` is no function.
 
     Example:
         >>> import jax.numpy as jnp, optax, bilevel_flax as bf
@@ -128,6 +129,8 @@ def unrolled(
         [3.0]
     """
     check_count("inner_steps", inner_steps)
+    if not (initial is None or callable(initial)):
+        raise TypeError(f"initial={initial!r:.60} must be a function, outer_params -> z_0, or None")
     common["inner"] = differentiable(checks.optimizer("inner", common.get("inner")))
 
     def start(sampled: SampledOracles, state, x):
