@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from bilevel_flax.base import Problem, PyTree, TrainState, Variables
+from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.solver import complete_by_state
 
 
@@ -29,6 +30,7 @@ def place(
         model_state: None: the state's.
         rng: None: the state's.
     """
+    check_problem(problem)
     variables, model_state, rng = complete_by_state(point, model_state, rng)
     if not problem.stateful:
         return Place(variables, model_state, None)

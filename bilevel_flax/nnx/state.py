@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import jax
 from flax import nnx
 
-from bilevel_flax.base import BilevelSolver, PyTree, TrainState
+from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.nnx.modules import check_model, filled, map_modules, plain, template_of
+
+State = TypeVar("State", covariant=True)
+
+
+class _Starts(Protocol[State]):
+    @property
+    def init(self) -> Callable[..., State]: ...
 
 
 def params(tree: PyTree, *, wrt: Any = nnx.Param) -> PyTree:
@@ -29,17 +37,17 @@ def params(tree: PyTree, *, wrt: Any = nnx.Param) -> PyTree:
 
 
 def init(
-    solver: BilevelSolver,
+    solver: _Starts[State],
     model: nnx.Module,
     outer: PyTree,
     *,
     wrt: Any = nnx.Param,
     rng: jax.Array | None = None,
-) -> TrainState:
-    """A fresh `TrainState` for a `problem`, with the module's present values.
+) -> State:
+    """A fresh state for a `problem`, with the module's present values.
 
     Args:
-        solver: any solver of the problem.
+        solver: any solver of the problem, or its `bf.directions`.
         model: the module to start from.
         outer: x to start from, arrays and modules as given to `problem`.
         wrt: as given to `problem`.

@@ -22,7 +22,7 @@ from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import MASKS, counted, entries, example_mask, name_of, repeat_real
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.growth import growth
+from bilevel_flax.oracles.growth import Growth, growth
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
 
@@ -144,7 +144,8 @@ def amount(
     mask = example_mask(batch, splits) if pair is None else None
     if not is_condition(getattr(problem, side)):
         counts = pair is not None or "example_mask" in entries(batch)
-        _refuse_other_means(problem, side, point, batch, context, splits, counts)
+        found = loss_growth(problem, side, point, batch, context)
+        _refuse_other_means(found, side, splits, counts)
     if pair is None:
         return None if mask is None else jnp.sum(counted(mask))
     z, x = point
@@ -164,16 +165,14 @@ def amount(
     return weight(z, x, context)
 
 
-def _refuse_other_means(
+def loss_growth(
     problem: Problem,
     side: str,
     point: tuple[PyTree, PyTree],
     batch: PyTree,
     context: tuple,
-    splits: str,
-    counts: bool,
-) -> None:
-    """Raises where the parts' means are not the whole; `counts`: it is said how parts count."""
+) -> Growth:
+    """`growth` of a loss in its minibatch; arguments as of `amount`. Nothing is run."""
     leaves, treedef = jax.tree.flatten_with_path(batch)
     is_data = [name_of(path) not in (*MASKS, "index") for path, leaf in leaves if jnp.ndim(leaf)]
     wrap = losses.inner if side == "inner_loss" else losses.outer
@@ -189,14 +188,18 @@ def _refuse_other_means(
 
     arrays = [leaf for _, leaf in leaves if jnp.ndim(leaf)]
     twice = [jnp.concatenate([leaf, leaf]) for leaf in arrays]
-    power, divides_by_data = growth(loss, arrays, twice, point, is_data)
-    if power:
+    return growth(loss, arrays, twice, point, is_data)
+
+
+def _refuse_other_means(found: Growth, side: str, splits: str, counts: bool) -> None:
+    """Raises where the parts' means are not the whole; `counts`: it is said how parts count."""
+    if found.power:
         raise NoMeanError(
             f"{side} is no mean over the minibatch's examples: of twice as many a term is "
-            f"{2.0**power:.3g} times as large, so {splits} would change it; return the mean, or "
-            "(sum, weight) under bf.oracles.weighted_sums"
+            f"{2.0**found.power:.3g} times as large, so {splits} would change it; return the mean, "
+            "or (sum, weight) under bf.oracles.weighted_sums"
         )
-    if divides_by_data and not counts:
+    if found.divides_by_data and not counts:
         raise NoMeanError(
             f"{side} divides by what it counts in the minibatch (tokens, weights), so {splits} "
             "cannot tell how much each part counts: return (sum, weight) under "

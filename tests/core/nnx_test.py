@@ -401,6 +401,18 @@ def test_wrt_holds_the_other_parameters_fixed():
         bf.nnx.Optimizer(model, solver, weights.init()).update(model, batch)
 
 
+def test_a_host_starts_directions_as_a_solver():
+    model = MLP(nnx.Rngs(0))
+    problem = nnx_problem(model)
+    directions = bf.directions(problem)
+    state = bf.nnx.init(directions, model, weights.init())
+    step = directions(state, next(batches(IMAGES, 1)))
+    assert step.info.ok
+    moved = jax.tree.map(lambda z, d: z - 0.5 * d, state.inner_params, step.directions.inner)
+    bf.nnx.write(step.state.replace(inner_params=moved), model)
+    np.testing.assert_array_equal(model.first.kernel[...], moved["first"]["kernel"])
+
+
 def test_mistakes_get_one_line():
     model, batch = MLP(nnx.Rngs(0)), next(batches(IMAGES, 1))
     x = weights.init()

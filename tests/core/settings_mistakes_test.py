@@ -62,6 +62,7 @@ OF_PROBLEMS: dict[str, Callable] = {
     "weighted_sums": oracles.weighted_sums,
     "trainable": lambda problem: oracles.trainable(problem, True),
     "probe": lambda problem: oracles.probe(problem, POINT, BATCH),
+    "check_means": lambda problem: bf.diagnostics.check_means(problem, POINT, BATCH),
     "fit_memory": lambda problem: oracles.fit_memory(problem, POINT, BATCH),
     "data_parallel": lambda problem: bf.sharding.data_parallel(
         problem, bf.sharding.make_mesh("data=1", jax.devices()[:1])
@@ -136,6 +137,11 @@ MISTAKES: dict[str, tuple[Callable, type[Exception], str]] = {
         lambda: oracles.fit_memory(PLAIN, POINT, BATCH.inner),
         TypeError,
         r"batch is a ArrayImpl, but must be a pair, bf.Batch\(inner, outer\)",
+    ),
+    "a tuple of minibatches": (
+        lambda: bf.diagnostics.check_means(PLAIN, POINT, tuple(BATCH[:2])),
+        TypeError,
+        r"batch is a tuple, but must be bf.Batch\(training_minibatch, validation_minibatch\)",
     ),
     "probe without a minibatch": (
         lambda: oracles.probe(PLAIN, POINT, bf.Batch(None, BATCH.outer)),

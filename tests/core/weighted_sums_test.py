@@ -159,6 +159,10 @@ def test_a_sum_that_is_handed_in_as_a_mean_is_told():
         problem = bf.Problem(inner, outer, per_sample=PER_SAMPLE)
         with pytest.warns(UserWarning, match=f"{name} of a minibatch is .*return the mean"):
             assert name in check(problem, at, batch)
+    with_penalty = lambda z, x, batch: outer_pair(z, x, batch)[0] + jnp.sum(z["w"] ** 2)
+    problem = bf.Problem(mean_of(inner_pair), with_penalty, per_sample=PER_SAMPLE)
+    with pytest.warns(UserWarning, match="a term of outer_loss is a sum over"):
+        assert check(problem, at, batch)
 
 
 def test_mistakes_are_told_in_one_line():
