@@ -46,7 +46,7 @@ def evaluate_subsample(
         parts: number of blocks.
 
     Raises:
-        ValueError: `parts` does not divide a leading length.
+        ValueError: `parts` does not divide a leading length, or a loss is no mean over examples.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf

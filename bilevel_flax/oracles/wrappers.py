@@ -68,11 +68,13 @@ def microbatched(problem: Problem, parts: int) -> Problem:
     statistics of a part.
 
     Args:
-        problem: losses that are means over the examples, weighted by `batch["mask"]`.
+        problem: losses that are means over the examples, weighted by `batch["mask"]`, or
+            `weighted_sums`.
         parts: k >= 1, which divides the leading lengths of the minibatches.
 
     Raises:
-        ValueError: `parts` is no integer >= 1; at trace time, it does not divide a minibatch.
+        ValueError: `parts` is no integer >= 1; at trace time, it does not divide a minibatch, or a
+            loss is a sum, or a mean over something else than examples.
 
     Example:
         >>> import bilevel_flax as bf

@@ -66,7 +66,8 @@ def data_parallel(problem: Problem, mesh: Mesh, rules: Any = None) -> Problem:
         `saba(memory="compact")`, evaluate it as any other problem on global arrays.
 
     Raises:
-        ValueError: the mesh has tensor > 1, or other axes than those of `make_mesh`.
+        ValueError: the mesh has tensor > 1, or other axes than those of `make_mesh`; at trace time,
+            a loss is a sum over the minibatch, or a mean over something else than examples.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilevel_flax as bf
