@@ -98,7 +98,7 @@ def probe(
     if problem.stateful and rng is None:
         rng = jax.random.PRNGKey(0)
     minibatch = batch.inner if isinstance(batch, Batch) else batch
-    if minibatch is None:
+    if minibatch is None and batch is not None:
         raise ValueError("batch has no inner minibatch: hand probe one, or bf.Batch(inner, outer)")
     loss, z, x, _ = losses.inner(
         problem, at.inner, at.outer, minibatch, model_state, rng if problem.stateful else None

@@ -94,9 +94,10 @@ def _first(jaxpr: Any, mode: str) -> str:
 def _described(eqn: Any) -> str:
     name = eqn.primitive.name
     known = [eqn.params.get("name"), getattr(eqn.params.get("name_and_src_info"), "name", None)]
-    for called in sub_jaxprs(eqn) if name.startswith("custom_vjp") else ():
+    custom = name.startswith(("custom_vjp", "custom_jvp"))
+    for called in sub_jaxprs(eqn) if custom else ():
         known.append(getattr(called, "jaxpr", called).debug_info.func_name)
     label = next((str(label) for label in known if label), "")
     label = re.sub(r"\s.*", "", label)
-    kind = "jax.custom_vjp" if name.startswith("custom_vjp") else name
+    kind = f"jax.{name[:10]}" if custom else name
     return f"{kind} {label!r}" if label else f"the primitive {name}"

@@ -205,6 +205,10 @@ def test_probe_names_what_stops_each_mode():
         oracles.probe(problem_of(bare), point.inner, batch)
     with pytest.raises(TypeError, match=r"not be differentiated even once: .*pure_callback"):
         oracles.probe(problem_of(never), point, batch)
+    bent = jax.custom_jvp(lambda a: a**2)
+    bent.defjvp(lambda a, t: (bent(a[0]), jnp.abs(a[0] * t[0])))  # not linear in the tangent
+    with pytest.raises(TypeError, match=r"even once: jax.custom_jvp '<lambda>' stops it"):
+        oracles.probe(problem_of(lambda z, x, b: bent(z["w"]).sum() * x[0]), point, batch)
 
 
 def test_probe_takes_numpy_arrays_that_the_loss_indexes_by_what_is_traced():
