@@ -25,7 +25,7 @@ KEYS = ("proximal", "inner_rate", "inner_steps", "adapt_steps", "query_scale", "
 SETTINGS = {
     "imaml": (0.2, 0.1, 20, 20, 4.0, 8e-3),
     "tracked": (0.2, 0.2, 1, 20, 1.0, 4e-3),
-    "maml": (0.0, 0.2, 5, 5, 1.0, 4e-3),
+    "maml": (0.0, 0.2, 5, 5, 4.0, 8e-3),
     "first_order": (0.0, 0.2, 5, 5, 1.0, 4e-3),
     "prototypes": (0.0, 0.0, 0, 0, 1.0, 8e-3),
 }
