@@ -7,11 +7,12 @@
    for half as long, which begins half way between the first and a new one. (With so many clean
    examples that there is nothing to choose in 1, for as long.)
 3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
-   labels that it is sure of, given or not, and the clean ones train it on, with mixup. (Where the
-   steps are many for so few data: in three parts, each by the word of the network before.)
+   labels that it is sure of, given or not, and the clean ones train it on, with mixup. Where the
+   steps are many for so few data: in three parts, each on a half of them, so that labels are
+   judged by a network that has not just been taught them.
 4. That once more, shorter and without mixup, from which a network that would not have learned
-   labels by heart, a linear one, gains nothing: the network to hand over. With the second, which
-   was not taught the corrected labels, it says which labels are wrong.
+   labels by heart, a linear one, gains nothing: the network to hand over. With the second, and
+   on each half the one that was not taught it, it says which labels are wrong.
 
 Where the first expects more labels to be right as they are than as a later one would have them,
 3 and 4 train on all examples by its word and the later one's, and so labels are judged
@@ -56,10 +57,10 @@ _PASSES, _LEAST_STEPS = 15, 300
 _HELD_SHARE, _MOST_HELD = 0.1, 1000
 # That the second network is this sure of another label makes the given one surely wrong.
 _CLEARLY = 0.8
-# The second network's start: this much of a new one.
-_FRESH = 0.5
+# The start of the second network, and of one on the other half: this much of a new one.
+_FRESH, _FRESH_ON_A_HALF = 0.5, 0.1
 # What the later trainings take, of a full one, all but the last with mixup: more and shorter ones,
-# where one would go through the data more than 15 times, since each begins with better labels.
+# each on a half, where one would go through the data more than 15 times.
 _SHARES, _SHARES_OF_MANY_PASSES = (1.0, 0.5), (0.35, 0.35, 0.35, 0.5)
 _STEP = 1e-3  # AdamW's first, which falls to 0
 _DECAY = 1e-4
@@ -219,34 +220,41 @@ def _trainings(
     length = half if found.piloted else steps
     state = trainer.fit(rows, labels, length, start=Start(found.state, _FRESH))
     said = second = judged(state, length, "2: on the labels that the first keeps")
+    untaught = second.copy()  # on a half, by the part that left it out
 
     word, left_alone = FirstWord(first, given, held), False
-    shares = _SHARES_OF_MANY_PASSES if steps > passes else _SHARES
+    in_halves = steps > passes
+    shares = _SHARES_OF_MANY_PASSES if in_halves else _SHARES
+    half_of = np.random.default_rng(trainer.seed).permutation(len(given)) % 2
     for number, share in enumerate(shares, 3):
         posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
         taken = posterior.max(1) > SURE
         left_alone = word.prefers_given(said, posterior)
         if left_alone:
             posterior, taken = word.posterior(said), np.ones(len(given), bool)
-        rows = np.append(np.flatnonzero(usable & taken), clean_rows)
         likeliest = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
         length = max(1, int(share * steps))
         mixed = number < 2 + len(shares)
-        state = trainer.fit(rows, likeliest, length, start=Start(state), mixed=mixed)
+        out = (half_of == number % 2) & (in_halves and mixed and not left_alone)
+        rows = np.append(np.flatnonzero(usable & taken & ~out), clean_rows)
+        start = Start(state, _FRESH_ON_A_HALF if out.any() else 0.0)
+        state = trainer.fit(rows, likeliest, length, start=start, mixed=mixed)
         said = judged(state, length, f"{number}: on the likeliest labels now")
+        untaught[out] = said[out]
 
     noise = _noise(said, given, kept)
     posterior = noise_model.posterior(said, given, *noise)
-    both = noise_model.posterior(mean(second, said), given, *noise)
+    words = (second, said, untaught) if in_halves else (second, said)
+    doubted = noise_model.posterior(mean(*words), given, *noise)
     if left_alone or word.prefers_given(said, posterior):
-        posterior, both = word.posterior(), word.posterior(second, said)
+        posterior, doubted = word.posterior(), word.posterior(*words)
         notes += (
             "more labels are expected to be right as they are than as the network would have them: "
             "suggested labels are mostly the given ones",
         )
-    for probabilities in (posterior, both):
+    for probabilities in (posterior, doubted):
         probabilities[~usable] = np.eye(trainer.num_classes)[known[twins[~usable]]]
-    doubt = 1 - both[np.arange(len(given)), given]
+    doubt = 1 - doubted[np.arange(len(given)), given]
     return Cleaned(
         params=state.inner_params,
         model_state=state.model_state,
