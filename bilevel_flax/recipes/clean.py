@@ -7,9 +7,9 @@
    for half as long, which begins half way between the first and a new one. (With so many clean
    examples that there is nothing to choose in 1, for as long.)
 3. With its word, and a noise model fitted to it (`noise_model.py`), each label's posterior. The
-   labels that it is sure of, given or not, and the clean ones train it on, with mixup. Where the
-   steps are many for so few data: in three parts, each on a half of them, so that labels are
-   judged by a network that has not just been taught them.
+   labels that it is sure of, given or not, and the clean ones train it on, with mixup. Where it
+   would learn labels by heart (the first was best early, or the steps are many for so few data):
+   in three parts, each on a half, so that labels are judged by a network not just taught them.
 4. That once more, shorter and without mixup, from which a network that would not have learned
    labels by heart, a linear one, gains nothing: the network to hand over. With the second, and
    on each half the one that was not taught it, it says which labels are wrong.
@@ -59,9 +59,10 @@ _HELD_SHARE, _MOST_HELD = 0.1, 1000
 _CLEARLY = 0.8
 # The start of the second network, and of one on the other half: this much of a new one.
 _FRESH, _FRESH_ON_A_HALF = 0.5, 0.1
-# What the later trainings take, of a full one, all but the last with mixup: more and shorter ones,
-# each on a half, where one would go through the data more than 15 times.
-_SHARES, _SHARES_OF_MANY_PASSES = (1.0, 0.5), (0.35, 0.35, 0.35, 0.5)
+# What the later trainings take, of a full one, all but the last with mixup; on halves, if one would
+# go through the data more than 15 times, or the first was best before this much of its steps.
+_SHARES, _SHARES_ON_HALVES = (1.0, 0.5), (0.35, 0.35, 0.35, 0.5)
+_EARLY = 0.45
 _STEP = 1e-3  # AdamW's first, which falls to 0
 _DECAY = 1e-4
 
@@ -223,8 +224,8 @@ def _trainings(
     untaught = second.copy()  # on a half, by the part that left it out
 
     word, left_alone = FirstWord(first, given, held), False
-    in_halves = steps > passes
-    shares = _SHARES_OF_MANY_PASSES if in_halves else _SHARES
+    in_halves = steps > passes or bool(found.state.step < _EARLY * longest)
+    shares = _SHARES_ON_HALVES if in_halves else _SHARES
     half_of = np.random.default_rng(trainer.seed).permutation(len(given)) % 2
     for number, share in enumerate(shares, 3):
         posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
