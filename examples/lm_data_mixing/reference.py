@@ -6,9 +6,9 @@ each domain holds. Text of the target among the domains takes all of the weight;
 none, it goes to the sample itself, of which there is little, and which is to be taken only where it
 is worth its being read again and again (a byte of it must be 1.1 times as likely). In the place of
 the sample the run first reads what looks like it in any domain (`curriculum.py`), and then the
-sample itself more and more: its part a rises along a line that ends at 1, from the run's start on,
-or from as late on as the passes over the sample ask for. A domain that would be read more often
-than that leaves what it cannot give to the target as well.
+sample itself more and more: its part a rises along a line from 0 to 1, or, where that would read
+the sample too often, to less, down to one half, and then from later on. A domain that would be read
+more often than that leaves what it cannot give to the target as well.
 
 References:
     A. P. Dempster, N. M. Laird, D. B. Rubin. Maximum likelihood from incomplete data via the EM
@@ -31,6 +31,7 @@ _PRIOR = 10.0  # pairs that a byte is taken to have been seen with, from the byt
 _REPEATED = 0.1  # nats per byte by which the sample must be better than the domains
 _ROUNDS = 100
 _STAGES = 101
+_LOWEST_END = 0.5
 
 
 class Reference(NamedTuple):
@@ -77,7 +78,8 @@ def rise(reference: Reference, share: float) -> np.ndarray:
         share: of all windows of the run, the most that may be read in the sample, > 0.
     """
     mean = min(0.5, share / max(reference.shares[-1], 1e-9))
-    return np.clip(1 - 0.5 / mean * (1 - np.linspace(0, 1, _STAGES)), 0, 1)
+    end = max(_LOWEST_END, 2 * mean)
+    return np.clip(end - end**2 / (2 * mean) * (1 - np.linspace(0, 1, _STAGES)), 0, end)
 
 
 def _pairs(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
