@@ -40,7 +40,6 @@ from bilevel_flax.oracles.evaluate import (
     evaluate_without_hvp,
     residual,
 )
-from bilevel_flax.oracles.fit_memory import Fit, fit_memory, keep
 from bilevel_flax.oracles.gradients import (
     inner_grad,
     inner_grad_outer,
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
         dot_product_attention,
         pallas_attention,
     )
+    from bilevel_flax.oracles.fitted_memory import Fit, fit_memory, keep
 
 __all__ = [
     "FORWARD_UNITS",
@@ -120,8 +120,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported when they are first asked for: few losses need them.
-    if name not in ("chunked_attention", "dot_product_attention", "pallas_attention"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bilevel_flax.oracles import attention
+    if name in ("chunked_attention", "dot_product_attention", "pallas_attention"):
+        from bilevel_flax.oracles import attention
 
-    return getattr(attention, name)
+        return getattr(attention, name)
+    if name in ("Fit", "fit_memory", "keep"):
+        from bilevel_flax.oracles import fitted_memory
+
+        return getattr(fitted_memory, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

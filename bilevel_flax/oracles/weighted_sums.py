@@ -10,7 +10,7 @@ the minibatch are called.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.wrapped_loss import WrappedLoss
 from bilevel_flax.minibatches import MASKS, counted, entries, example_mask, name_of, repeat_real
 from bilevel_flax.oracles import losses
-from bilevel_flax.oracles.growth import Growth, growth
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.tree import depends_on
+
+if TYPE_CHECKING:
+    from bilevel_flax.oracles.growth import Growth
 
 
 class NoMeanError(ValueError):
@@ -188,6 +190,8 @@ def loss_growth(
 
     arrays = [leaf for _, leaf in leaves if jnp.ndim(leaf)]
     twice = [jnp.concatenate([leaf, leaf]) for leaf in arrays]
+    from bilevel_flax.oracles.growth import growth  # late: few minibatches are cut
+
     return growth(loss, arrays, twice, point, is_data)
 
 
