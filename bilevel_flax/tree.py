@@ -118,17 +118,20 @@ def norm(tree: PyTree) -> jax.Array:
     """
     # A dot product, not sum(square(...)): XLA's CPU reductions are scalar loops, 5 times slower.
     leaves = [leaf.astype(wide(leaf.dtype)) for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-    return jnp.sqrt(total([jnp.vdot(part, part) for (part,) in _together(leaves)]))
+    return jnp.sqrt(total([jnp.vdot(part, part) for (part,) in _together(tree, leaves)]))
 
 
-def _together(*sides: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
-    """The leaves of trees of one kind, small ones of one dtype as one vector, for sums over them.
+def _together(tree: PyTree, *sides: Sequence[jax.Array]) -> Iterator[list[jax.Array]]:
+    """The leaves of trees like `tree`, small ones of one dtype as one vector, for sums over them.
 
-    XLA's CPU backend compiles up to three kernels for the sum of a small leaf.
+    XLA's CPU backend compiles up to three kernels for the sum of a small leaf. Beside `Rows`, which
+    lie where their examples do, leaves stay as they are: one vector would be gathered.
     """
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Rows))
+    small = 0 if any(isinstance(node, Rows) for node in nodes) else _SMALL
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(sides[0]):
-        groups.setdefault(leaf.dtype if leaf.size < _SMALL else i, []).append(i)
+        groups.setdefault(leaf.dtype if leaf.size < small else i, []).append(i)
     for first, *others in groups.values():
         if others:
             both = first, *others
@@ -163,7 +166,7 @@ def dot(tree: PyTree, other: PyTree) -> jax.Array:
         [leaf.astype(dtype) for leaf, dtype in zip(side, dtypes, strict=True)]
         for side in (left, treedef.flatten_up_to(other))
     )
-    return total([jnp.vdot(*pair) for pair in _together(left, right)])
+    return total([jnp.vdot(*pair) for pair in _together(tree, left, right)])
 
 
 def ratio(top: jax.Array, bottom: jax.Array) -> jax.Array:

@@ -136,7 +136,7 @@ COMMANDS: list[tuple[list[str], str]] = [
     (mixture("FOLDER/fine", to="csv"), "--to=csv: choose one of maxtext"),
     (mixture("FOLDER/taken"), "taken has no summary.json"),
     (mixture("FOLDER/list"), "summary.json is damaged"),
-    (mixture("FOLDER/none"), "is no mixture.*these sum to 1.8"),
+    (mixture("FOLDER/none"), "is no mixture.*with the sum 1.8"),
     (mixture("FOLDER/fine", "--stages", "0"), "--stages must be an integer >= 1, got 0"),
     (mixture("FOLDER/fine", "--stages", "1000000000"), "--stages=1000000000: give 1000 or fewer"),
     (mixture("FOLDER/fine", "--stage", "2"), "--stage=2: --to json takes all stages"),
