@@ -160,9 +160,12 @@ class _Walk:
             self.divides_by_data = True
 
     def _scan(self, eqn: Any, twin: Any, inputs: list[_Value]) -> list[_Value]:
-        first, count = eqn.params["num_consts"], eqn.params["num_carry"]
-        consts, carry, slices = inputs[:first], inputs[first:][:count], inputs[first + count :]
         body = eqn.params["jaxpr"], twin.params["jaxpr"]
+        inside = getattr(body[0], "jaxpr", body[0])
+        # By shapes, since JAX renames the parameters: what is cut into slices is longer.
+        count = _whole(eqn.outvars, inside.outvars)
+        first = _whole(eqn.invars, inside.invars) - count
+        consts, carry, slices = inputs[:first], inputs[first:][:count], inputs[first + count :]
         # Over examples, and it may add them up.
         steady = eqn.params["length"] == twin.params["length"]
         carry, outs = self._loop(body, consts, carry, slices, _ROUNDS if steady else 0)
@@ -189,6 +192,11 @@ class _Walk:
             carry = after
         self.divides_by_data = found  # what a carry depends on is known at the end alone
         return carry, outs
+
+
+def _whole(atoms: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of a scan's inputs or outputs its body has as they are."""
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(atoms, inside, strict=True))
 
 
 def _sizes(program: Any) -> tuple[int, int]:
