@@ -11,12 +11,12 @@ from flax import nnx
 from bilevel_flax.base import PyTree, TrainState
 from bilevel_flax.nnx.modules import check_model, filled, map_modules, plain, template_of
 
-State = TypeVar("State", covariant=True)
+_T = TypeVar("_T", covariant=True)
 
 
-class _Starts(Protocol[State]):
+class _Starts(Protocol[_T]):
     @property
-    def init(self) -> Callable[..., State]: ...
+    def init(self) -> Callable[..., _T]: ...
 
 
 def params(tree: PyTree, *, wrt: Any = nnx.Param) -> PyTree:
@@ -37,13 +37,13 @@ def params(tree: PyTree, *, wrt: Any = nnx.Param) -> PyTree:
 
 
 def init(
-    solver: _Starts[State],
+    solver: _Starts[_T],
     model: nnx.Module,
     outer: PyTree,
     *,
     wrt: Any = nnx.Param,
     rng: jax.Array | None = None,
-) -> State:
+) -> _T:
     """A fresh state for a `problem`, with the module's present values.
 
     Args:
