@@ -75,8 +75,8 @@ def growth(
 
     Args:
         function: `function(arrays, params) -> scalar`.
-        arrays: a minibatch.
-        twice: one of twice the examples.
+        arrays: a minibatch; shapes are enough.
+        twice: one of twice the examples, likewise.
         params: a pytree of arrays.
         is_data: which arrays are, and no masks; None: all.
 

@@ -189,7 +189,10 @@ def loss_growth(
         return value(z_split.leaves, x_split.leaves)[0]
 
     arrays = [leaf for _, leaf in leaves if jnp.ndim(leaf)]
-    twice = [jnp.concatenate([leaf, leaf]) for leaf in arrays]
+    twice = [
+        jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), jnp.result_type(leaf))
+        for leaf, shape in ((leaf, jnp.shape(leaf)) for leaf in arrays)
+    ]
     from bilevel_flax.oracles.growth import growth  # late: few minibatches are cut
 
     return growth(loss, arrays, twice, point, is_data)

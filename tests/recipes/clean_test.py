@@ -10,6 +10,7 @@ from flax import nnx
 import bilevel_flax as bf
 from bilevel_flax.recipes import noise_model, sources
 from bilevel_flax.recipes.networks import as_network
+from bilevel_flax.recipes.training import Trainer
 
 CLASSES = 4
 
@@ -127,6 +128,23 @@ def test_what_it_costs_and_says(swapped):
     assert "600 labels" in report
     assert f"{cleaned.plain_step_equivalents:.2f} plain trainings" in report
     assert cleaned.wrong_probability.sum() == pytest.approx(wrong.sum(), rel=0.1)
+
+
+def test_parts_are_on_one_half_and_on_the_other_in_turn(swapped, monkeypatch):
+    """So that a label is judged by a network that was not taught it last."""
+    pools, fit = [], Trainer.fit
+
+    def recorded(self, rows, *args, **settings):
+        pools.append(set(rows[rows < len(X)].tolist()))  # the rest are clean
+        return fit(self, rows, *args, **settings)
+
+    monkeypatch.setattr(Trainer, "fit", recorded)
+    run(swapped[1])
+    _, first, second, third, last = pools  # after the second network
+    assert min(map(len, pools)) > 200
+    assert not first & second and not second & third
+    assert len(first & third) > 200
+    assert len(last & (first | third)) > 200 and len(last & second) > 200
 
 
 def test_columns_come_back(swapped):
