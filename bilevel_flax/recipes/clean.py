@@ -227,7 +227,7 @@ def _trainings(
     in_halves = steps > passes or bool(found.state.step < _EARLY * longest)
     shares = _SHARES_ON_HALVES if in_halves else _SHARES
     half_of = np.random.default_rng(trainer.seed).permutation(len(given)) % 2
-    for number, share in enumerate(shares, 3):
+    for part, share in enumerate(shares):
         posterior = noise_model.posterior(said, given, *_noise(said, given, kept))
         taken = posterior.max(1) > SURE
         left_alone = word.prefers_given(said, posterior)
@@ -235,12 +235,13 @@ def _trainings(
             posterior, taken = word.posterior(said), np.ones(len(given), bool)
         likeliest = np.concatenate([posterior.argmax(1), known]).astype(np.int32)
         length = max(1, int(share * steps))
-        mixed = number < 2 + len(shares)
-        out = (half_of == number % 2) & (in_halves and mixed and not left_alone)
+        mixed = part < len(shares) - 1
+        out = (half_of != part % 2) & (in_halves and mixed and not left_alone)
         rows = np.append(np.flatnonzero(usable & taken & ~out), clean_rows)
         start = Start(state, _FRESH_ON_A_HALF if out.any() else 0.0)
         state = trainer.fit(rows, likeliest, length, start=start, mixed=mixed)
-        said = judged(state, length, f"{number}: on the likeliest labels now")
+        which = ("3" if not in_halves else f"3, part {part + 1}") if mixed else "4"
+        said = judged(state, length, f"{which}: on the likeliest labels now")
         untaught[out] = said[out]
 
     noise = _noise(said, given, kept)
