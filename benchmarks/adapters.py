@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,17 +194,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     add_argument(parser)
     given = parser.parse_args()
+    loops: dict[str, Callable[[bf.Batch], tuple[Run, Run]]] = {
+        "Flax TrainState": of_flax,
+        "nnx.Optimizer, split once": functools.partial(of_nnx, split=True),
+        "nnx.Optimizer, nnx.jit": functools.partial(of_nnx, split=False),
+    }
+    report(loops, given)
+
+
+def report(loops: Mapping[str, Callable[[bf.Batch], tuple[Run, Run]]], given: Any) -> None:
+    """Prints a row for each; `given` has `steps`, `rounds` and `markdown`."""
     rng = np.random.default_rng(0)
     side = lambda: {
         "tokens": jnp.asarray(rng.integers(0, VOCABULARY, (BATCH, LENGTH + 1)), jnp.int32),
         "domain": jnp.arange(BATCH) % 2,
     }
     batch = bf.Batch(side(), side())
-    loops: dict[str, Callable[[bf.Batch], tuple[Run, Run]]] = {
-        "Flax TrainState": of_flax,
-        "nnx.Optimizer, split once": functools.partial(of_nnx, split=True),
-        "nnx.Optimizer, nnx.jit": functools.partial(of_nnx, split=False),
-    }
     with Rows(given.markdown) as rows:
         for name, make in loops.items():
             ours, theirs = times(*make(batch), given.steps, given.rounds).T

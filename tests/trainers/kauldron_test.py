@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import operator
 import runpy
 from pathlib import Path
@@ -85,6 +86,12 @@ def trainer(folder, steps):
         checkpointer=kd.ckpts.Checkpointer(save_interval_steps=25),
         trainstep=TrainStep(solver=SOLVER, outer_params=lm.MIXTURE.init(), inner_loss=inner_loss),
     )
+
+
+def test_the_private_names_that_the_adapter_replaces_are_there():
+    """As of kauldron 1.4.4: `TrainStep` has no public name for a step that is compiled."""
+    missing = {"_step", "_init_optimizer"} - set(vars(kd.train.TrainStep))
+    assert not missing, importlib.metadata.version("kauldron")
 
 
 def test_fifty_steps_are_ours_and_a_resumed_run_is_an_uninterrupted_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import runpy
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def trainer(model, steps, folder=None):
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=25),
     )
     return PeftTrainer(model, solver_for(model), lm.MIXTURE.init(), config)
+
+
+def test_the_private_names_that_the_adapter_uses_are_there():
+    """As of google-tunix 0.1.7, whose own `rl.trainer` hands on what a step reports in this way."""
+    names = "_post_process_train_step", "_buffered_train_metrics"
+    run = trainer(Model(nnx.Rngs(0)), 1)
+    missing = [name for name in names if not hasattr(run, name)]
+    assert not missing, importlib.metadata.version("google-tunix")
+    assert "additional_metrics" in peft.MetricsBuffer.__dataclass_fields__
 
 
 def test_fifty_steps_are_ours_and_a_resumed_run_is_an_uninterrupted_one(tmp_path):
