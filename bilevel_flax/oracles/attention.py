@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel_flax.oracles.with_reference import WithReference, with_reference
 
@@ -38,7 +39,7 @@ def chunked_attention(
     Args:
         query: [batch, T, N, H] or [T, N, H].
         key: [batch, S, K, H] or [S, K, H], with K dividing N.
-        value: as `key`.
+        value: as `key`; H may be another.
         bias: broadcastable to [batch, N, T, S], added to the logits.
         mask: bool, likewise; False: left out.
         scale: of the logits; None: 1/√H.
@@ -50,7 +51,11 @@ def chunked_attention(
         chunk: queries at a time.
 
     Returns:
-        The shape and dtype of `query`.
+        The shape of `query`, with `value`'s H, and its dtype.
+
+    Raises:
+        TypeError: a mask that is not of booleans; a window that is no number or pair of numbers.
+        ValueError: shapes that do not fit, by name.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -62,7 +67,8 @@ def chunked_attention(
     """
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be an integer >= 1, queries at a time")
-    shape = query.shape
+    _check(query, key, value, bias, mask, local_window_size)
+    shape = *query.shape[:-1], value.shape[-1]
     if query.ndim == 3:
         query, key, value = query[None], key[None], value[None]
         if segment_ids is not None:
@@ -119,7 +125,8 @@ def chunked_attention(
         # Finite, so that a row that sees nothing has a derivative.
         logits = jnp.where(seen, logits, 0.7 * float(jnp.finfo(jnp.float32).min))
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, value)
+        out = out.reshape(*query.shape[:3], value.shape[3])
         if query_seq_lengths is None:
             return out
         return jnp.where((rows < query_seq_lengths[None]).T[:, :, None, None], out, 0)
@@ -128,8 +135,47 @@ def chunked_attention(
     cut = by_chunk(query, 1), *(by_chunk(array, 3) for array in whole), segments
     starts = jnp.arange(count, dtype=jnp.int32) * chunk
     _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (starts, *cut))
-    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], count * chunk, *query.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], count * chunk, *shape[-2:])
     return out[:, :length].reshape(shape)
+
+
+def _check(query, key, value, bias, mask, window) -> None:
+    """Raises on what would be broadcast, or computed, as something else."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    ranks = {query.ndim, key.ndim, value.ndim}
+    if ranks not in ({3}, {4}) or key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            f"{shapes}: they must be [batch, T, N, H], [batch, S, K, H] and [batch, S, K, any], or "
+            "all three without the batch"
+        )
+    fits = query.shape[:-3] == key.shape[:-3] and query.shape[-1] == key.shape[-1]
+    if not fits or query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"{shapes}: query and key must have one batch and one width H, and the number of key "
+            "heads must divide that of the queries; axes are [batch, length, heads, width]"
+        )
+    batch = query.shape[0] if query.ndim == 4 else 1
+    logits = batch, query.shape[-2], query.shape[-3], key.shape[-3]
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        given = (1,) * (4 - array.ndim) + array.shape
+        if len(given) != 4 or any(a not in (1, b) for a, b in zip(given, logits, strict=True)):
+            raise ValueError(
+                f"{name} has shape {array.shape}, which does not broadcast to [batch, N, T, S] = "
+                f"{logits}: a mask of keys [batch, S] is mask[:, None, None, :]"
+            )
+    if mask is not None and mask.dtype != bool:
+        raise TypeError(
+            f"mask has dtype {mask.dtype}, but must be bool, False where a key is left out: pass "
+            "mask.astype(bool) for ones and zeros; numbers to be added to the logits are a bias"
+        )
+    pair = window if isinstance(window, tuple) else (window, window)
+    number = lambda n: n is None or (isinstance(n, (int, np.integer)) and not isinstance(n, bool))
+    if len(pair) != 2 or not all(map(number, pair)):
+        raise TypeError(
+            f"local_window_size={window!r} must be an integer or a tuple (left, right) of integers"
+        )
 
 
 def dot_product_attention(
@@ -172,8 +218,9 @@ def pallas_attention(
 
     Args:
         kernel: `kernel(query, key, value[, segment_ids])` on arrays [N, T, H], [K, S, H] and
-            [K, S, H] (splash attention; [S, H] for one head of keys), or with a batch in front
-            (flash attention); `segment_ids` has fields `q` and `kv`.
+            [K, S, H] (splash attention; [S, H] for one head of keys), or
+            `kernel(query, key, value[, ab[, segment_ids]])` with a batch in front (flash
+            attention; `ab` is a bias); `segment_ids` has fields `q` and `kv`.
         scale: that the kernel multiplies its logits by; Pallas's leave it to the caller.
         chunk: as `chunked_attention`.
         **settings: what the kernel's mask is made of, as `chunked_attention`: `is_causal`,
@@ -188,12 +235,19 @@ def pallas_attention(
         >>> attention = pallas_attention(kernel, is_causal=True)  # attention(q, k, v) on a TPU
     """
 
-    def reference(query, key, value, segment_ids=None):
+    def reference(query, key, value, *rest, ab=None, segment_ids=None):
+        for given in rest:
+            if hasattr(given, "kv"):
+                segment_ids = given
+            elif given is not None:
+                ab = given
+        if ab is not None:
+            ab = ab * scale  # flash attention scales the sum of logits and bias
         if key.ndim < query.ndim:
             key, value = key[..., None, :, :], value[..., None, :, :]
         ids = None if segment_ids is None else (segment_ids.q, segment_ids.kv)
         q, k, v = (jnp.swapaxes(array, -3, -2) for array in (query, key, value))
-        out = chunked_attention(q, k, v, scale=scale, chunk=chunk, segment_ids=ids, **settings)
+        out = chunked_attention(q, k, v, ab, scale=scale, chunk=chunk, segment_ids=ids, **settings)
         return jnp.swapaxes(out, -3, -2)
 
     return with_reference(kernel, reference)
