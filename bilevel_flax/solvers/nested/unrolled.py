@@ -77,10 +77,21 @@ def check_same(initial: PyTree, z: PyTree) -> None:
     Raises:
         ValueError: names the two.
     """
-    shapes = [jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), t) for t in (initial, z)]
-    if shapes[0] != shapes[1]:
+    leaves = [
+        {
+            jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (initial, z)
+    ]
+    names = [name for name in leaves[0] | leaves[1] if leaves[0].get(name) != leaves[1].get(name)]
+    if names or jax.tree.structure(initial) != jax.tree.structure(z):
+        name = names[0] if names else ""
+        given, wanted = (
+            side.get(name, "nothing" if name else "another kind of tree") for side in leaves
+        )
         raise ValueError(
-            f"initial(outer_params) returned {shapes[0]}, but inner_params are {shapes[1]}: it is "
+            f"initial(outer_params){name} is {given}, but inner_params{name} is {wanted}: it is "
             "where z starts, so give it z's tree, shapes and dtypes"
         )
 
