@@ -40,6 +40,8 @@ def explain(
         message = _signature(loss, name, stateful)
         if message:
             return TypeError(message)
+    if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
+        return _none_given(error, name, args[2], context[0] if stateful else {})
     if isinstance(error, KeyError):
         message = _missing_key(error, name, args[2], context[0] if stateful else None)
         return ValueError(message) if message else None
@@ -81,6 +83,21 @@ def _signature(loss: Callable, name: str, stateful: bool) -> str:
     elif stateful and takes(3):
         fix += ", or leave out stateful=True"
     return f"{name}{signature} is called as {name}{names}: {fix}"
+
+
+def _none_given(error: Exception, name: str, batch: Any, model_state: Any) -> Exception | None:
+    side = name.replace("_loss", "")
+    fixes = []
+    if batch is None:
+        fixes.append(f"batch=None: hand over its minibatch, bf.Batch({side}=...)")
+    if model_state is None:
+        fixes.append(
+            f"model_state=None: pass model_state=... {_STATE}, or a TrainState that has it"
+        )
+    if not fixes:
+        return None
+    first = str(error).split("\n")[0].rstrip(". ")
+    return TypeError(f"{name}: {first}; it was given {'; and '.join(fixes)}")
 
 
 def _missing_key(error: KeyError, name: str, batch: Any, model_state: Any) -> str:

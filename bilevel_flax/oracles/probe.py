@@ -84,7 +84,7 @@ def probe(
         TypeError: the loss cannot be differentiated even once; names what stops it. Or `point` is
             something else.
         ValueError: a kernel and its reference compute different things; names the difference. Or
-            there is no inner minibatch.
+            there is no inner minibatch, or only the shapes of something.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -100,6 +100,12 @@ def probe(
     minibatch = batch.inner if isinstance(batch, Batch) else batch
     if minibatch is None and batch is not None:
         raise ValueError("batch has no inner minibatch: hand probe one, or bf.Batch(inner, outer)")
+    for name, tree in (("point", at), ("batch", minibatch), ("model_state", model_state)):
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"{name} has jax.ShapeDtypeStruct leaves: probe needs arrays, e.g. "
+                f"jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {name})"
+            )
     loss, z, x, _ = losses.inner(
         problem, at.inner, at.outer, minibatch, model_state, rng if problem.stateful else None
     )
@@ -109,10 +115,11 @@ def probe(
             f"inner_loss cannot be differentiated even once: {name} stops it; give it a "
             "jax.custom_vjp, or write this part in ordinary JAX"
         )
-    closed = jax.make_jaxpr(lambda leaves: loss(leaves, x.leaves)[0])(z.leaves)
-    _check_references(closed, z.leaves)
+    closed = jax.make_jaxpr(lambda *leaves: loss(*leaves)[0])(z.leaves, x.leaves)
+    _check_references(closed, z.leaves, x.leaves)
     stopped = {mode: stop(loss, z.leaves, x.leaves, mode) for mode in _EXACT}
-    stopped["finite_differences"] = coarser(closed, z.leaves)
+    of_z = jax.make_jaxpr(lambda leaves: loss(leaves, x.leaves)[0])(z.leaves)
+    stopped["finite_differences"] = coarser(of_z, z.leaves)
     stopped[FIRST_ORDER] = ""
     if is_condition(problem.inner_loss):  # no other mode gives Jᵀv
         transposed = "reverse_over_reverse"
@@ -131,18 +138,20 @@ def coarser(closed: Any, leaves: list) -> str:
     return f"computations in {jnp.dtype(worst).name}"
 
 
-def _check_references(closed: Any, leaves: list) -> None:
+def _check_references(closed: Any, z: list, x: list) -> None:
     if not any(eqn.primitive is opaque_p for eqn in equations(closed)):
         return
-    # A gradient's part may be zero but for rounding, so all are measured by the whole.
-    names = ["inner_loss", *(f"its gradient's leaf {i}" for i in range(len(leaves)))]
+    sides = (("inner_params", z), ("outer_params", x))
+    names = [f"its gradient in {side}, leaf {i}" for side, at in sides for i in range(len(at))]
 
     def evaluate(closed: Any) -> list:
-        function: Callable = lambda leaves: jaxpr_as_fun(closed)(*leaves)[0]
-        value, grads = jax.jit(jax.value_and_grad(function))(leaves)
-        return [[value], grads]
+        function: Callable = lambda z, x: jaxpr_as_fun(closed)(*z, *x)[0]
+        # The value once more by itself: a rule of the user's may hide a kernel from its gradient.
+        run = lambda z, x: ([function(z, x)], *jax.grad(function, (0, 1))(z, x))
+        return list(jax.jit(run)(z, x))
 
     plain = by_reference(closed)
-    found = disagreement(names, evaluate(closed), evaluate(plain), coarsest(closed))
+    pair = evaluate(closed), evaluate(plain)
+    found = disagreement(["inner_loss", *names], *pair, coarsest(closed))
     if found:
         raise ValueError(f"with_reference: a kernel and its reference differ: {found}")
