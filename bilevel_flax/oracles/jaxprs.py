@@ -49,16 +49,16 @@ def sub_jaxprs(eqn: Any) -> list:
 
 
 def float_dtypes(jaxpr: Any) -> set:
-    """The floating-point types that a jaxpr computes in."""
+    """The floating-point types, complex ones too, that a jaxpr computes in."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     variables = [*inner.invars, *(var for eqn in equations(inner) for var in eqn.outvars)]
     dtypes = {getattr(var.aval, "dtype", jnp.int32) for var in variables}
-    return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
+    return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)}
 
 
 def coarsest(jaxpr: Any) -> float:
-    """The largest machine precision of what a jaxpr computes in."""
-    return max(float(jnp.finfo(dtype).eps) for dtype in float_dtypes(jaxpr))
+    """The largest machine precision of what a jaxpr computes in; 0 where it has no floats."""
+    return max((float(jnp.finfo(dtype).eps) for dtype in float_dtypes(jaxpr)), default=0.0)
 
 
 def primitives(jaxpr: Any) -> set[str]:

@@ -7,7 +7,8 @@ With f the kernel, r its reference, a the arguments and c a cotangent,
     pulled(a, c) = ∇f(a)ᵀ c             derivative: that of (a, c) -> ∇r(a)ᵀ c
 
 so a first gradient is the kernel's own backward pass, with the residuals that its forward pass
-kept, and whatever is differentiated once more is the reference's.
+kept, and whatever is differentiated once more is the reference's. Integers, among arguments and
+among outputs, have no tangents, and tangents and cotangents below are those of the floats alone.
 
 Two primitives carry them. A `jax.custom_jvp` would not do: where a loop is differentiated twice,
 JAX evaluates it partially and drops the rule, and `linear_call` knows no tangent of its residuals.
@@ -45,7 +46,8 @@ class Opaque:
 
     Attributes:
         run: `run(*leaves) -> outputs`.
-        jvp: `jvp(leaves, tangents) -> (outputs, tangents)`; the tangent of an integer is None.
+        jvp: `jvp(leaves, tangents) -> (outputs, tangents)`; the tangent of an integer is None,
+            on both sides.
         shapes: of the outputs.
         instead: what takes its place where kernels are left out, or None.
     """
@@ -111,7 +113,9 @@ def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Sh
     """The operation `fast`, with the derivatives of this module."""
 
     def by_reference(leaves, tangents):
-        return jax.jvp(of_floats(reference, leaves), floats(leaves), _given(tangents))
+        moving = of_floats(with_floats(reference), leaves)
+        _, moved, outs = jax.jvp(moving, floats(leaves), _given(tangents), has_aux=True)
+        return outs, _beside(outs, moved)
 
     def jvp(leaves, tangents):
         value, linear = _with_residuals(fast, reference, shapes, leaves)
@@ -119,7 +123,7 @@ def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Sh
         outs, kept = outs[: len(shapes)], outs[len(shapes) :]
         # Residuals move with the arguments, and the rules see to that themselves.
         kept = [jax.lax.stop_gradient(residual) for residual in kept]
-        return outs, linear([*leaves, *kept], _given(tangents))
+        return outs, _beside(outs, linear([*leaves, *kept], _given(tangents)))
 
     return Opaque(fast, jvp, shapes, instead=Opaque(reference, by_reference, shapes))
 
@@ -127,9 +131,11 @@ def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Sh
 def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[Opaque, Linear]:
     """`value(*leaves) -> [*outputs, *residuals]`, and the `Linear` of leaves and residuals."""
     trees, count, outputs = [], len(leaves), len(shapes)
+    moving_reference = lambda *leaves: floats(reference(*leaves))
 
     def forward(*leaves):
-        outs, pull = jax.vjp(of_floats(fast, leaves), *floats(leaves))
+        moving = of_floats(with_floats(fast), leaves)
+        _, pull, outs = jax.vjp(moving, *floats(leaves), has_aux=True)
         residuals, tree = jax.tree.flatten(pull)
         trees.append(tree)
         return [*outs, *residuals]
@@ -148,7 +154,7 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
     def value_jvp(leaves, tangents):
         out = value(*leaves)
         moved = linear([*leaves, *map(jax.lax.stop_gradient, out[outputs:])], _given(tangents))
-        return out, [*moved, *(None for _ in new)]
+        return out, [*_beside(shapes, moved), *(None for _ in new)]
 
     def run_pulled(*operands):
         leaves, kept = operands[:count], iter(operands[count : count + len(new)])
@@ -160,7 +166,7 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
         leaves, cotangents = operands[:count], list(operands[count + len(new) :])
 
         def by_reference(moving, cotangents):
-            return list(jax.vjp(of_floats(reference, leaves), *moving)[1](cotangents))
+            return list(jax.vjp(of_floats(moving_reference, leaves), *moving)[1](cotangents))
 
         along = _given(tangents[:count]), list(tangents[count + len(new) :])
         moved = jax.jvp(by_reference, (floats(leaves), cotangents), along)[1]
@@ -168,12 +174,13 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
 
     def push(at, tangents):
         leaves = at[:count]
-        return jax.jvp(of_floats(reference, leaves), floats(leaves), list(tangents))[1]
+        return jax.jvp(of_floats(moving_reference, leaves), floats(leaves), list(tangents))[1]
 
     like_floats = tuple(jax.typeof(leaf) for leaf in floats(leaves))
     value = Opaque(run_value, value_jvp, (*shapes, *kept_shapes))
     pulled = Opaque(run_pulled, pulled_jvp, like_floats)
-    linear = Linear(push, lambda at, cts: pulled(*at, *cts), shapes, count + len(new))
+    moving_shapes = tuple(floats(shapes))
+    linear = Linear(push, lambda at, cts: pulled(*at, *cts), moving_shapes, count + len(new))
     return value, linear
 
 
@@ -182,7 +189,7 @@ def floats(leaves: Sequence) -> list:
     return [leaf for leaf in leaves if is_inexact(leaf)]
 
 
-def of_floats(function: Callable[..., list], leaves: Sequence) -> Callable[..., list]:
+def of_floats(function: Callable[..., Any], leaves: Sequence) -> Callable[..., Any]:
     """`function` of its float arguments alone; the others are those of `leaves`."""
 
     def moving(*values):
@@ -190,6 +197,22 @@ def of_floats(function: Callable[..., list], leaves: Sequence) -> Callable[..., 
         return function(*(next(rest) if is_inexact(leaf) else leaf for leaf in leaves))
 
     return moving
+
+
+def with_floats(function: Callable[..., list]) -> Callable[..., tuple[list, list]]:
+    """`function` as `(its float outputs, all of them)`: what is differentiated, and the rest."""
+
+    def both(*leaves):
+        outs = list(function(*leaves))
+        return floats(outs), outs
+
+    return both
+
+
+def _beside(outs: Sequence, tangents: Sequence) -> list:
+    """The tangents of all outputs, None for those of integers."""
+    rest = iter(tangents)
+    return [next(rest) if is_inexact(out) else None for out in outs]
 
 
 def _given(tangents: Sequence) -> list:

@@ -15,6 +15,7 @@ from bilevel_flax.oracles.kernel_rules import floats, of_floats
 # What JAX leaves in a program for the forward derivative that it does not have.
 _FORWARD_OF_CUSTOM_VJP = "custom_lin"
 _OWN_PROGRAM = "pallas_call"  # its jaxpr is the kernel's, on references to memory
+_CUSTOM = ("custom_vjp", "custom_jvp")
 
 
 def stop(loss: Callable, z: list, x: list, mode: str) -> str:
@@ -33,18 +34,35 @@ def stop(loss: Callable, z: list, x: list, mode: str) -> str:
     def gradient(*leaves):
         return jax.grad(lambda z, x: loss(z, x)[0], (0, 1))(list(leaves), x)
 
-    if _traces(gradient, z, mode):
-        return ""
-    return _first(jax.make_jaxpr(gradient)(*z).jaxpr, mode) or "an operation without a name"
+    return _stop(gradient, z, mode)
 
 
 def first_order_stop(loss: Callable, z: list, x: list) -> str:
     """The same for ∇₁G itself."""
-    value = lambda *leaves: loss(list(leaves), x)[0]
-    if _traces(value, z, "reverse_over_reverse"):
+    return first_stop(lambda *leaves: [loss(list(leaves), x)[0]], z)
+
+
+def first_stop(function: Callable[..., list], leaves: Sequence) -> str:
+    """The same for the backprop of a function of flat arrays, whose integers are constants."""
+    return _stop(function, leaves, "reverse_over_reverse")
+
+
+def second_stop(function: Callable[..., list], leaves: Sequence) -> str:
+    """The same for the tangents of that backprop, in its arguments and in its cotangents."""
+
+    def backprop(*leaves):
+        moving = of_floats(lambda *leaves: floats(function(*leaves)), leaves)
+        outs, pull = jax.vjp(moving, *floats(leaves))
+        return list(pull(outs))
+
+    return _stop(backprop, leaves, "forward_over_reverse")
+
+
+def _stop(function: Callable[..., list], leaves: Sequence, mode: str) -> str:
+    if _traces(function, leaves, mode):
         return ""
-    closed = jax.make_jaxpr(value)(*z)
-    return _first(closed.jaxpr, "reverse_over_reverse") or "an operation without a name"
+    found = _first(jax.make_jaxpr(function)(*leaves).jaxpr, mode)
+    return found or "an operation without a name"
 
 
 def refusal(loss: Callable, z: list, x: list, mode: str) -> str:
@@ -62,7 +80,7 @@ def refusal(loss: Callable, z: list, x: list, mode: str) -> str:
 
 def _traces(function: Callable[..., Any], arguments: Sequence, mode: str) -> bool:
     def product(*leaves):
-        of = of_floats(function, leaves)
+        of = of_floats(lambda *leaves: floats(jax.tree.leaves(function(*leaves))), leaves)
         along = floats(leaves)
         if mode == "forward_over_reverse":
             return jax.jvp(of, along, along)[1]
@@ -84,9 +102,11 @@ def _first(jaxpr: Any, mode: str) -> str:
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
         if _traces(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), shapes, mode):
             continue
-        for called in () if eqn.primitive.name == _OWN_PROGRAM else sub_jaxprs(eqn):
-            if name := _first(getattr(called, "jaxpr", called), mode):
-                return name
+        name = eqn.primitive.name
+        for called in () if name == _OWN_PROGRAM else sub_jaxprs(eqn):
+            if inside := _first(getattr(called, "jaxpr", called), mode):
+                # The rule is the kernel's own, and what it hides is told beside its name.
+                return f"{_described(eqn)} ({inside})" if name.startswith(_CUSTOM) else inside
         return _described(eqn)
     return ""
 
@@ -94,7 +114,7 @@ def _first(jaxpr: Any, mode: str) -> str:
 def _described(eqn: Any) -> str:
     name = eqn.primitive.name
     known = [eqn.params.get("name"), getattr(eqn.params.get("name_and_src_info"), "name", None)]
-    custom = name.startswith(("custom_vjp", "custom_jvp"))
+    custom = name.startswith(_CUSTOM)
     for called in sub_jaxprs(eqn) if custom else ():
         known.append(getattr(called, "jaxpr", called).debug_info.func_name)
     label = next((str(label) for label in known if label), "")

@@ -8,7 +8,7 @@ are the kernel's, and the reference is run in the tangents alone (`kernel_rules`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,18 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.oracles.jaxprs import coarsest, rewritten
-from bilevel_flax.oracles.kernel_rules import Opaque, floats, kernel, of_floats, opaque_p
+from bilevel_flax.oracles.kernel_rules import (
+    Opaque,
+    floats,
+    kernel,
+    of_floats,
+    opaque_p,
+    with_floats,
+)
+from bilevel_flax.oracles.stops import first_stop, second_stop
 from bilevel_flax.tree import is_inexact
+
+_CALLS = 8  # on numbers that are compared at most, where they keep telling nothing
 
 
 class WithReference:
@@ -41,16 +51,21 @@ class WithReference:
     def __init__(self, fast: Callable[..., PyTree], reference: Callable[..., PyTree]):
         self.fast, self.reference = fast, reference
         self._traced: dict[Any, _Traced] = {}
-        self._checked: set[_Call] = set()
+        self._doubts: dict[_Call, tuple[set[str], int]] = {}  # (not yet compared, calls left)
 
     def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
-        """The kernel's value. The first call on numbers, with these settings, compares the two.
+        """The kernel's value. The first calls on numbers, with these settings, compare the two.
+
+        One call is enough, unless its numbers tell nothing of some output or gradient (queries and
+        keys of zeros, as a network is initialised with): then the next ones compare them too.
 
         Raises:
+            TypeError: a setting cannot be hashed; or as `check`.
             ValueError: as `check`.
         """
-        leaves, call = _arrays(args, kwargs)
-        if call not in self._checked and not any(isinstance(a, core.Tracer) for a in leaves):
+        leaves, call = _arrays(args, kwargs, _name(self.fast))
+        doubts, calls = self._doubts.get(call, ({""}, _CALLS))
+        if doubts and calls and not any(isinstance(a, core.Tracer) for a in leaves):
             self.check(*args, **kwargs)
         traced = self._trace(leaves, call)
         return jax.tree.unflatten(traced.tree, traced.kernel(*leaves))
@@ -59,13 +74,14 @@ class WithReference:
         """Compares values and gradients of kernel and reference on these arguments.
 
         Raises:
+            TypeError: the kernel cannot be differentiated once, or the reference twice; names what
+                stops it.
             ValueError: they differ by more than rounding; names the output or argument.
         """
-        leaves, call = _arrays(args, kwargs)
+        leaves, call = _arrays(args, kwargs, _name(self.fast))
         with core.ensure_compile_time_eval():
             traced = self._trace(leaves, call)
-            fast = _values_and_grads(traced.fast, leaves)
-            reference = _values_and_grads(traced.reference, leaves)
+            fast, reference = traced.fast(*leaves), traced.reference(*leaves)
         names = [f"output {i}" for i in range(len(traced.kernel.shapes))]
         pairs = zip(call.names, leaves, strict=True)
         names += [f"the gradient in argument {name}" for name, leaf in pairs if is_inexact(leaf)]
@@ -74,7 +90,8 @@ class WithReference:
                 f"with_reference: {_name(self.fast)} and its reference differ: {found}; give both "
                 "the same scale, mask and layout"
             )
-        self._checked.add(call)
+        doubts, calls = self._doubts.get(call, (set(names), _CALLS))
+        self._doubts[call] = doubts - set(compared(names, reference, traced.eps)), calls - 1
 
     def _trace(self, leaves: list, call: _Call) -> _Traced:
         key = call, tuple(jax.typeof(leaf) for leaf in leaves)
@@ -94,16 +111,18 @@ class WithReference:
             def reference(*leaves):
                 return [o.astype(s.dtype) for o, s in zip(plain(*leaves), shapes, strict=True)]
 
+            _check_derivatives(name, fast, reference, leaves)
             whole = kernel(fast, reference, tuple(shapes))
             eps = max(coarsest(program) for program in (fast_program, plain_program))
-            self._traced[key] = _Traced(fast, reference, tree, whole, eps)
+            runs = _values_and_grads(fast), _values_and_grads(reference)
+            self._traced[key] = _Traced(*runs, tree, whole, eps)
         return self._traced[key]
 
 
 class _Traced(NamedTuple):
-    """A kernel for arguments of certain shapes; `fast` and `reference` of a flat list of arrays."""
+    """A kernel for arguments of certain shapes."""
 
-    fast: Callable[..., list]
+    fast: Callable[..., list]  # its values and gradients, for comparison
     reference: Callable[..., list]
     tree: Any  # of the result
     kernel: Opaque
@@ -166,21 +185,46 @@ def disagreement(names: Sequence[str], ours: list, theirs: list, eps: float) -> 
 
     Args:
         names: of the arrays.
-        ours: groups of arrays, each measured by the norm of the whole group.
+        ours: values, each measured by its own norm; then groups of gradients, each measured by the
+            norm of its group, since a gradient may be zero but for rounding.
         theirs: the same from the reference.
         eps: the machine precision of the coarsest dtype.
     """
-    # Matrix units round factors to eight or ten bits, so float32 is no 24 bits there.
-    allowed, errors = min(4 * eps**0.5, 0.05), []
-    for group, other in zip(ours, theirs, strict=True):
-        wide = [[np.asarray(leaf, np.float64).ravel() for leaf in side] for side in (group, other)]
-        size = np.linalg.norm(np.concatenate(wide[1]))
-        gaps = [float(np.linalg.norm(a - b)) for a, b in zip(*wide, strict=True)]
-        errors += [gap / size if size else gap for gap in gaps]
-    worst = int(np.argmax([np.inf if np.isnan(error) else error for error in errors]))
-    if errors[worst] <= allowed:
+    allowed, errors = _allowed(eps), []
+    for i, (group, other) in enumerate(zip(ours, theirs, strict=True)):
+        pairs = [_finite(*pair) for pair in zip(group, other, strict=True)]
+        sizes = [float(np.linalg.norm(b)) for _, b in pairs]
+        least = np.linalg.norm(sizes) * (1 if i else min(8 * eps / allowed, 1) if allowed else 0)
+        for (a, b), size in zip(pairs, sizes, strict=True):
+            gap, size = float(np.linalg.norm(a - b)), max(size, least)
+            errors.append(gap / size if size else gap)
+    worst = max(range(len(errors)), key=lambda i: (np.isnan(errors[i]), errors[i]), default=None)
+    if worst is None or errors[worst] <= allowed:
         return ""
+    if np.isnan(errors[worst]):
+        return f"{names[worst]} is not finite in one of them"
     return f"{names[worst]} by {errors[worst]:.2g} of the norm (rounding: {allowed:.2g})"
+
+
+def compared(names: Sequence[str], theirs: list, eps: float) -> list[str]:
+    """Which of these arrays `disagreement` would have found to be wrong."""
+    sizes = [[np.linalg.norm(_finite(leaf, leaf)[1]) for leaf in group] for group in theirs]
+    least = [0.0, *(_allowed(eps) * np.linalg.norm(group) for group in sizes[1:])]
+    large = [size > low for group, low in zip(sizes, least, strict=True) for size in group]
+    return [name for name, flag in zip(names, large, strict=True) if flag]
+
+
+def _allowed(eps: float) -> float:
+    # Matrix units round factors to eight or ten bits, so float32 is no 24 bits there.
+    return min(4 * eps**0.5, 0.05)
+
+
+def _finite(*leaves: Any) -> list[np.ndarray]:
+    """Two arrays as vectors, zero where neither is finite and both are the same."""
+    kinds = (np.complex128 if jnp.iscomplexobj(leaf) else np.float64 for leaf in leaves)
+    a, b = (np.asarray(leaf, kind).ravel() for leaf, kind in zip(leaves, kinds, strict=True))
+    same = ~np.isfinite(a) & ((a == b) | (np.isnan(a) & np.isnan(b)))
+    return [np.where(same, 0, a), np.where(same, 0, b)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +232,8 @@ class _Call:
     """A call without its arrays: the tree of the arguments, and the settings among them."""
 
     tree: Any
-    settings: tuple  # (position in the tree, value)
+    settings: tuple = dataclasses.field(compare=False)  # (position in the tree, value)
+    told: tuple  # the settings, 1 apart from True and from 1.0
     names: tuple[str, ...]  # of the arrays
 
     def run(self, function: Callable, leaves: Sequence) -> Any:
@@ -199,13 +244,27 @@ class _Call:
         return function(*args, **kwargs)
 
 
-def _arrays(args: tuple, kwargs: dict) -> tuple[list, _Call]:
+def _arrays(args: tuple, kwargs: dict, name: str) -> tuple[list, _Call]:
     pairs, tree = jax.tree.flatten_with_path((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for _, leaf in pairs]
+    is_array = [
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+        for _, leaf in pairs
+    ]
     arrays = [pair for pair, flag in zip(pairs, is_array, strict=True) if flag]
     settings = tuple((i, leaf) for i, (_, leaf) in enumerate(pairs) if not is_array[i])
+    for i, leaf in settings:
+        if not isinstance(leaf, Hashable):
+            raise TypeError(
+                f"with_reference: the argument {jax.tree_util.keystr(pairs[i][0][1:])} of {name} "
+                f"is a {type(leaf).__name__}, which is no array and cannot be hashed: pass an "
+                "array, or a setting that can be (a tuple, a frozenset, a number ...)"
+            )
+    numbers = (bool, int, float, complex)
+    told = tuple(
+        (i, type(leaf), repr(leaf) if isinstance(leaf, numbers) else leaf) for i, leaf in settings
+    )
     names = tuple(jax.tree_util.keystr(path[1:]) for path, _ in arrays)
-    return [jnp.asarray(leaf) for _, leaf in arrays], _Call(tree, settings, names)
+    return [jnp.asarray(leaf) for _, leaf in arrays], _Call(tree, settings, told, names)
 
 
 def _flat(function: Callable, call: _Call, leaves: list, name: str):
@@ -222,18 +281,33 @@ def _flat(function: Callable, call: _Call, leaves: list, name: str):
     return closed, closed.out_avals, jax.tree.structure(shapes)
 
 
-def _values_and_grads(function: Callable[..., list], leaves: list) -> list[list]:
+def _check_derivatives(name: str, fast: Callable, reference: Callable, leaves: list) -> None:
+    if found := first_stop(fast, leaves):
+        raise TypeError(
+            f"with_reference: {name} cannot be differentiated even once, which is stopped by "
+            f"{found}: give it a jax.custom_vjp"
+        )
+    if found := second_stop(reference, leaves):
+        raise TypeError(
+            f"with_reference: the reference of {name} cannot be differentiated twice by "
+            f"forward_over_reverse, which is stopped by {found}: write it in ordinary JAX, and "
+            "hand over the kernel first, with_reference(kernel, reference)"
+        )
+
+
+def _values_and_grads(function: Callable[..., list]) -> Callable[..., list]:
     @jax.jit
     def run(*leaves):
-        outs, pull = jax.vjp(of_floats(function, leaves), *floats(leaves))
-        keys = jax.random.split(jax.random.key(0), len(outs))
+        moving = of_floats(with_floats(function), leaves)
+        values, pull, outs = jax.vjp(moving, *floats(leaves), has_aux=True)
+        keys = jax.random.split(jax.random.key(0), max(len(values), 1))
         cotangents = [
             jax.random.normal(key, out.shape, out.dtype)
-            for key, out in zip(keys, outs, strict=True)
+            for key, out in zip(keys, values, strict=False)
         ]
-        return [list(outs), list(pull(cotangents))]
+        return [outs, list(pull(cotangents))]
 
-    return run(*leaves)
+    return run
 
 
 def _name(function: Callable) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.pallas.ops.tpu.flash_attention import SegmentIds
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
 )
@@ -269,6 +270,131 @@ def test_a_reference_that_computes_something_else_is_refused():
         jax.grad(closing)(w)
 
 
+def test_integers_among_a_kernels_outputs(x64):
+    def whole(a):
+        return {"cube": jnp.sum(a**3), "order": jnp.argsort(a), "mask": a > 0.1}
+
+    fast = oracles.with_reference(jax.custom_vjp(whole), whole)
+    fast.fast.defvjp(
+        lambda a: (whole(a), a),
+        lambda a, c: (
+            jax.pure_callback(lambda a: 3 * a**2, a, a, vmap_method="sequential") * c["cube"],
+        ),
+    )
+    a = RNG.normal(size=3) / 2
+    assert fast(a)["order"].tolist() == np.argsort(a).tolist()
+
+    def loss(function, a):
+        def body(a, row):
+            out = jax.checkpoint(function)(a * row)
+            return jnp.where(out["mask"], a * out["cube"], a[out["order"]]), None
+
+        rows = jax.vmap(function, 1)(jnp.outer(a, jnp.sin(a)))
+        return jnp.sum(jax.lax.scan(body, a, jnp.ones((2, 3)))[0] ** 2) + jnp.sum(rows["cube"] ** 2)
+
+    for second in (jax.jacfwd, jax.jacrev):
+        mine, theirs = (
+            jax.jit(second(jax.grad(functools.partial(loss, f))))(a) for f in (fast, whole)
+        )
+        np.testing.assert_allclose(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_comparison_sees_small_outputs_and_takes_what_is_no_finite_float():
+    a = jnp.array([1.0, -2.0, 0.5])
+    with pytest.raises(ValueError, match="differ: output 1 by"):
+        oracles.with_reference(lambda a: (1e4 * a, a), lambda a: (1e4 * a, 1.1 * a))(a)
+    with pytest.raises(ValueError, match="differ: output 0 is not finite in one of them"):
+        oracles.with_reference(lambda a: jnp.log(jnp.maximum(a, 0)), jnp.log)(a)
+    same = (
+        lambda a: jnp.where(a > 0, a, -jnp.inf),  # the log-sum-exp of a row that sees nothing
+        lambda a: jnp.argsort(a),
+        lambda a: jnp.fft.fft(a),
+        lambda a: a.astype(jnp.int32) * 2,
+    )
+    for function in same:
+        np.testing.assert_array_equal(oracles.with_reference(function, function)(a), function(a))
+    assert oracles.with_reference(lambda i: i + 1, lambda i: i + 1)(jnp.int32(1)) == 2
+    with pytest.raises(ValueError, match="differ: output 0 by"):
+        oracles.with_reference(jnp.fft.fft, lambda a: jnp.conj(jnp.fft.fft(a)))(a)
+
+
+def test_numbers_that_tell_nothing_do_not_count_as_a_comparison():
+    right = jax.nn.dot_product_attention
+    kernel = oracles.with_reference(right, functools.partial(oracles.chunked_attention, scale=1.0))
+    for rows in (jnp.zeros((1, 4, 2, 3)), jnp.ones((1, 4, 2, 3))):  # as networks are initialised
+        kernel(rows, rows, rows)
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 3))
+    with pytest.raises(ValueError, match="and its reference differ"):
+        kernel(q, q, q)
+    lost = jax.lax.stop_gradient
+    quiet = oracles.with_reference(lost, lost)
+    for _ in range(12):  # its gradient never tells anything, and is not compared for ever
+        quiet(q)
+    assert quiet._doubts and all(left == 0 for _, left in quiet._doubts.values())
+
+
+def test_settings_are_told_apart_by_their_types():
+    def scaled(a, by):
+        return a * (10 if by is True else np.copysign(2.5, by) if isinstance(by, float) else by)
+
+    kernel, a = oracles.with_reference(scaled, scaled), jnp.ones(())
+    settings = (1, True, 0.0, -0.0)
+    assert [float(kernel(a, by)) for by in settings] == [float(scaled(a, by)) for by in settings]
+    cast = lambda a, dtype: a.astype(dtype)
+    assert oracles.with_reference(cast, cast)(a, np.float16).dtype == np.float16
+    with pytest.raises(TypeError, match=r"the argument \[1\] of scaled is a set.*hashed: pass"):
+        kernel(a, {1})
+
+
+def test_a_kernel_without_a_gradient_and_a_reference_that_is_a_kernel_are_refused():
+    never = lambda a: jax.pure_callback(np.sin, a, a)
+    with pytest.raises(
+        TypeError, match="<lambda> cannot be differentiated even once.*callback: giv"
+    ):
+        oracles.with_reference(never, jnp.sin)(jnp.ones(2))
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda a: (sine(a), a), lambda a, c: (jnp.cos(a) * c,))
+    swapped = oracles.with_reference(jnp.sin, sine)
+    with pytest.raises(
+        TypeError, match="reference of sin cannot be .* twice.*custom_vjp 'sin'.*first"
+    ):
+        jax.jit(swapped)(jnp.ones(2))
+
+
+def test_probe_compares_kernels_in_x_and_inside_of_rules():
+    point = bf.Variables(jnp.ones(2), jnp.ones(2), jnp.ones(2))
+
+    def found(function):
+        loss = lambda z, x, batch: jnp.sum(function(z, x) ** 2)
+        return oracles.probe(bf.Problem(loss, loss), point, None)
+
+    deaf = oracles.with_reference(lambda z, x: z * x, lambda z, x: z * jax.lax.stop_gradient(x))
+    with pytest.raises(ValueError, match="differ: its gradient in outer_params, leaf 0"):
+        found(deaf)
+    other = oracles.with_reference(lambda z, x: z * x, lambda z, x: 2 * z * x)
+    ruled = jax.custom_jvp(lambda z, x: other(z, x))
+    ruled.defjvp(lambda at, along: (ruled(*at), at[0] * along[1] + at[1] * along[0]))
+    with pytest.raises(ValueError, match="differ: inner_loss by"):
+        found(ruled)
+
+
+def test_probe_says_what_was_not_handed_to_it():
+    point = bf.Variables(jnp.ones(2), jnp.ones(2), jnp.ones(()))
+    loss = lambda z, x, batch: jnp.sum(z * batch) * x
+    problem = bf.Problem(loss, loss)
+    with pytest.raises(
+        TypeError, match=r"given batch=None: hand over its minibatch, bf\.Batch\(inner"
+    ):
+        oracles.probe(problem, point, None)
+    with pytest.raises(
+        ValueError, match="batch has jax.ShapeDtypeStruct leaves: probe needs arrays"
+    ):
+        oracles.probe(problem, point, jax.ShapeDtypeStruct((2,), jnp.float32))
+    stateful = lambda z, x, b, state, rng: (jnp.sum(z * state["scale"]) * x, bf.Aux(state))
+    with pytest.raises(TypeError, match="given model_state=None: pass model_state="):
+        oracles.probe(bf.Problem(stateful, stateful, stateful=True), point, jnp.ones(2))
+
+
 def dense_attention(q, k, v, bias=0.0, seen=True, scale=None):
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], 2) for a in (k, v))
     logits = jnp.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -315,6 +441,47 @@ def test_chunked_attention_is_attention_twice_differentiable(x64, name):
     theirs = second(functools.partial(dense_attention, **dense))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_values_of_another_width_and_a_bias_of_a_pallas_kernel(x64):
+    q, k, v = (RNG.normal(size=(2, 3, 5, width)) for width in (4, 4, 2))  # [batch, heads, ...]
+    bias = RNG.normal(size=(2, 3, 5, 5))
+
+    def flash(q, k, v, ab=None, segment_ids=None):
+        logits = jnp.einsum("bntd,bnsd->bnts", q, k)
+        logits = 0.5 * (logits if ab is None else logits + ab)
+        if segment_ids is not None:
+            same = segment_ids.q[:, :, None] == segment_ids.kv[:, None]
+            logits = jnp.where(same[:, None], logits, -1e30)
+        return jnp.einsum("bnts,bnsd->bntd", jax.nn.softmax(logits), v)
+
+    ids = SegmentIds(SEGMENTS[:, :5], SEGMENTS[:, :5])
+    lent = oracles.pallas_attention(flash, scale=0.5, chunk=2)
+    for args in ((), (bias,), (bias, ids), (None, ids)):
+        lent.check(q, k, v, *args)
+    lent.check(q, k, v, segment_ids=ids, ab=bias)
+
+
+WRONG = {
+    "a mask of integers": ({"mask": np.ones((1, 1, 4, 6), int)}, "mask has dtype int64, but must"),
+    "a mask of keys": (
+        {"mask": np.ones((2, 6), bool)},
+        r"mask has shape \(2, 6\), .* mask\[:, None",
+    ),
+    "a bias of other heads": ({"bias": np.ones((1, 3, 4, 6))}, r"bias has shape .* \(2, 4, 4, 6\)"),
+    "a window of a list": ({"local_window_size": [1, 2]}, r"local_window_size=\[1, 2\] must be"),
+    "three heads of keys": ({"heads": 3}, "the number of key heads must divide"),
+    "batches that differ": ({"batch": 1}, "must have one batch"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_refuses_what_would_be_computed_as_something_else(name):
+    settings, message = WRONG[name]
+    shape = settings.pop("batch", 2), 6, settings.pop("heads", 2), 3
+    q, k = jnp.ones((2, 4, 4, 3)), jnp.ones(shape)
+    with pytest.raises((TypeError, ValueError), match=message):
+        oracles.chunked_attention(q, k, k, **settings)
 
 
 def test_chunked_attentions_memory_is_linear_in_length():
