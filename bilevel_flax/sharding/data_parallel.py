@@ -126,7 +126,6 @@ def _evaluate(
     gathered = [
         point._replace(outer=_rows_of(problem, point.outer, batch, mesh)) for point in points
     ]
-    parted = any(entry is not None for spec in like_z for entry in spec)
     data = {"inner": batch.inner, "outer": batch.outer}
     data_specs = jax.tree.map_with_path(
         lambda path, leaf: batch_spec(jax.tree_util.keystr(path), leaf.shape, mesh), data
@@ -164,8 +163,9 @@ def _evaluate(
             dense = rows.dense_leaves(cross)
             sketches = [None, None, sketch(dense) if dense and len(points) == 1 else None]
             if hvp is not None:
-                # Of one point and a whole D_v, the reduced D_v tells what Hv is.
-                sketches[:2] = sketch(hvp) if len(points) > 1 or parted else None, sketch(grad)
+                # Not Hv as the rest of D_v: v starts so small that ∇₁F leaves no digit of it.
+                coarser = 1 if len(points) > 1 else 2  # of one point its length alone is asked
+                sketches[:2] = sketch(hvp, coarser), sketch(grad)
             evaluation = evaluation._replace(
                 directions=combine(*(each.oracles for each in several)), oracles=_NOTHING
             )
@@ -192,7 +192,6 @@ def _evaluate(
     if grad is None:
         return evaluation
     length = norm(hvp + grad if len(points) > 1 else d_v)
-    hvp = sketch(d_v) - grad if hvp is None else hvp
     return evaluation._replace(residual=ratio(length, norm(grad)), product=norm(hvp))
 
 

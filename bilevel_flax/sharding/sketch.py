@@ -1,9 +1,9 @@
 """A vector's length from a few numbers that add up over devices.
 
 The adjoint's residual ‖Hv + ∇₁F‖ / ‖∇₁F‖ of a method that reduces D_v = Hv + ∇₁F alone lacks ‖∇₁F‖,
-and reducing ∇₁F too would cost the parameters' bytes once more. So ∇₁F is added up into a few
-buckets, each entry with a random sign: a linear map S with E‖S g‖² = ‖g‖², whatever g is, and a
-relative standard deviation of ‖S g‖² of about √(2 / buckets).
+and v's first steps ‖Hv‖, and reducing either would cost the parameters' bytes once more. So each is
+added up into a few buckets, each entry with a random sign: a linear map S with E‖S g‖² = ‖g‖²,
+whatever g is, and a relative standard deviation of ‖S g‖² of about √(2 / buckets).
 
 References:
     M. Charikar, K. Chen, M. Farach-Colton. Finding frequent items in data streams. ICALP 2002.
@@ -23,18 +23,19 @@ _ENTRIES_PER_BUCKET = 64  # the sketch moves less than 2 % of a large vector's o
 _SEED = 0x9E3779B1
 
 
-def sketch(tree: PyTree) -> jax.Array:
+def sketch(tree: PyTree, coarser: int = 1) -> jax.Array:
     """S g: float32 [buckets], linear in the float leaves of `tree`; always the same S.
 
     Args:
         tree: g.
+        coarser: so many times fewer buckets, where g is longer than a few.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
     size = sum(leaf.size for leaf in leaves)
     flat = [leaf.reshape(-1).astype(jnp.float32) for leaf in leaves]
     if size <= _SMALL:
         return jnp.concatenate(flat)
-    buckets = min(max(_MIN_BUCKETS, size // _ENTRIES_PER_BUCKET), _MAX_BUCKETS)
+    buckets = min(max(_MIN_BUCKETS, size // _ENTRIES_PER_BUCKET), _MAX_BUCKETS) // coarser
     total, start = jnp.zeros(buckets, jnp.float32), 0
     for entries in flat:
         signed = entries * _signs(start, entries.size)

@@ -214,6 +214,35 @@ def test_first_order_steps_on_a_mesh_are_the_steps_of_one_device(x64, mesh, rule
     assert many.traces == 1 and not many.not_donated
 
 
+@pytest.mark.parametrize("method", [bf.auto, bf.first_order])
+def test_v_leaves_zero_on_a_mesh_as_on_one_device(x64, method):
+    """V starts so small that ∇₁F leaves no digit of Hv, which its first steps are scaled by."""
+    a = np.random.default_rng(3).normal(size=(8, 5))
+    batch = {"a": a, "y": a.sum(1), "index": np.arange(8)}
+
+    def residuals(z, batch):
+        return (jnp.tanh(batch["a"] @ z) - batch["y"]) ** 2
+
+    problem = bf.Problem(
+        lambda z, x, b: jnp.mean(jax.nn.sigmoid(x) * residuals(z, b)) + 0.1 * z @ z,
+        lambda z, x, b: jnp.mean(residuals(z, b)),
+        per_sample=True,
+    )
+
+    def after_three(problem):
+        solver = method(problem, inner=optax.adam(0.05), steps=100)
+        update, state = jax.jit(solver.update), solver.init(jnp.full(5, 0.1), jnp.zeros(8))
+        for _ in range(3):
+            state, _ = jax.block_until_ready(update(state, bf.Batch(batch, batch)))
+        return state
+
+    mesh = sharding.make_mesh("data=2", jax.devices()[:2])
+    one, many = after_three(problem), after_three(sharding.data_parallel(problem, mesh))
+    assert jnp.linalg.norm(one.adjoint) > 1e-3
+    np.testing.assert_allclose(many.adjoint, one.adjoint, rtol=1e-4)
+    np.testing.assert_allclose(many.outer_params, one.outer_params, rtol=1e-4)
+
+
 @functools.cache
 def first_order_alone():
     return run("plain", "first_order", None, steps=4)
