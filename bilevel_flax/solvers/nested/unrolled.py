@@ -85,15 +85,15 @@ def check_same(initial: PyTree, z: PyTree) -> None:
         for tree in (initial, z)
     ]
     names = [name for name in leaves[0] | leaves[1] if leaves[0].get(name) != leaves[1].get(name)]
-    if names or jax.tree.structure(initial) != jax.tree.structure(z):
-        name = names[0] if names else ""
-        given, wanted = (
-            side.get(name, "nothing" if name else "another kind of tree") for side in leaves
-        )
+    fix = "it is where z starts, so give it z's tree, shapes and dtypes"
+    if names:
+        name = names[0]
+        given, wanted = (side.get(name, "nothing") for side in leaves)
         raise ValueError(
-            f"initial(outer_params){name} is {given}, but inner_params{name} is {wanted}: it is "
-            "where z starts, so give it z's tree, shapes and dtypes"
+            f"initial(outer_params){name} is {given}, but inner_params{name} is {wanted}: {fix}"
         )
+    if jax.tree.structure(initial) != jax.tree.structure(z):
+        raise ValueError(f"initial(outer_params) has inner_params' leaves in other nodes: {fix}")
 
 
 @takes(Common)
