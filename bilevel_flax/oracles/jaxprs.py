@@ -49,10 +49,12 @@ def sub_jaxprs(eqn: Any) -> list:
 
 
 def float_dtypes(jaxpr: Any) -> set:
-    """The floating-point types, complex ones too, that a jaxpr computes in."""
+    """The floating-point types that a jaxpr computes in, complex ones and kernels' too."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     variables = [*inner.invars, *(var for eqn in equations(inner) for var in eqn.outvars)]
     dtypes = {getattr(var.aval, "dtype", jnp.int32) for var in variables}
+    for eqn in equations(inner):  # `kernel_rules.Opaque` says what it hides
+        dtypes |= getattr(eqn.params.get("function"), "computes_in", frozenset())
     return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)}
 
 

@@ -49,12 +49,14 @@ class Opaque:
         jvp: `jvp(leaves, tangents) -> (outputs, tangents)`; the tangent of an integer is None,
             on both sides.
         shapes: of the outputs.
+        computes_in: the floating-point types inside, which no equation of the program shows.
         instead: what takes its place where kernels are left out, or None.
     """
 
     run: Callable[..., Sequence]
     jvp: Callable[[Sequence, Sequence], tuple[Sequence, Sequence]]
     shapes: Shapes
+    computes_in: frozenset = frozenset()
     instead: Opaque | None = None
 
     def __call__(self, *leaves: Any) -> list:
@@ -66,9 +68,8 @@ class Opaque:
         run = jax.vmap(self.run, axes, axis_size=size)
         jvp = jax.vmap(self.jvp, (axes, axes), axis_size=size)
         instead = None if self.instead is None else self.instead.batched(axes, size)
-        return Opaque(
-            run, lambda *args: jvp(*map(tuple, args)), batched(self.shapes, size), instead
-        )
+        shapes, jvp_of = batched(self.shapes, size), lambda *args: jvp(*map(tuple, args))
+        return Opaque(run, jvp_of, shapes, self.computes_in, instead)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +110,12 @@ def _asks_for_devices() -> Any:
     return jax.make_jaxpr(partitioned)(jax.ShapeDtypeStruct((1,), "int32"))
 
 
-def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Shapes) -> Opaque:
+def kernel(
+    fast: Callable[..., list],
+    reference: Callable[..., list],
+    shapes: Shapes,
+    computes_in: frozenset = frozenset(),
+) -> Opaque:
     """The operation `fast`, with the derivatives of this module."""
 
     def by_reference(leaves, tangents):
@@ -118,17 +124,20 @@ def kernel(fast: Callable[..., list], reference: Callable[..., list], shapes: Sh
         return outs, _beside(outs, moved)
 
     def jvp(leaves, tangents):
-        value, linear = _with_residuals(fast, reference, shapes, leaves)
+        value, linear = _with_residuals(fast, reference, shapes, computes_in, leaves)
         outs = value(*leaves)
         outs, kept = outs[: len(shapes)], outs[len(shapes) :]
         # Residuals move with the arguments, and the rules see to that themselves.
         kept = [jax.lax.stop_gradient(residual) for residual in kept]
         return outs, _beside(outs, linear([*leaves, *kept], _given(tangents)))
 
-    return Opaque(fast, jvp, shapes, instead=Opaque(reference, by_reference, shapes))
+    instead = Opaque(reference, by_reference, shapes, computes_in)
+    return Opaque(fast, jvp, shapes, computes_in, instead)
 
 
-def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[Opaque, Linear]:
+def _with_residuals(
+    fast, reference, shapes: Shapes, computes_in: frozenset, leaves: Sequence
+) -> tuple[Opaque, Linear]:
     """`value(*leaves) -> [*outputs, *residuals]`, and the `Linear` of leaves and residuals."""
     trees, count, outputs = [], len(leaves), len(shapes)
     moving_reference = lambda *leaves: floats(reference(*leaves))
@@ -177,8 +186,8 @@ def _with_residuals(fast, reference, shapes: Shapes, leaves: Sequence) -> tuple[
         return jax.jvp(of_floats(moving_reference, leaves), floats(leaves), list(tangents))[1]
 
     like_floats = tuple(jax.typeof(leaf) for leaf in floats(leaves))
-    value = Opaque(run_value, value_jvp, (*shapes, *kept_shapes))
-    pulled = Opaque(run_pulled, pulled_jvp, like_floats)
+    value = Opaque(run_value, value_jvp, (*shapes, *kept_shapes), computes_in)
+    pulled = Opaque(run_pulled, pulled_jvp, like_floats, computes_in)
     moving_shapes = tuple(floats(shapes))
     linear = Linear(push, lambda at, cts: pulled(*at, *cts), moving_shapes, count + len(new))
     return value, linear

@@ -18,7 +18,7 @@ from jax import core
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import PyTree
-from bilevel_flax.oracles.jaxprs import coarsest, rewritten
+from bilevel_flax.oracles.jaxprs import coarsest, float_dtypes, rewritten
 from bilevel_flax.oracles.kernel_rules import (
     Opaque,
     floats,
@@ -112,8 +112,10 @@ class WithReference:
                 return [o.astype(s.dtype) for o, s in zip(plain(*leaves), shapes, strict=True)]
 
             _check_derivatives(name, fast, reference, leaves)
-            whole = kernel(fast, reference, tuple(shapes))
-            eps = max(coarsest(program) for program in (fast_program, plain_program))
+            programs = fast_program, plain_program
+            computes_in = frozenset().union(*map(float_dtypes, programs))
+            whole = kernel(fast, reference, tuple(shapes), computes_in)
+            eps = max(map(coarsest, programs))
             runs = _values_and_grads(fast), _values_and_grads(reference)
             self._traced[key] = _Traced(*runs, tree, whole, eps)
         return self._traced[key]

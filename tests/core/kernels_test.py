@@ -378,6 +378,22 @@ def test_probe_compares_kernels_in_x_and_inside_of_rules():
         found(ruled)
 
 
+def test_what_a_kernel_computes_in_counts_as_the_losss():
+    """A kernel that rounds inside: float32 in, float32 out."""
+    half = lambda a: jnp.tanh(a.astype(jnp.bfloat16)).astype(jnp.float32)
+    lent = oracles.with_reference(half, jnp.tanh)
+    loss = lambda z, x, batch: jnp.sum(lent(z) ** 2) * x
+    problem = problem_of(loss)
+    batch, z = bf.Batch(jnp.zeros(1), jnp.zeros(1)), jnp.linspace(0.1, 1.0, 5)
+    point = bf.Variables(z, jnp.ones(5), jnp.float32(1))
+    found = oracles.probe(problem, point, None)  # not refused: they differ by bfloat16's rounding
+    assert found.stopped_by["finite_differences"] == "computations in bfloat16"
+    # The penalty's second network stands as far away as bfloat16 asks for.
+    penalised = oracles.evaluate_by_penalty(problem, point, batch).oracles.hvp
+    exact = oracles.evaluate(problem, point, batch).hvp
+    assert jnp.linalg.norm(penalised - exact) < 0.2 * jnp.linalg.norm(exact)
+
+
 def test_probe_says_what_was_not_handed_to_it():
     point = bf.Variables(jnp.ones(2), jnp.ones(2), jnp.ones(()))
     loss = lambda z, x, batch: jnp.sum(z * batch) * x
