@@ -52,9 +52,10 @@ def evaluate_by_penalty(
         batch: both sides.
         model_state: mutable state of a stateful problem; G at z moves it.
         rngs: the keys of (G, F).
-        penalty: λ, a scalar; None: such that y is √eps · max(1, ‖z‖) away from z, with eps the
-            machine precision of what G computes in: the bias, which falls with the distance, and
-            the rounding of the differences, which grows as it falls, then are of one size.
+        penalty: λ at most, a scalar. Y comes no closer to z than √eps · max(1, ‖z‖), with eps the
+            machine precision of what G computes in: there the bias, which falls with the distance,
+            and the rounding of the differences, which grows as it falls, are of one size. A λ that
+            would bring it closer (v starts near 0) is lowered to that; None: always there.
 
     Example:
         >>> import jax.numpy as jnp, bilevel_flax as bf
@@ -72,11 +73,11 @@ def evaluate_by_penalty(
     def inner(z):
         return inner_value_and_grads(problem, z, x, batch.inner, model_state, rngs[0])
 
-    if penalty is None:
-        eps = coarsest(jax.make_jaxpr(lambda z: inner(z)[0][0])(z))
-        length = norm(v)
-        distance = eps**0.5 * jnp.maximum(1.0, norm(z))
-        penalty = jnp.where(length > 0, length / distance, 1.0)
+    eps = coarsest(jax.make_jaxpr(lambda z: inner(z)[0][0])(z))
+    length = norm(v)
+    distance = eps**0.5 * jnp.maximum(1.0, norm(z))
+    resolved = jnp.where(length > 0, length / distance, 1.0)
+    penalty = resolved if penalty is None else jnp.minimum(penalty, resolved)
     y = jax.tree.map(lambda a, b: a + b / _like(penalty, a) if is_inexact(a) else a, z, v)
     (inner_loss, inner_aux), grad, direct = inner(z)
     _, grad_y, direct_y = inner(y)

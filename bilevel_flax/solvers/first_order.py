@@ -25,16 +25,25 @@ import optax
 
 from bilevel_flax import oracles
 from bilevel_flax.base import BilevelSolver, Estimate, Estimator, Problem
-from bilevel_flax.checks import check_number
+from bilevel_flax.checks import UserError, check_number
 from bilevel_flax.solvers.auto import auto
 from bilevel_flax.tree import is_inexact
+
+# What `auto` can do and this method cannot, as it is where it is not asked for.
+_OF_AUTO = {
+    "estimator": None,
+    "subsample": 1.0,
+    "update_every": 1,
+    "adjoint_update_every": 1,
+    "cooldown": 0.0,
+}
 
 
 def estimator(penalty: float | None = None) -> Estimator:
     """SOBA's directions from first derivatives alone, for `single_loop` and `auto`.
 
     Args:
-        penalty: λ > 0; None: as ‖v‖ asks (`oracles.evaluate_by_penalty`).
+        penalty: λ > 0 at most; None: as ‖v‖ asks (`oracles.evaluate_by_penalty`).
 
     Raises:
         UserError: `penalty` is no positive number.
@@ -72,14 +81,15 @@ def first_order(
         problem: the bilevel problem; per-sample, stateful, `data_parallel` ... as for `auto`.
         inner: z's optimiser.
         steps: updates in the run.
-        penalty: λ, the same throughout; None: as ‖v‖ asks.
-        **settings: as `auto`, but for `estimator` and the cheaper steps.
+        penalty: λ, once v is long enough for y to stand out from z (lower until then, and where
+            rounding asks for it); None: as ‖v‖ asks.
+        **settings: as `auto`, but for `estimator`, `subsample` and the steps that rest.
 
     Returns:
         A `BilevelSolver` of 3 units. `state.adjoint` is v = λ(y - z); `info.outer_loss` is F at y.
 
     Raises:
-        UserError: `penalty` is no positive number.
+        UserError: `penalty` is no positive number; a setting of `auto` that has no meaning here.
         ValueError: as `auto`; at trace time, a penalty that z's dtype cannot resolve, or an inner
             problem without a value (`Problem.from_condition`).
 
@@ -96,6 +106,12 @@ def first_order(
         >>> [round(float(value), 1) for value in state.outer_params]
         [2.0, 2.0, 2.0]
     """
+    for name, unset in _OF_AUTO.items():
+        if settings.pop(name, unset) != unset:
+            raise UserError(
+                f"{name}= has no meaning for first_order, whose steps are three gradients each: "
+                "leave it out, or take bf.auto"
+            )
     solver = auto(problem, inner=inner, steps=steps, estimator=estimator(penalty), **settings)
     return solver._replace(method=solver.method._replace(name="first_order"))
 

@@ -73,6 +73,26 @@ def test_the_penalty_that_follows_v_is_near_the_limit():
     np.testing.assert_allclose(hvp, 1e6 * point.adjoint * X, rtol=4e-3)
 
 
+@pytest.mark.parametrize("penalty", [20.0, 1e4])
+def test_v_leaves_zero_under_a_penalty_that_is_given(penalty):
+    """V starts so small that v / λ is lost beside z in float32, and Hv with it."""
+    problem = bf.Problem(inner_loss, outer_loss)
+    solver = bf.first_order(problem, inner=optax.adam(0.05), steps=100, penalty=penalty)
+    state, update = solver.init(jnp.ones(3), jnp.asarray(X, jnp.float32)), jax.jit(solver.update)
+    for _ in range(3):
+        state, _ = update(state, bf.Batch(jnp.zeros(1), jnp.zeros(1)))
+    assert jnp.linalg.norm(state.adjoint) > 1e-3
+
+
+def test_settings_of_auto_without_a_meaning_here_are_refused():
+    problem = bf.Problem(inner_loss, outer_loss)
+    bf.first_order(problem, inner=optax.sgd(0.1), steps=10, subsample=1.0, estimator=None)
+    with pytest.raises(ValueError, match="^subsample= has no meaning for first_order.*bf.auto$"):
+        bf.first_order(problem, inner=optax.sgd(0.1), steps=10, subsample=0.5)
+    with pytest.raises(ValueError, match="^estimator= has no meaning for first_order"):
+        bf.first_order(problem, inner=optax.sgd(0.1), steps=10, estimator=estimator())
+
+
 RNG = np.random.default_rng(0)
 ROWS = {
     "a": jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32),
