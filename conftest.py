@@ -36,14 +36,14 @@ import jax
 import pytest
 
 # Adapters are imported with what they adapt to (`make test-trainers`), so for doctests, too.
-collect_ignore = [
-    f"bilevel_flax/trainers/{name}.py"
+collect_ignore_glob = [
+    f"bilevel_flax/trainers/{name}*.py"
     for name in ("datasets", "kauldron", "levanter", "tunix")
     if getattr(importlib.util.find_spec(name), "origin", None) is None
 ]
 # Programs that tests run: looking for doctests would run them, too.
-collect_ignore += ["tests/trainers/scripts"]
-collect_ignore_glob = ["examples/plug_in/*_before.py", "examples/plug_in/*_after.py"]
+collect_ignore = ["tests/trainers/scripts"]
+collect_ignore_glob += ["examples/plug_in/*_before.py", "examples/plug_in/*_after.py"]
 
 # A [n] against a [n, 1] that broadcasts to [n, n] is the usual silent mistake in losses.
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -6,7 +6,9 @@
 
 In the environments that `make test-trainers` leaves. The model, the solver and the way of measuring
 are those of `adapters.py`; a trainer's step is called as its own loop calls it, and what that loop
-does besides (logs, hooks, data) is its own.
+does besides (logs, hooks, data) is its own. Levanter's is among what is timed, as its `train_step`
+waits for each loss, checks and logs it: a second row has what plain training with it takes on top
+of `jax.jit`.
 """
 
 import argparse
@@ -117,32 +119,74 @@ def of_tunix(batch: bf.Batch, folder: Path) -> tuple[Run, Run]:
 def of_levanter(batch: bf.Batch, folder: Path) -> tuple[Run, Run]:
     """Our loop on an Equinox tree, and Levanter's `train_step`."""
     import equinox as eqx
-    from levanter import trainer as levanter_trainer
-    from levanter.checkpoint import CheckpointerConfig
-    from levanter.distributed import DistributedConfig, RayConfig
-    from levanter.tracker import NoopConfig
 
     from bilevel_flax.trainers import levanter
+
+    make = levanter_model(batch)
+    weighted = of_weights(lambda model, side: model.losses(side["tokens"]))
+    problem = levanter.problem(
+        lambda model, x, side, key: weighted.inner_loss(model, x, side),
+        lambda model, x, side, key: weighted.outer_loss(model, x, side),
+        make(),
+    )
+    solver = solver_of(problem)
+    rest = eqx.filter(make(), False)
+    own = own_loop(solver, solver.init(make(), MIXTURE.init(), model_state=rest), batch)
+    trainer = levanter.Trainer(levanter_config(batch, folder / "pairs"), solver, MIXTURE.init())
+    return own, levanter_loop(trainer, make(), {"inner": batch.inner, "outer": batch.outer})
+
+
+def of_levanter_alone(batch: bf.Batch, folder: Path) -> tuple[Run, Run]:
+    """Plain training with Adam: `jax.jit` of a step, and the `train_step` of Levanter's trainer."""
+    import haliax as hax
+    from levanter.trainer import Trainer
+
+    make, tx = levanter_model(batch), optax.adam(1e-3)
+    tokens = hax.named(batch.inner["tokens"], ("batch", "position"))
+
+    def loss(model, tokens, key=None):
+        return hax.named(model.losses(tokens.array), "batch").mean()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, tokens):
+        model, opt_state = state
+        value, grads = jax.value_and_grad(lambda model: loss(model, tokens).array)(model)
+        updates, opt_state = tx.update(grads, opt_state, model)
+        return (optax.apply_updates(model, updates), opt_state), value
+
+    state = make(), tx.init(make())
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, _ = step(state, tokens)
+        jax.block_until_ready(state)
+
+    trainer = Trainer(levanter_config(batch, folder / "alone"), tx, loss)
+    return run, levanter_loop(trainer, make(), tokens)
+
+
+def levanter_model(batch: bf.Batch) -> Any:
+    """A function that makes the model, an Equinox tree around Linen's parameters."""
+    import equinox as eqx
 
     class Model(eqx.Module):
         params: Any
 
-        def losses(self, side):
-            return nats(
-                Linen().apply({"params": self.params}, side["tokens"][:, :-1]), side["tokens"]
-            )
+        def losses(self, tokens):
+            return nats(Linen().apply({"params": self.params}, tokens[:, :-1]), tokens)
 
-    made = lambda: Model(Linen().init(jax.random.key(0), batch.inner["tokens"])["params"])
-    weighted = of_weights(lambda model, side: model.losses(side))
-    problem = levanter.problem(
-        lambda model, x, side, key: weighted.inner_loss(model, x, side),
-        lambda model, x, side, key: weighted.outer_loss(model, x, side),
-        made(),
-    )
-    solver = solver_of(problem)
-    rest = eqx.filter(made(), False)
-    own = own_loop(solver, solver.init(made(), MIXTURE.init(), model_state=rest), batch)
-    config = levanter_trainer.TrainerConfig(
+    return lambda: Model(Linen().init(jax.random.key(0), batch.inner["tokens"])["params"])
+
+
+def levanter_config(batch: bf.Batch, folder: Path) -> Any:
+    """Of a run that logs and saves nothing."""
+    from levanter.checkpoint import CheckpointerConfig
+    from levanter.distributed import DistributedConfig, RayConfig
+    from levanter.tracker import NoopConfig
+    from levanter.trainer import TrainerConfig
+
+    config = TrainerConfig(
         id="run",
         num_train_steps=10**6,
         train_batch_size=len(batch.inner["tokens"]),
@@ -156,18 +200,21 @@ def of_levanter(batch: bf.Batch, folder: Path) -> tuple[Run, Run]:
         checkpointer=CheckpointerConfig(base_path=str(folder / "checkpoints"), keep=[]),
     )
     config.initialize()
-    trainer = levanter.Trainer(config, solver, MIXTURE.init())
+    return config
+
+
+def levanter_loop(trainer: Any, model: Any, minibatch: Any) -> Run:
+    """Of a trainer's steps."""
     trainer.__enter__()
-    state = trainer.initial_state(jax.random.PRNGKey(0), model=made())
-    pair = {"inner": batch.inner, "outer": batch.outer}
+    state = trainer.initial_state(jax.random.PRNGKey(0), model=model)
 
     def run(steps):
         nonlocal state
         for _ in range(steps):
-            state = trainer.train_step(state, pair).state
-        jax.block_until_ready(state.opt_state.outer_params)
+            state = trainer.train_step(state, minibatch).state
+        jax.block_until_ready((state.model, state.opt_state))
 
-    return own, run
+    return run
 
 
 def of_weights(losses: Any) -> bf.Problem:
@@ -178,7 +225,11 @@ def of_weights(losses: Any) -> bf.Problem:
     )
 
 
-LOOPS = {"kauldron": of_kauldron, "tunix": of_tunix, "levanter": of_levanter}
+LOOPS = {
+    "kauldron": {"kauldron": of_kauldron},
+    "tunix": {"tunix": of_tunix},
+    "levanter": {"levanter": of_levanter, "no adapter: Levanter and Adam": of_levanter_alone},
+}
 
 
 def main() -> None:
@@ -189,7 +240,10 @@ def main() -> None:
     add_argument(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        loops = {given.trainer: functools.partial(LOOPS[given.trainer], folder=Path(folder))}
+        loops = {
+            name: functools.partial(make, folder=Path(folder))
+            for name, make in LOOPS[given.trainer].items()
+        }
         report(loops, given)
 
 

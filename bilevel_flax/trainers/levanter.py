@@ -7,6 +7,7 @@ Needs `pip install levanter`. z is what Levanter calls trainable; all other arra
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from levanter.trainer_state import trainables_only
 from levanter.utils.tree_utils import inference_mode
 
 from bilevel_flax.base import Aux, Batch, BilevelSolver, Problem, PyTree
+from bilevel_flax.trainers.levanter_jit import StateJit
 from bilevel_flax.trainers.optimizer import solver_optimizer, train_step
 
 
@@ -110,6 +112,15 @@ class Trainer(trainer.Trainer):
         config = dataclasses.replace(config, watch=watch)
         optimizer = solver_optimizer(solver, outer_params, rng=rng)
         super().__init__(config, optimizer, lambda *_, **__: None, **settings)
+
+    @functools.cached_property
+    def _jit_train_step_fn(self):
+        return StateJit(self._train_step, self.parameter_axis_mapping)
+
+    @functools.cached_property
+    def _jit_train_step_fn_no_hook(self):
+        step = functools.partial(self._train_step, _no_hooks=True)
+        return StateJit(step, self.parameter_axis_mapping)
 
     def _train_step(self, state: Any, batch: Any, batch_kwargs: Any, _no_hooks: bool = False):
         del batch_kwargs

@@ -131,7 +131,8 @@ def test_the_plugin_needs_jax_flax_optax_and_numpy():
             return set()
         late = {"orbax", "etils"} if name_of(path) == "checkpoints" else set()
         if name_of(path) == "trainers":  # an adapter needs what it adapts to
-            late = {"haliax", "equinox", "levanter"} if path.stem == "levanter" else {path.stem}
+            package = path.stem.split("_")[0]
+            late = {package} | ({"haliax", "equinox"} if package == "levanter" else set())
         needed = {name.split(".")[0] for name in imports(path)}
         return needed - CORE - late - sys.stdlib_module_names - {"bilevel_flax"}
 
