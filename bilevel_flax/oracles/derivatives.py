@@ -6,8 +6,6 @@ tells them apart. A `Microbatched` loss has each quantity summed over parts of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +13,7 @@ import optax
 from bilevel_flax.base import Problem, PyTree, Variables
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
-from bilevel_flax.oracles.stops import refusal
+from bilevel_flax.oracles.stops import explained
 from bilevel_flax.tree import is_inexact, split
 
 # Of `inner_grad_and_cross` where x enters after the network: a gradient and a forward tangent.
@@ -162,11 +160,8 @@ def _forward_over_reverse(loss, z, x, v):
         (value, aux), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(z, x)
         return grads, (value, aux)
 
-    try:
+    with explained("inner_loss", loss, z, x, "forward_over_reverse"):
         (grad_z, _), products, out = jax.jvp(grads, (z,), (v,), has_aux=True)
-    except (TypeError, NotImplementedError) as error:
-        _explain(error, loss, z, x, "forward_over_reverse")
-        raise
     return out, grad_z, products
 
 
@@ -175,26 +170,15 @@ def _reverse_over_reverse(loss, z, x, v):
         out, grad_z = jax.value_and_grad(loss, has_aux=True)(z, x)
         return optax.tree.vdot(grad_z, v), (grad_z, out)
 
-    try:
+    with explained("inner_loss", loss, z, x, "reverse_over_reverse"):
         products, (grad_z, out) = jax.grad(product, (0, 1), has_aux=True)(z, x)
-    except (TypeError, NotImplementedError) as error:
-        _explain(error, loss, z, x, "reverse_over_reverse")
-        raise
     return out, grad_z, products
-
-
-def _explain(error: Exception, loss: Callable, z: list, x: list, mode: str) -> None:
-    """Raises what tells the kernel's name in the place of JAX's error, if it is about one.
-
-    Under `jit` JAX raises when it compiles, far from the loss: `checks.losses` finds it there.
-    """
-    if message := refusal(loss, z, x, mode):
-        raise TypeError(message) from error
 
 
 def _finite_differences(loss, z, x, v):
     grads = jax.value_and_grad(loss, (0, 1), has_aux=True)
-    out, (grad_z, _) = grads(z, x)
+    with explained("inner_loss", loss, z, x):
+        out, (grad_z, _) = grads(z, x)
     eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in z), default=1.0)
     norm = optax.tree.norm(v)
     step = eps ** (1 / 3) * jnp.maximum(1.0, optax.tree.norm(z)) / jnp.where(norm > 0, norm, 1.0)

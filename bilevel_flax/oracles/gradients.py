@@ -13,6 +13,7 @@ from bilevel_flax.base import Problem, PyTree
 from bilevel_flax.base.condition import is_condition
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.microbatches import in_parts, whole
+from bilevel_flax.oracles.stops import explained, first_refusal
 from bilevel_flax.tree import split
 
 
@@ -31,7 +32,9 @@ def inner_value_and_grad(problem: Problem, z, x, batch, model_state=None, rng=No
         part = lambda problem, *args: inner_value_and_grad(problem, z, x, *args)
         return whole(part, problem, "inner_loss", (z, x), batch, model_state, rng)
     loss, z_split, x_split, _ = losses.inner(problem, z, x, batch, model_state, rng)
-    out, grad = jax.value_and_grad(loss, has_aux=True)(z_split.leaves, x_split.leaves)
+    leaves = z_split.leaves, x_split.leaves
+    with explained("inner_loss", loss, *leaves):
+        out, grad = jax.value_and_grad(loss, has_aux=True)(*leaves)
     return out, z_split.complete(grad)
 
 
@@ -71,9 +74,9 @@ def inner_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
         part = lambda problem, *args: inner_value_and_grads(problem, z, x, *args)
         return whole(part, problem, "inner_loss", (z, x), batch, model_state, rng)
     loss, z_split, x_split, as_outer = losses.inner(problem, z, x, batch, model_state, rng)
-    out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        z_split.leaves, x_split.leaves
-    )
+    leaves = z_split.leaves, x_split.leaves
+    with explained("inner_loss", loss, *leaves):
+        out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(*leaves)
     return out, z_split.complete(grad_z), as_outer(grad_x)
 
 
@@ -108,9 +111,9 @@ def outer_value_and_grads(problem: Problem, z, x, batch, model_state=None, rng=N
         part = lambda problem, *args: outer_value_and_grads(problem, z, x, *args)
         return whole(part, problem, "outer_loss", (z, x), batch, model_state, rng)
     loss, z_split, x_split = losses.outer(problem, z, x, batch, model_state, rng)
-    out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-        z_split.leaves, x_split.leaves
-    )
+    leaves = z_split.leaves, x_split.leaves
+    with explained("outer_loss", loss, *leaves):
+        out, (grad_z, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(*leaves)
     return out, z_split.complete(grad_z), x_split.complete(grad_x)
 
 
@@ -170,5 +173,18 @@ def unrolled_value_and_grad(problem: Problem, unroll: Callable, x, batch, rng=No
         ((loss, aux),) = whole(part, problem, "outer_loss", (z, x), batch, model_state, rng)
         return loss, (aux, (z, extra))
 
-    (value, (aux, results)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)
+    def refusal(leaves):
+        x = x_split.merge(leaves)
+        z, model_state, _ = unroll(x)
+        loss, z_split, x_seen = losses.outer(problem, z, x, batch, model_state, rng)
+        refused.append(first_refusal("outer_loss", loss, z_split.leaves, x_seen.leaves))
+
+    refused: list[str] = []
+    try:
+        (value, (aux, results)), grad = jax.value_and_grad(total, has_aux=True)(x_split.leaves)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        jax.eval_shape(refusal, x_split.leaves)
+        if any(refused):
+            raise TypeError(refused[0]) from error
+        raise
     return (value, aux), x_split.complete(grad), results

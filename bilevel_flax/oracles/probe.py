@@ -16,7 +16,7 @@ from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
 from bilevel_flax.oracles.kernel_rules import opaque_p
-from bilevel_flax.oracles.stops import first_order_stop, stop
+from bilevel_flax.oracles.stops import first_refusal, stop
 from bilevel_flax.oracles.with_reference import by_reference, disagreement
 
 FIRST_ORDER = "first_order"
@@ -110,11 +110,8 @@ def probe(
         problem, at.inner, at.outer, minibatch, model_state, rng if problem.stateful else None
     )
 
-    if name := first_order_stop(loss, z.leaves, x.leaves):
-        raise TypeError(
-            f"inner_loss cannot be differentiated even once: {name} stops it; give it a "
-            "jax.custom_vjp, or write this part in ordinary JAX"
-        )
+    if message := first_refusal("inner_loss", loss, z.leaves, x.leaves):
+        raise TypeError(message)
     closed = jax.make_jaxpr(lambda *leaves: loss(*leaves)[0])(z.leaves, x.leaves)
     _check_references(closed, z.leaves, x.leaves)
     stopped = {mode: stop(loss, z.leaves, x.leaves, mode) for mode in _EXACT}

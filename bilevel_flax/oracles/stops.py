@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,8 +39,10 @@ def stop(loss: Callable, z: list, x: list, mode: str) -> str:
 
 
 def first_order_stop(loss: Callable, z: list, x: list) -> str:
-    """The same for ∇₁G itself."""
-    return first_stop(lambda *leaves: [loss(list(leaves), x)[0]], z)
+    """The same for the loss's gradients in z and in x."""
+    count = len(z)
+    value = lambda *leaves: [loss(list(leaves[:count]), list(leaves[count:]))[0]]
+    return first_stop(value, [*z, *x])
 
 
 def first_stop(function: Callable[..., list], leaves: Sequence) -> str:
@@ -76,6 +79,44 @@ def refusal(loss: Callable, z: list, x: list, mode: str) -> str:
     else:
         fix = f"{lend}; or take bf.first_order; bf.oracles.probe(problem, ...) tells what works"
     return f"inner_loss cannot be differentiated twice by {mode}, which is stopped by {name}: {fix}"
+
+
+def first_refusal(name: str, loss: Callable, z: list, x: list) -> str:
+    """The error's text where a loss called `name` has no gradient; "" where it has."""
+    found = first_order_stop(loss, z, x)
+    return found and (
+        f"{name} cannot be differentiated even once: {found} stops it; give it a jax.custom_vjp, "
+        "or write this part in ordinary JAX"
+    )
+
+
+@contextlib.contextmanager
+def explained(name: str, loss: Callable, z: list, x: list, mode: str = "") -> Iterator[None]:
+    """Names the loss and the kernel in the place of JAX's error, if it is about one.
+
+    Under `jit` JAX may raise when it compiles, far from the loss: `checks.losses` finds it there.
+
+    Args:
+        name: "inner_loss" or "outer_loss".
+        loss: as of `stop`.
+        z: where.
+        x: where.
+        mode: of second derivatives; "": a gradient alone is taken.
+
+    Raises:
+        TypeError: names what stops the derivatives.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        try:
+            jax.make_jaxpr(loss)(z, x)
+        except Exception:  # the loss itself raised it
+            raise error from error.__cause__
+        message = first_refusal(name, loss, z, x) or (mode and refusal(loss, z, x, mode))
+        if message:
+            raise TypeError(message) from error
+        raise
 
 
 def _traces(function: Callable[..., Any], arguments: Sequence, mode: str) -> bool:

@@ -94,7 +94,9 @@ class WithReference:
         self._doubts[call] = doubts - set(compared(names, reference, traced.eps)), calls - 1
 
     def _trace(self, leaves: list, call: _Call) -> _Traced:
-        key = call, tuple(jax.typeof(leaf) for leaf in leaves)
+        # The context, as `jax.jit` knows, is part of what is computed.
+        context = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+        key = call, context, tuple(jax.typeof(leaf) for leaf in leaves)
         if key not in self._traced:
             name = _name(self.fast)
             fast_program, shapes, tree = _flat(self.fast, call, leaves, name)

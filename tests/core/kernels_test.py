@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel_flax as bf
 from bilevel_flax import oracles
+from bilevel_flax.oracles.jaxprs import equations
 
 RNG = np.random.default_rng(0)
 POINT = bf.Variables(
@@ -342,6 +343,13 @@ def test_settings_are_told_apart_by_their_types():
     assert [float(kernel(a, by)) for by in settings] == [float(scaled(a, by)) for by in settings]
     cast = lambda a, dtype: a.astype(dtype)
     assert oracles.with_reference(cast, cast)(a, np.float16).dtype == np.float16
+    times = oracles.with_reference(jnp.matmul, jnp.matmul)
+    for precision in ("float32", "bfloat16"):  # of the context, as `jax.jit` knows
+        with jax.default_matmul_precision(precision):
+            traced = jax.make_jaxpr(lambda a: jax.grad(lambda a: times(a, a).sum())(a))(jnp.eye(2))
+            kernels = [e.params["function"] for e in equations(traced) if "function" in e.params]
+            inside = str([jax.make_jaxpr(k.run)(*[jnp.eye(2)] * 2) for k in kernels[:1]])
+            assert ("HIGHEST" in inside) == (precision == "float32")
     with pytest.raises(TypeError, match=r"the argument \[1\] of scaled is a set.*hashed: pass"):
         kernel(a, {1})
 
@@ -392,6 +400,33 @@ def test_what_a_kernel_computes_in_counts_as_the_losss():
     penalised = oracles.evaluate_by_penalty(problem, point, batch).oracles.hvp
     exact = oracles.evaluate(problem, point, batch).hvp
     assert jnp.linalg.norm(penalised - exact) < 0.2 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("side", ["inner", "outer"])
+@pytest.mark.parametrize("method", ["soba", "first_order", "unrolled", "finite_differences"])
+def test_a_step_names_the_loss_and_what_stops_its_gradient(side, method):
+    point = bf.Variables(jnp.ones(2), jnp.ones(2), jnp.ones(()))
+    never = {  # in z, and in x alone
+        "while": lambda z, x: jnp.sum(
+            jax.lax.while_loop(lambda a: jnp.sum(a) < 9, lambda a: 2 * a, z) * x
+        ),
+        "pure_callback": lambda z, x: jnp.sum(z**2) * jax.pure_callback(np.sin, x, x),
+    }
+    for name, bad in never.items():
+        good = lambda z, x, batch: jnp.sum((z - x * batch) ** 2)
+        losses = {side: lambda z, x, batch, bad=bad: bad(z, x)}
+        pair = [losses.get(each, good) for each in ("inner", "outer")]
+        mode = {"derivatives": method} if method == "finite_differences" else {}
+        build = {"first_order": bf.first_order, "unrolled": bf.unrolled}.get(method, bf.soba)
+        more = {"steps": 9} if build is bf.first_order else {"outer": optax.sgd(0.1)}
+        solver = build(bf.Problem(*pair, **mode), inner=optax.sgd(0.1), **more)
+        shape = (10, 2) if build is bf.unrolled else (2,)
+        batch = bf.Batch(jnp.ones(shape), jnp.ones((1, 2) if build is bf.unrolled else 2))
+        with pytest.raises(
+            TypeError, match=f"^{side}_loss cannot be .* once.* {name} stops"
+        ) as told:
+            jax.jit(solver.update)(solver.init(point.inner, point.outer), batch)
+        assert "\n" not in str(told.value)
 
 
 def test_probe_says_what_was_not_handed_to_it():
