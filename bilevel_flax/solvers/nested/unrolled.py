@@ -90,10 +90,13 @@ def check_same(initial: PyTree, z: PyTree) -> None:
         name = names[0]
         given, wanted = (side.get(name, "nothing") for side in leaves)
         raise ValueError(
-            f"initial(outer_params){name} is {given}, but inner_params{name} is {wanted}: {fix}"
+            f"initial(outer_params) returned {given} as {name or 'its array'}, but inner_params "
+            f"are {wanted} there: {fix}"
         )
     if jax.tree.structure(initial) != jax.tree.structure(z):
-        raise ValueError(f"initial(outer_params) has inner_params' leaves in other nodes: {fix}")
+        raise ValueError(
+            "initial(outer_params) returned the leaves in other nodes than inner_params are: " + fix
+        )
 
 
 @takes(Common)
