@@ -68,7 +68,8 @@ if TYPE_CHECKING:
         dot_product_attention,
         pallas_attention,
     )
-    from bilevel_flax.oracles.fitted_memory import Fit, fit_memory, keep
+    from bilevel_flax.oracles.fitted_memory import Fit, fit_memory
+    from bilevel_flax.oracles.rematerialisation import keep
 
 __all__ = [
     "FORWARD_UNITS",
@@ -124,7 +125,11 @@ def __getattr__(name: str) -> Any:
         from bilevel_flax.oracles import attention
 
         return getattr(attention, name)
-    if name in ("Fit", "fit_memory", "keep"):
+    if name == "keep":
+        from bilevel_flax.oracles.rematerialisation import keep
+
+        return keep
+    if name in ("Fit", "fit_memory"):
         from bilevel_flax.oracles import fitted_memory
 
         return getattr(fitted_memory, name)

@@ -6,6 +6,7 @@ Layers are scanned, for XLA's CPU compiler merges recomputed work back in straig
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -132,9 +133,30 @@ def test_a_budget_that_nothing_meets_and_parts_of_parts_are_refused():
     point = bf.Variables(jnp.ones((4, 4)), jnp.ones((4, 4)), jnp.ones(()))
     loss = lambda z, x, a: jnp.mean((a @ z) ** 2) * x
     problem, batch = bf.Problem(loss, loss), bf.Batch(jnp.ones((2, 4)), jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match=r"takes 1 bytes .* the least is .* microbatches"):
+    with pytest.raises(ValueError, match=r"takes 1 bytes .* the least is .* parts"):
         bf.oracles.fit_memory(problem, point, batch, budget=1)
     with pytest.raises(ValueError, match="microbatched already"):
         bf.oracles.fit_memory(bf.oracles.microbatched(problem, 2), point, batch)
     with pytest.raises(ValueError, match="factor=0 must be a positive number"):
         bf.oracles.fit_memory(problem, point, batch, factor=0)
+    shapes = jax.eval_shape(lambda: batch)
+    with pytest.raises(ValueError, match="timed=True needs arrays to run on, but was handed Shape"):
+        bf.oracles.fit_memory(problem, point, shapes, timed=True)
+
+
+def test_what_is_handed_as_arrays_is_chosen_by_its_time_and_f_by_itself():
+    point = bf.Variables(jnp.ones((4, 4)), jnp.ones((4, 4)), jnp.ones(()))
+    loss = lambda z, x, a: jnp.mean(jax.checkpoint(jnp.tanh)(a @ z) ** 2) * x
+    problem, batch = bf.Problem(loss, loss), bf.Batch(jnp.ones((6, 4)), jnp.ones((4, 4)))
+    fit = bf.oracles.fit_memory(problem, point, batch, budget=10**6)
+    assert (fit.microbatches, fit.outer_microbatches) == (1, 1)  # nothing is to be saved
+    assert fit.plain_steps > 0 and "times its time" in fit.message
+    by_count = bf.oracles.fit_memory(problem, point, batch, budget=10**6, timed=False)
+    assert by_count.plain_steps is None and "its time" not in by_count.message
+    halves = bf.oracles.microbatched(problem, 2)
+    uneven = dataclasses.replace(problem, outer_loss=halves.outer_loss)
+    for one, other in zip(
+        *(jax.tree.leaves(bf.oracles.evaluate(p, point, batch)) for p in (problem, uneven)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
