@@ -10,7 +10,7 @@ import optax
 
 from bilevel_flax import checks
 from bilevel_flax.base import PyTree
-from bilevel_flax.solvers.adjoint_moves import from_plan, plan_of
+from bilevel_flax.solvers.adjoint_moves import direction_length, from_plan, plan_of
 from bilevel_flax.tree import norm, ratio
 
 # δ between 1e-26 and 1e26: ρδ stays a float32.
@@ -151,7 +151,7 @@ def self_damped(
             )
         move, inner = inner_plan(updates, state.inner, params, **extra_args)
         # Momentum goes on where D_v is 0, and says nothing about ρ there.
-        length = norm(updates)
+        length = direction_length(updates, extra_args)
         rho = jnp.where(length > 0, ratio(move.factor * move.length, length), 0.0)
         move = move.shortened(1 / (1 + rho * (unit * jnp.exp(state.log_damping) + pull)))
         usable = jnp.isfinite(residual) & (residual > 0)
@@ -167,7 +167,7 @@ def self_damped(
 def bounded(
     transform: optax.GradientTransformation, limit: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps ‖v‖ <= limit · (1 + ‖z‖) by shortening v where v and its step together are longer.
+    """Keeps ‖v‖ <= limit by shortening v where v and its step together are longer.
 
     Plain SGD on v diverges where the step exceeds 2 over the largest curvature; z bends away from
     such directions, v, which lives in a linear system, cannot.
@@ -187,10 +187,8 @@ def bounded(
     inner_plan = plan_of(transform)
 
     def plan(updates, state, params=None, **extra_args):
-        (z,) = needed(extra_args, "inner_params")
         move, state = inner_plan(updates, state, params, **extra_args)
         length = move.keep * norm(params) + move.factor * move.length  # of v⁺, at most
-        most = limit * (1 + norm(z))
-        return move.shortened(jnp.where(length > most, most / length, 1.0)), state
+        return move.shortened(jnp.where(length > limit, limit / length, 1.0)), state
 
     return from_plan(transform.init, plan)

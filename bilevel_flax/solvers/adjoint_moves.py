@@ -6,6 +6,7 @@ length of that, and XLA's CPU backend compile kernels for every leaf.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,3 +70,11 @@ def plan_of(transform: optax.GradientTransformation) -> Plan:
         return Move(one, one, moved, norm(moved)), state
 
     return plan
+
+
+def direction_length(updates: PyTree, extra_args: dict[str, Any]) -> jax.Array:
+    """‖updates‖, which need not be taken anew where `updates` is D_v as `single_loop` made it."""
+    known = extra_args.get("direction_length")
+    leaves, made = jax.tree.leaves(updates), jax.tree.leaves(extra_args.get("grad"))
+    same = len(leaves) == len(made) and all(map(operator.is_, leaves, made))
+    return norm(updates) if known is None or not same else known

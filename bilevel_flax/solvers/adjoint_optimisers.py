@@ -24,7 +24,7 @@ from bilevel_flax.solvers.adjoint_damping import (
     needed,
     self_damped,
 )
-from bilevel_flax.solvers.adjoint_moves import Move, from_plan, plan_of
+from bilevel_flax.solvers.adjoint_moves import Move, direction_length, from_plan, plan_of
 from bilevel_flax.solvers.inner_optimiser import share_step_count
 from bilevel_flax.solvers.optimiser_probes import (
     applies_to_adjoint,
@@ -190,7 +190,7 @@ def in_own_units(
         def running(old, new, decay):
             return decay * old + (1 - decay) * new.astype(jnp.float32)
 
-        now = norm(updates)
+        now = direction_length(updates, extra_args)
         size = running(state.size, now, _SLOW)
         unit = size / (1 - _SLOW ** count.astype(jnp.float32))
         length = running(state.length, norm(params), _FAST)

@@ -145,7 +145,7 @@ def single_loop(
         d_z, d_v, d_x = estimate.directions
         z, v, x = state.variables
         about_z = inner_extra_args(oracle, evaluation, state, d_z)
-        about_v = adjoint_extra_args(evaluation, state, estimate.directions)
+        about_v = adjoint_extra_args(evaluation, state, estimate.directions, norms)
         new_z, z_opt = z, state.inner_opt_state
         if inner is not None:
             args = tx.inner, d_z, z_opt, z, awake.inner, alive
@@ -202,9 +202,12 @@ def inner_extra_args(oracle: Oracle, evaluation: Evaluation, state: TrainState, 
     }
 
 
-def adjoint_extra_args(evaluation: Evaluation, state: TrainState, directions: Variables) -> dict:
+def adjoint_extra_args(
+    evaluation: Evaluation, state: TrainState, directions: Variables, norms: Variables
+) -> dict:
     """What v's optimiser may ask for; all of it from before the step."""
     return {
+        "direction_length": norms.adjoint,
         "inner_opt_state": state.inner_opt_state,
         "inner_direction": filter_inexact(directions.inner),
         "inner_params": filter_inexact(state.inner_params),

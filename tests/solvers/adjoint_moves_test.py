@@ -55,6 +55,31 @@ def test_no_pass_over_the_parameters_for_damping_and_bounding():
     assert fused["bytes accessed"] < 0.75 * apart["bytes accessed"]
 
 
+def test_the_length_of_a_direction_is_taken_anew_where_another_optimiser_changed_it():
+    clipped = optax.chain(optax.clip(0.1), composed(1e12, lambda t: t))
+    v, d_v = {"b": jnp.ones(4)}, {"b": jnp.full(4, 3.0)}
+    length = {"direction_length": jnp.linalg.norm(d_v["b"]), "grad": d_v}
+
+    def step(transform, **extra_args):
+        update, state = transform.update(d_v, transform.init(v), v, **known(v, d_v), **extra_args)
+        return jax.tree.leaves((update, state))
+
+    for transform in (clipped, composed(1e12, lambda t: t)):
+        for one, other in zip(step(transform), step(transform, **length), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+    update = jax.jit(
+        lambda d_v, length: composed(1e12, lambda t: t).update(
+            d_v,
+            composed(1e12, lambda t: t).init(v),
+            v,
+            direction_length=length,
+            grad=d_v,
+            **known(v, v),
+        )[1]
+    )
+    assert not np.allclose(*(np.hstack(jax.tree.leaves(update(d_v, size))) for size in (1.0, 9.0)))
+
+
 def test_a_float16_step_is_scaled_in_float32():
     transform = bf.adjoint.bounded(optax.sgd(1.0), 1e3)
     v = jnp.full(4, 2e4, jnp.float16)
