@@ -3,13 +3,15 @@
     python benchmarks/compile_time.py [--network darts|cnn|lm] [--size full|tiny] [--markdown]
 
 `darts` is the search of `configs/darts_cifar10.py` in bfloat16, whose compilation takes minutes of
-CPU; `cnn` is that of the cleaning example, `lm` `configs/lm_pod.py:tiny`, both with AdamW. A step
-of `bf.auto`, then a plain one of the same network. JAX's persistent cache is left out.
+CPU (`--float32`: as one would run it on a CPU); `cnn` is that of the cleaning example, `lm`
+`configs/lm_pod.py:tiny`, both with AdamW. A step of `bf.auto`, then a plain one of the same
+network. JAX's persistent cache is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,9 +34,9 @@ from bilevel_flax.train.setup import make_task
 Step = tuple[str, Callable[..., Any], tuple[Any, ...]]  # name, function, shapes of its arguments
 
 
-def darts(size: str) -> Iterator[Step]:
+def darts(size: str, dtype: str = "bfloat16") -> Iterator[Step]:
     """The search."""
-    made = search(SIZES[size])
+    made = search(SIZES[size], dtype)
     state = jax.eval_shape(made.start)
     yield from _steps(made.problem, made.inner, made.solver, state, made.batch)
 
@@ -91,8 +93,11 @@ def main() -> None:
     networks = {"darts": darts, "cnn": cnn, "lm": lm}
     parser.add_argument("--network", choices=networks, default="darts")
     parser.add_argument("--size", choices=SIZES, default="full", help="of darts")
+    parser.add_argument("--float32", action="store_true", help="darts, as on a CPU")
     add_argument(parser)
     args = parser.parse_args()
+    if args.float32:
+        networks["darts"] = functools.partial(darts, dtype="float32")
     jax.config.update("jax_enable_compilation_cache", False)
     with Rows(args.markdown) as rows:
         for name, function, shapes in networks[args.network](args.size):

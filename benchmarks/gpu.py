@@ -206,7 +206,7 @@ class Row(NamedTuple):
 
 
 # What rematerialised blocks keep of themselves, and parts of a minibatch: `fit_memory` chooses
-# among these, by compiling ten programs.
+# among these, and for F by itself, by compiling and running fifteen programs.
 KEPT = {
     "bf.soba, products kept, 4 microbatches": ("dots_saveable", 4),
     "bf.soba, all kept, 8 microbatches": ("everything_saveable", 8),
@@ -383,11 +383,13 @@ class Search(NamedTuple):
         return bf.auto(self.problem, inner=self.inner, steps=10_000)
 
 
-def search(size: dict[str, Any]) -> Search:
-    """The search in one of the sizes."""
+def search(size: dict[str, Any], dtype: str = "bfloat16") -> Search:
+    """The search in one of the sizes, computed in bfloat16 or float32."""
     cells, width, side, count, reductions = size["darts"]
     network = SearchNetwork(make_stack(side, width, cells, reductions), 10, False)
-    problem = bf.oracles.mixed_precision(darts_task.make_problem(network), "bfloat16")
+    problem = darts_task.make_problem(network)
+    if dtype != "float32":
+        problem = bf.oracles.mixed_precision(problem, dtype)
     inner = make_optimizer(learning_rate=0.025, steps=10_000, name="momentum")
     rng = np.random.default_rng(0)
     batch = {

@@ -12,8 +12,9 @@ auxiliary head of weight .4. Unlike it: x moves by `bf.auto`, with a tracked adj
 operation whose removal hurts most; `--config.selection=strongest` is the paper's rule.
 
 Hardware: one GPU, or a TPU slice with `--config.mesh=data=8` (the minibatch's statistics are then
-taken over all devices; XLA places the reductions). bfloat16 beside float32 masters. Not run here:
-no accelerator. `bilevel-flax plan --config configs/darts_cifar10.py --topology v5e:2x2` says what
+taken over all devices; XLA places the reductions). bfloat16 beside float32 masters; a CPU, which
+converts to float32 and back, wants `--config.problem.compute_dtype=None`. Not run here: no
+accelerator. `bilevel-flax plan --config configs/darts_cifar10.py --topology v5e:2x2` says what
 it needs.
 Data: CIFAR-10 through TFDS, `--config.data.manual_dir=DIR` holds the original file. A part of it,
 as train/CLASS/IMAGE (and test/...) files in DIR or in a cifar10*.tar there, is read as it is: pass
