@@ -31,6 +31,7 @@ from bilevel_flax.oracles.stops import first_stop, second_stop
 from bilevel_flax.tree import is_inexact
 
 _CALLS = 8  # on numbers that are compared at most, where they keep telling nothing
+_CONTEXT = "jax_default_matmul_precision", "jax_enable_x64"
 
 
 class WithReference:
@@ -95,7 +96,7 @@ class WithReference:
 
     def _trace(self, leaves: list, call: _Call) -> _Traced:
         # The context, as `jax.jit` knows, is part of what is computed.
-        context = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+        context = tuple(getattr(jax.config, name) for name in _CONTEXT)
         key = call, context, tuple(jax.typeof(leaf) for leaf in leaves)
         if key not in self._traced:
             name = _name(self.fast)
@@ -213,7 +214,7 @@ def disagreement(names: Sequence[str], ours: list, theirs: list, eps: float) -> 
 def compared(names: Sequence[str], theirs: list, eps: float) -> list[str]:
     """Which of these arrays `disagreement` would have found to be wrong."""
     sizes = [[np.linalg.norm(_finite(leaf, leaf)[1]) for leaf in group] for group in theirs]
-    least = [0.0, *(_allowed(eps) * np.linalg.norm(group) for group in sizes[1:])]
+    least = [0.0, *(_allowed(eps) * np.linalg.norm(np.array(group)) for group in sizes[1:])]
     large = [size > low for group, low in zip(sizes, least, strict=True) for size in group]
     return [name for name, flag in zip(names, large, strict=True) if flag]
 
