@@ -162,7 +162,7 @@ class Oracle:
             return evaluation._replace(oracles=self._movable(evaluation.oracles))
 
         chosen = evaluate if self.trainable is None else movable
-        return Shared(self.problem, chosen, *self._context)
+        return Shared(self.problem, chosen, *self._context, decay=self.decay)
 
     def _combine(self, oracles: Oracles) -> Variables:
         return directions(self._movable(oracles))
@@ -219,6 +219,7 @@ class Shared:
     batch: Batch
     model_state: PyTree
     rngs: tuple[Any, Any]
+    decay: PyTree = None
 
 
 def bind(

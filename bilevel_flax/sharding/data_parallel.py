@@ -40,7 +40,7 @@ from bilevel_flax.sharding.reduction import reduced, taken_apart, whole_leaves
 from bilevel_flax.sharding.rules import param_specs
 from bilevel_flax.sharding.sketch import sketch
 from bilevel_flax.sharding.state import batch_spec
-from bilevel_flax.tree import is_inexact, norm, ratio
+from bilevel_flax.tree import is_inexact, norm, plus_decay, ratio
 
 _NOTHING = Oracles(*(None,) * 5)
 _EVERYWHERE = PartitionSpec()
@@ -161,11 +161,15 @@ def _evaluate(
         if combine is not None:
             _, hvp, cross, grad, _ = evaluation.oracles
             dense = rows.dense_leaves(cross)
-            sketches = [None, None, sketch(dense) if dense and len(points) == 1 else None]
+            sketches = [None, None, sketch(dense) if dense and len(points) == 1 else None, None]
             if hvp is not None:
                 # Not Hv as the rest of D_v: v starts so small that ∇₁F leaves no digit of it.
                 coarser = 1 if len(points) > 1 else 2  # of one point its length alone is asked
                 sketches[:2] = sketch(hvp, coarser), sketch(grad)
+                if shared.decay is not None and len(points) > 1:
+                    each = jax.tree.map(lambda rate: rate / batch_share(mesh), shared.decay)
+                    nothing = jax.tree.map(jnp.zeros_like, hvp)
+                    sketches[3] = sketch(plus_decay(nothing, each, points[0].adjoint))
             evaluation = evaluation._replace(
                 directions=combine(*(each.oracles for each in several)), oracles=_NOTHING
             )
@@ -184,14 +188,17 @@ def _evaluate(
     evaluation, sketches = shape["join"](parts)
     if sketches is None:
         return evaluation
-    hvp, grad, cross = sketches
+    hvp, grad, cross, decay = sketches
     d_v = evaluation.directions.adjoint
     if cross is not None:
         whole = norm(rows.dense_leaves(evaluation.directions.outer))
         evaluation = evaluation._replace(through_inner=ratio(norm(cross), whole))
     if grad is None:
         return evaluation
-    length = norm(hvp + grad if len(points) > 1 else d_v)
+    if len(points) > 1:
+        length = norm(hvp + grad + (0.0 if decay is None else decay))
+    else:
+        length = norm(plus_decay(d_v, shared.decay, points[0].adjoint))
     return evaluation._replace(residual=ratio(length, norm(grad)), product=norm(hvp))
 
 

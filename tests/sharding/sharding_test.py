@@ -214,7 +214,21 @@ def test_first_order_steps_on_a_mesh_are_the_steps_of_one_device(x64, mesh, rule
     assert many.traces == 1 and not many.not_donated
 
 
-@pytest.mark.parametrize("method", [bf.auto, bf.first_order])
+DECAYED = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.05, 0.9))
+STARTS = {
+    "auto": functools.partial(bf.auto, inner=optax.adam(0.05), steps=100),
+    "first_order": functools.partial(bf.first_order, inner=optax.adam(0.05), steps=100),
+    "decay": functools.partial(bf.auto, inner=DECAYED, steps=100),  # the residual is H + λI's
+    "two points": functools.partial(
+        bf.storm,
+        inner=DECAYED,
+        outer=bf.outer.lazy_sgd(0.1),
+        adjoint=bf.adjoint.self_damped(optax.sgd(0.05)),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", STARTS)
 def test_v_leaves_zero_on_a_mesh_as_on_one_device(x64, method):
     """V starts so small that ∇₁F leaves no digit of Hv, which its first steps are scaled by."""
     a = np.random.default_rng(3).normal(size=(8, 5))
@@ -230,14 +244,16 @@ def test_v_leaves_zero_on_a_mesh_as_on_one_device(x64, method):
     )
 
     def after_three(problem):
-        solver = method(problem, inner=optax.adam(0.05), steps=100)
+        solver = STARTS[method](problem)
         update, state = jax.jit(solver.update), solver.init(jnp.full(5, 0.1), jnp.zeros(8))
         for _ in range(3):
-            state, _ = jax.block_until_ready(update(state, bf.Batch(batch, batch)))
-        return state
+            state, info = jax.block_until_ready(update(state, bf.Batch(batch, batch, 0, 0)))
+        return state, info.adjoint_residual
 
     mesh = sharding.make_mesh("data=2", jax.devices()[:2])
-    one, many = after_three(problem), after_three(sharding.data_parallel(problem, mesh))
+    one, expected = after_three(problem)
+    many, residual = after_three(sharding.data_parallel(problem, mesh))
+    np.testing.assert_allclose(residual, expected, rtol=1e-5)
     assert jnp.linalg.norm(one.adjoint) > 1e-3
     np.testing.assert_allclose(many.adjoint, one.adjoint, rtol=1e-4)
     np.testing.assert_allclose(many.outer_params, one.outer_params, rtol=1e-4)
