@@ -14,10 +14,11 @@ from bilevel_flax.base.condition import is_condition
 from bilevel_flax.base.problem import check_problem
 from bilevel_flax.base.solver import complete_by_state
 from bilevel_flax.oracles import losses
+from bilevel_flax.oracles.agreement import disagreement
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
 from bilevel_flax.oracles.kernel_rules import opaque_p
 from bilevel_flax.oracles.stops import first_refusal, stop
-from bilevel_flax.oracles.with_reference import by_reference, disagreement
+from bilevel_flax.oracles.with_reference import by_reference
 
 FIRST_ORDER = "first_order"
 _CONDITION = "the condition, of which the transposed Jacobian is needed"
