@@ -187,9 +187,11 @@ def _finite_differences(loss, z, x, v):
         moved = [a + (sign * step).astype(a.dtype) * b for a, b in zip(z, v, strict=True)]
         return grads(moved, x)[1]
 
-    products = jax.tree.map(
-        lambda plus, minus: (plus - minus) / (2 * step).astype(plus.dtype), at(1.0), at(-1.0)
-    )
+    def product(plus, minus):
+        # Of v = 0 it is 0: two gradients at one point may be rounded in two ways.
+        return jnp.where(norm > 0, (plus - minus) / (2 * step).astype(plus.dtype), 0)
+
+    products = jax.tree.map(product, at(1.0), at(-1.0))
     return out, grad_z, products
 
 

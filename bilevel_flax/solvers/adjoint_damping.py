@@ -143,7 +143,7 @@ def self_damped(
         unit, pull = jnp.float32(1.0), 0.0
         if product is not None:
             size = norm(params)
-            curvature = (product / jnp.where(size > 0, size, 1.0)).astype(jnp.float32)
+            curvature = jnp.where(size > 0, ratio(product, size), 0.0).astype(jnp.float32)
             unit = jnp.where(state.unit > 0, state.unit, curvature)
             pull = jnp.where(size > 0, jnp.maximum(_FLAT * unit - curvature, 0.0), 0.0)
             extra_args["adjoint_product"] = jnp.maximum(

@@ -194,7 +194,8 @@ def in_own_units(
         size = running(state.size, now, _SLOW)
         unit = size / (1 - _SLOW ** count.astype(jnp.float32))
         length = running(state.length, norm(params), _FAST)
-        product = running(state.product, product, _FAST)
+        # H·0 is 0: what a difference of gradients makes of it is rounding, and no curvature.
+        product = running(state.product, jnp.where(norm(params) > 0, product, 0.0), _FAST)
         residual = jnp.minimum(jnp.nan_to_num(residual, nan=1.0), 1.0)
         residual = running(state.residual, residual, _FAST)
         steps = jnp.maximum(time_constant * residual, jnp.minimum(time_constant, _FASTEST))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -82,6 +83,40 @@ def test_v_leaves_zero_under_a_penalty_that_is_given(penalty):
     for _ in range(3):
         state, _ = update(state, bf.Batch(jnp.zeros(1), jnp.zeros(1)))
     assert jnp.linalg.norm(state.adjoint) > 1e-3
+
+
+def test_products_with_a_v_of_zero_are_zero_and_v_leaves_it():
+    """Two gradients at one point are rounded in two ways, and noise is no curvature."""
+    a = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
+    fit = lambda z, target: jnp.mean((jnp.tanh(a @ z) - target) ** 2)
+    problem = bf.Problem(
+        lambda z, x, batch: fit(z, 1.0) + jnp.exp(x) * jnp.sum(z**2),
+        lambda z, x, batch: fit(z, 0.5),
+    )
+    z, batch = jnp.asarray(np.random.default_rng(2).normal(size=3), jnp.float32), jnp.zeros(1)
+    point = bf.Variables(z, jnp.zeros(3), jnp.float32(0.2))
+    by_differences = dataclasses.replace(problem, derivatives="finite_differences")
+    for found in (
+        evaluated(problem, None, point, batch),
+        jax.jit(functools.partial(oracles.evaluate, by_differences))(point, bf.Batch(batch, batch)),
+    ):
+        assert not found.hvp.any() and not found.cross_jvp.any()
+    solver = bf.first_order(problem, inner=optax.adam(0.02), steps=100)
+    state, update = solver.init(z, jnp.float32(0.2)), jax.jit(solver.update)
+    for _ in range(3):
+        state, _ = update(state, bf.Batch(batch, batch))
+    assert jnp.linalg.norm(state.adjoint) > 1e-3
+
+    optimiser = bf.adjoint.self_damped(bf.adjoint.in_own_units(optax.adam(0.1)))
+    v, moving = jnp.zeros(3), optimiser.init(jnp.zeros(3))
+    for _ in range(3):  # H = I, ∇₁F = 1; at v = 0 rounding alone
+        product = jnp.where(v.any(), jnp.linalg.norm(v), 1e-7)
+        step, moving = optimiser.update(
+            v + 1.0, moving, v, adjoint_product=product, adjoint_residual=jnp.float32(1.0)
+        )
+        v = v + step
+    assert jnp.linalg.norm(v) > 1e-3
+    np.testing.assert_allclose(moving.unit, 1.0, rtol=1e-5)
 
 
 def test_settings_of_auto_without_a_meaning_here_are_refused():
