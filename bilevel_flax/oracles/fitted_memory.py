@@ -136,7 +136,8 @@ def fit_memory(
 
     Raises:
         ValueError: nothing is within the budget; names the least that there is. Or the problem is
-            microbatched already, `factor` is no positive number, or `timed=True` without arrays.
+            microbatched already, `factor` or `budget` is no positive number, or `timed=True` comes
+            without arrays.
         TypeError: no problem, point or pair of minibatches.
 
     Example:
@@ -158,6 +159,8 @@ def fit_memory(
         raise ValueError("problem is microbatched already: hand fit_memory what it was made from")
     if not (isinstance(factor, numbers.Real) and factor > 0):
         raise ValueError(f"factor={factor!r} must be a positive number, e.g. 1.5")
+    if not (budget is None or (isinstance(budget, numbers.Real) and budget > 0)):
+        raise ValueError(f"budget={budget!r} must be a number of bytes, e.g. 2**30")
     point, model_state, rng = complete_by_state(point, model_state, rng)
     context = (point, batch, model_state, rng)
     shapes = [leaf for leaf in jax.tree.leaves(context) if isinstance(leaf, jax.ShapeDtypeStruct)]

@@ -12,6 +12,14 @@ from bilevel_flax.base import Problem
 from bilevel_flax.oracles.jaxprs import rewritten
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 
+# Those that a name is enough for.
+POLICIES = (
+    "everything_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "nothing_saveable",
+)
+
 
 def keep(problem: Problem, policy: str) -> Problem:
     """Rematerialised blocks (`jax.checkpoint`, `nn.remat`) in the losses keep what a policy says.
@@ -22,12 +30,17 @@ def keep(problem: Problem, policy: str) -> Problem:
             twice), "dots_saveable" (the outputs of matrix products are not),
             "dots_with_no_batch_dims_saveable" (those of attention are), "nothing_saveable".
 
+    Raises:
+        ValueError: JAX has no policy of this name, or one that needs more than a name.
+
     Example:
         >>> import jax, jax.numpy as jnp, bilevel_flax as bf
         >>> block = jax.checkpoint(lambda z: jnp.sin(z @ z))
         >>> loss = lambda z, x, batch: ((block(z) - x) ** 2).mean()
         >>> problem = keep(bf.Problem(loss, loss), "dots_saveable")
     """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
     chosen = getattr(jax.checkpoint_policies, policy)
 
     def change(eqn):

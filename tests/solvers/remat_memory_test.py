@@ -139,6 +139,11 @@ def test_a_budget_that_nothing_meets_and_parts_of_parts_are_refused():
         bf.oracles.fit_memory(bf.oracles.microbatched(problem, 2), point, batch)
     with pytest.raises(ValueError, match="factor=0 must be a positive number"):
         bf.oracles.fit_memory(problem, point, batch, factor=0)
+    with pytest.raises(ValueError, match="budget='1GB' must be a number of bytes"):
+        bf.oracles.fit_memory(problem, point, batch, budget="1GB")
+    for policy in ("dots_savable", "save_only_these_names", jax.checkpoint_policies.dots_saveable):
+        with pytest.raises(ValueError, match="must be one of everything_saveable, dots_saveable"):
+            bf.oracles.keep(problem, policy)
     shapes = jax.eval_shape(lambda: batch)
     with pytest.raises(ValueError, match="timed=True needs arrays to run on, but was handed Shape"):
         bf.oracles.fit_memory(problem, point, shapes, timed=True)
