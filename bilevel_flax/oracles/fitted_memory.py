@@ -146,7 +146,7 @@ def fit_memory(
         >>> loss = lambda z, x, a: (block(z, block(z, a)) ** 2).mean() + x * (z**2).sum()
         >>> problem, a = bf.Problem(loss, loss), jnp.ones((8, 4))
         >>> point = bf.Variables(jnp.ones((4, 4)), jnp.zeros((4, 4)), jnp.ones(()))
-        >>> fit = bf.oracles.fit_memory(problem, point, bf.Batch(a, a), factor=3.0, timed=False)
+        >>> fit = bf.oracles.fit_memory(problem, point, bf.Batch(a, a), factor=9.0, timed=False)
         >>> fit.temporary_bytes <= fit.budget, fit.flops < 4 * fit.plain_flops
         (True, True)
     """

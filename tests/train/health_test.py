@@ -349,7 +349,8 @@ def test_a_run_says_at_its_start_which_derivatives_can_be_had_and_not_again(tmp_
     )
     train_and_evaluate(config, tmp_path)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "derivatives" in line)
-    assert "first_order work; stopped are forward_over_reverse by the primitive pure_call" in line
+    assert "first_order work; stopped are forward_over_reverse by jax.custom_vjp 'square'" in line
+    assert "(the primitive pure_callback)" in line
     (tmp_path / "summary.json").unlink()  # resumed from its last checkpoint
     train_and_evaluate(config, tmp_path)
     assert "derivatives" not in capsys.readouterr().err
