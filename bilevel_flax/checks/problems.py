@@ -17,7 +17,6 @@ from bilevel_flax.checks.arguments import UserError, check_partition
 from bilevel_flax.oracles.derivatives import check_adjoint
 from bilevel_flax.oracles.jaxprs import primitives
 from bilevel_flax.oracles.losses import checked_call, inner, outer
-from bilevel_flax.oracles.probe import coarser
 from bilevel_flax.oracles.stops import refusal
 from bilevel_flax.tree import depends_on, is_inexact, split
 
@@ -172,6 +171,8 @@ def _refuse_no_examples(batch: Batch) -> None:
 
 def _differences_resolve(jaxpr: Any, z: PyTree) -> None:
     """Raises where a loss rounds z, so that differences of its gradients are noise."""
+    from bilevel_flax.oracles.derivative_modes import coarser  # few ask for differences
+
     if name := coarser(jaxpr, split(z).leaves):
         raise ValueError(
             f'derivatives="finite_differences" with {name} in inner_loss: differences of gradients '

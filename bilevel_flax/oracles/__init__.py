@@ -22,6 +22,7 @@ x enters after the network.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel_flax.base import Oracles
@@ -54,11 +55,9 @@ from bilevel_flax.oracles.mixed_mode import differentiable_inner_grad
 from bilevel_flax.oracles.mixed_precision import mixed_precision
 from bilevel_flax.oracles.oracle import Oracle, Shared, bind, directions
 from bilevel_flax.oracles.penalty import evaluate_by_penalty
-from bilevel_flax.oracles.probe import Probe, probe
 from bilevel_flax.oracles.subsample import evaluate_subsample
 from bilevel_flax.oracles.trainable import trainable
 from bilevel_flax.oracles.weighted_sums import weighted_sums
-from bilevel_flax.oracles.with_reference import WithReference, with_reference
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 from bilevel_flax.oracles.wrappers import configured, microbatched, remat
 
@@ -68,7 +67,9 @@ if TYPE_CHECKING:
         dot_product_attention,
         pallas_attention,
     )
+    from bilevel_flax.oracles.derivative_modes import Probe, probe
     from bilevel_flax.oracles.fitted_memory import Fit, fit_memory
+    from bilevel_flax.oracles.kernels import WithReference, with_reference
     from bilevel_flax.oracles.rematerialisation import keep
 
 __all__ = [
@@ -119,18 +120,22 @@ __all__ = [
 ]
 
 
+# Where to find what is imported when it is first asked for: few losses need it.
+_LATER = {
+    "Fit": "fitted_memory",
+    "Probe": "derivative_modes",
+    "WithReference": "kernels",
+    "chunked_attention": "attention",
+    "dot_product_attention": "attention",
+    "fit_memory": "fitted_memory",
+    "keep": "rematerialisation",
+    "pallas_attention": "attention",
+    "probe": "derivative_modes",
+    "with_reference": "kernels",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Imported when they are first asked for: few losses need them.
-    if name in ("chunked_attention", "dot_product_attention", "pallas_attention"):
-        from bilevel_flax.oracles import attention
-
-        return getattr(attention, name)
-    if name == "keep":
-        from bilevel_flax.oracles.rematerialisation import keep
-
-        return keep
-    if name in ("Fit", "fit_memory"):
-        from bilevel_flax.oracles import fitted_memory
-
-        return getattr(fitted_memory, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_flax.oracles.with_reference import WithReference, with_reference
+from bilevel_flax.oracles.kernels import WithReference, with_reference
 
 CHUNK = 256  # queries; a chunk's logits are [batch, heads, chunk, keys]
 

@@ -30,6 +30,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
+from bilevel_flax.oracles.float_leaves import floats, of_floats, with_floats
 from bilevel_flax.tree import is_inexact
 
 # Abstract values, which know along which axes of a mesh an array varies, too.
@@ -191,31 +192,6 @@ def _with_residuals(
     moving_shapes = tuple(floats(shapes))
     linear = Linear(push, lambda at, cts: pulled(*at, *cts), moving_shapes, count + len(new))
     return value, linear
-
-
-def floats(leaves: Sequence) -> list:
-    """The arrays that are differentiated."""
-    return [leaf for leaf in leaves if is_inexact(leaf)]
-
-
-def of_floats(function: Callable[..., Any], leaves: Sequence) -> Callable[..., Any]:
-    """`function` of its float arguments alone; the others are those of `leaves`."""
-
-    def moving(*values):
-        rest = iter(values)
-        return function(*(next(rest) if is_inexact(leaf) else leaf for leaf in leaves))
-
-    return moving
-
-
-def with_floats(function: Callable[..., list]) -> Callable[..., tuple[list, list]]:
-    """`function` as `(its float outputs, all of them)`: what is differentiated, and the rest."""
-
-    def both(*leaves):
-        outs = list(function(*leaves))
-        return floats(outs), outs
-
-    return both
 
 
 def _beside(outs: Sequence, tangents: Sequence) -> list:

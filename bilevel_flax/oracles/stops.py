@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from bilevel_flax.oracles.float_leaves import floats, of_floats
 from bilevel_flax.oracles.jaxprs import primitives, sub_jaxprs
-from bilevel_flax.oracles.kernel_rules import floats, of_floats
 
 # What JAX leaves in a program for the forward derivative that it does not have.
 _FORWARD_OF_CUSTOM_VJP = "custom_lin"

@@ -64,15 +64,15 @@ DERIVATIVES = {
 }
 # The files of `oracles` that differentiate; its others call losses and put results together.
 DERIVATIVE_CODE = {
+    "derivative_modes",
     "derivatives",
     "gradients",
     "kernel_rules",
+    "kernels",
     "mixed_mode",
-    "probe",
     "residual_codes",
     "stops",
     "symmetry",
-    "with_reference",
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

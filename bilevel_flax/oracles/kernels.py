@@ -18,15 +18,9 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel_flax.base import PyTree
 from bilevel_flax.oracles.agreement import compared, disagreement
+from bilevel_flax.oracles.float_leaves import floats, of_floats, with_floats
 from bilevel_flax.oracles.jaxprs import coarsest, float_dtypes, rewritten
-from bilevel_flax.oracles.kernel_rules import (
-    Opaque,
-    floats,
-    kernel,
-    of_floats,
-    opaque_p,
-    with_floats,
-)
+from bilevel_flax.oracles.kernel_rules import Opaque, kernel, opaque_p
 from bilevel_flax.oracles.stops import first_stop, second_stop
 from bilevel_flax.tree import is_inexact
 

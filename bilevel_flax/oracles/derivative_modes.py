@@ -17,8 +17,8 @@ from bilevel_flax.oracles import losses
 from bilevel_flax.oracles.agreement import disagreement
 from bilevel_flax.oracles.jaxprs import coarsest, equations, float_dtypes
 from bilevel_flax.oracles.kernel_rules import opaque_p
+from bilevel_flax.oracles.kernels import by_reference
 from bilevel_flax.oracles.stops import first_refusal, stop
-from bilevel_flax.oracles.with_reference import by_reference
 
 FIRST_ORDER = "first_order"
 _CONDITION = "the condition, of which the transposed Jacobian is needed"
