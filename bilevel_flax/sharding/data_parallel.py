@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,15 +161,16 @@ def _evaluate(
         if combine is not None:
             _, hvp, cross, grad, _ = evaluation.oracles
             dense = rows.dense_leaves(cross)
-            sketches = [None, None, sketch(dense) if dense and len(points) == 1 else None, None]
+            sketches = _Sketches(cross=sketch(dense) if dense and len(points) == 1 else None)
             if hvp is not None:
                 # Not Hv as the rest of D_v: v starts so small that ∇₁F leaves no digit of it.
                 coarser = 1 if len(points) > 1 else 2  # of one point its length alone is asked
-                sketches[:2] = sketch(hvp, coarser), sketch(grad)
+                sketches = sketches._replace(hvp=sketch(hvp, coarser), grad=sketch(grad))
                 if shared.decay is not None and len(points) > 1:
                     each = jax.tree.map(lambda rate: rate / batch_share(mesh), shared.decay)
                     nothing = jax.tree.map(jnp.zeros_like, hvp)
-                    sketches[3] = sketch(plus_decay(nothing, each, points[0].adjoint))
+                    along_v = sketch(plus_decay(nothing, each, points[0].adjoint))
+                    sketches = sketches._replace(decay=along_v)
             evaluation = evaluation._replace(
                 directions=combine(*(each.oracles for each in several)), oracles=_NOTHING
             )
@@ -189,17 +190,26 @@ def _evaluate(
     if sketches is None:
         return evaluation
     hvp, grad, cross, decay = sketches
-    d_v = evaluation.directions.adjoint
     if cross is not None:
         whole = norm(rows.dense_leaves(evaluation.directions.outer))
         evaluation = evaluation._replace(through_inner=ratio(norm(cross), whole))
     if grad is None:
         return evaluation
+    d_v = evaluation.directions.adjoint
     if len(points) > 1:
         length = norm(hvp + grad + (0.0 if decay is None else decay))
     else:
         length = norm(plus_decay(d_v, shared.decay, points[0].adjoint))
     return evaluation._replace(residual=ratio(length, norm(grad)), product=norm(hvp))
+
+
+class _Sketches(NamedTuple):
+    """Of what is not reduced whole; None: not evaluated, or not asked for."""
+
+    hvp: jax.Array | None = None
+    grad: jax.Array | None = None  # ∇₁F
+    cross: jax.Array | None = None
+    decay: jax.Array | None = None  # of the decay's pull on v, where D_v is a difference
 
 
 def _rows_of(problem: Problem, x: PyTree, batch: Batch, mesh: Mesh) -> PyTree:
