@@ -28,12 +28,12 @@ from bilevel_flax.oracles import flops
 from bilevel_flax.oracles.evaluate import evaluate_all
 from bilevel_flax.oracles.gradients import inner_value_and_grad
 from bilevel_flax.oracles.microbatches import in_parts
-from bilevel_flax.oracles.rematerialisation import keep
+from bilevel_flax.oracles.rematerialisation import POLICIES, keep
 from bilevel_flax.oracles.wrapped_loss import SIDES
 from bilevel_flax.oracles.wrappers import microbatched
 
 # What rematerialised blocks keep, most first; "": what the network's author chose.
-KEPT = ("everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "")
+KEPT = (*POLICIES[:-1], "")
 _CLOSE = 1.05  # of the least time or the fewest operations: fewer parts are worth as much
 _ROUNDS = 4  # of taking times in turns; the first warms up
 
@@ -78,11 +78,12 @@ class Fit(NamedTuple):
     def message(self) -> str:
         """One line."""
         takes = "" if self.plain_steps is None else f", {self.plain_steps:.2f} times its time"
+        parts = f"{self.microbatches} part{'s' * (self.microbatches > 1)}"
         return (
-            f"G's blocks keep {self.kept or 'what they kept'}, in {self.microbatches} parts; F's "
+            f"G's blocks keep {self.kept or 'what they kept'}, in {parts}; F's "
             f"{self.outer_kept or 'what they kept'}, in {self.outer_microbatches}: "
             f"{self.flops / self.plain_flops:.2f} times a gradient's operations{takes}, "
-            f"{self.temporary_bytes / 2**20:.1f} MiB of temporaries (of {self.budget / 2**20:.1f})"
+            f"{self.temporary_bytes / 2**20:.3g} MiB of temporaries (of {self.budget / 2**20:.3g})"
         )
 
 
@@ -150,17 +151,7 @@ def fit_memory(
         >>> fit.temporary_bytes <= fit.budget, fit.flops < 4 * fit.plain_flops
         (True, True)
     """
-    check_problem(problem)
-    if not isinstance(batch, Batch) or batch.inner is None or batch.outer is None:
-        raise TypeError(
-            f"batch is a {type(batch).__name__}, but must be a pair, bf.Batch(inner, outer)"
-        )
-    if in_parts(problem.inner_loss) or in_parts(problem.outer_loss):
-        raise ValueError("problem is microbatched already: hand fit_memory what it was made from")
-    if not (isinstance(factor, numbers.Real) and factor > 0):
-        raise ValueError(f"factor={factor!r} must be a positive number, e.g. 1.5")
-    if not (budget is None or (isinstance(budget, numbers.Real) and budget > 0)):
-        raise ValueError(f"budget={budget!r} must be a number of bytes, e.g. 2**30")
+    _check(problem, batch, factor, budget)
     point, model_state, rng = complete_by_state(point, model_state, rng)
     context = (point, batch, model_state, rng)
     shapes = [leaf for leaf in jax.tree.leaves(context) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -228,6 +219,20 @@ def fit_memory(
         one, all_of_them = _seconds([plain.run, program.run])
         found = found._replace(plain_steps=all_of_them / one)
     return found
+
+
+def _check(problem: Problem, batch: Batch, factor: float, budget: int | None) -> None:
+    check_problem(problem)
+    if not isinstance(batch, Batch) or batch.inner is None or batch.outer is None:
+        raise TypeError(
+            f"batch is a {type(batch).__name__}, but must be a pair, bf.Batch(inner, outer)"
+        )
+    if in_parts(problem.inner_loss) or in_parts(problem.outer_loss):
+        raise ValueError("problem is microbatched already: hand fit_memory what it was made from")
+    if not (isinstance(factor, numbers.Real) and factor > 0):
+        raise ValueError(f"factor={factor!r} must be a positive number, e.g. 1.5")
+    if not (budget is None or (isinstance(budget, numbers.Real) and budget > 0)):
+        raise ValueError(f"budget={budget!r} must be a number of bytes, e.g. 2**30")
 
 
 def _changed(problem: Problem, kept: str, parts: int) -> Problem:

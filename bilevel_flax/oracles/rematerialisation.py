@@ -12,7 +12,7 @@ from bilevel_flax.base import Problem
 from bilevel_flax.oracles.jaxprs import rewritten
 from bilevel_flax.oracles.wrapped_loss import wrap_losses
 
-# Those that a name is enough for.
+# Those that a name is enough for, most kept first.
 POLICIES = (
     "everything_saveable",
     "dots_saveable",

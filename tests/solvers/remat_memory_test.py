@@ -133,7 +133,7 @@ def test_a_budget_that_nothing_meets_and_parts_of_parts_are_refused():
     point = bf.Variables(jnp.ones((4, 4)), jnp.ones((4, 4)), jnp.ones(()))
     loss = lambda z, x, a: jnp.mean((a @ z) ** 2) * x
     problem, batch = bf.Problem(loss, loss), bf.Batch(jnp.ones((2, 4)), jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match=r"takes 1 bytes .* the least is .* parts"):
+    with pytest.raises(ValueError, match=r"takes 1 bytes .* the least is .* part; F"):
         bf.oracles.fit_memory(problem, point, batch, budget=1)
     with pytest.raises(ValueError, match="microbatched already"):
         bf.oracles.fit_memory(bf.oracles.microbatched(problem, 2), point, batch)
