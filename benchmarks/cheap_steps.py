@@ -30,6 +30,7 @@ SETTINGS = {
     "adjoint_update_every=8": {"adjoint_update_every": 8},
     "update_every=2 adjoint_update_every=8": {"update_every": 2, "adjoint_update_every": 8},
     "update_every=5 adjoint_update_every=2": {"update_every": 5, "adjoint_update_every": 2},
+    "z alone": {"update_every": 1000},
     "subsample=.25": {"subsample": 0.25},
 }
 COUNT, BATCH = 4096, 64
